@@ -1,0 +1,161 @@
+//! Enumerations of the kernel boundary, as the integers that travel.
+//!
+//! Numbers are stable: a number is never given a second meaning, and a new meaning takes a new number.
+
+macro_rules! codes {
+    ($(#[$outer:meta])* $module:ident: $repr:ty { $($(#[$inner:meta])* $name:ident = $value:literal => $text:literal,)* }) => {
+        $(#[$outer])*
+        pub mod $module {
+            $($(#[$inner])* pub const $name: $repr = $value;)*
+
+            /// Every code with the name that configuration, records and documentation use.
+            pub const ALL: &[($repr, &str)] = &[$(($name, $text)),*];
+
+            /// The name of a code, or `None` when this build does not know it.
+            #[must_use]
+            pub fn name(code: $repr) -> Option<&'static str> {
+                ALL.iter().find(|(known, _)| *known == code).map(|(_, name)| *name)
+            }
+        }
+    };
+}
+
+codes! {
+    /// What a record reports.
+    kind: u16 {
+        FORK = 1 => "fork",
+        EXEC = 2 => "exec",
+        EXIT = 3 => "exit",
+    }
+}
+
+codes! {
+    /// Changes of cgroups that the agent acts on; they travel in a ring of their own.
+    control: u16 {
+        CONTAINER_CREATED = 1 => "container-created",
+        CONTAINER_REMOVED = 2 => "container-removed",
+    }
+}
+
+codes! {
+    /// The outcome of a decision.
+    verdict: u8 {
+        ALLOWED = 1 => "allowed",
+        AUDITED = 2 => "audited",
+        DENIED = 3 => "denied",
+    }
+}
+
+codes! {
+    /// What was done about a denial.
+    action: u8 {
+        NONE = 0 => "none",
+        REFUSED = 1 => "refused",
+        KILLED = 2 => "killed",
+    }
+}
+
+codes! {
+    /// What a revision demands on a mismatch.
+    mode: u8 {
+        AUDIT = 1 => "audit",
+        ENFORCE = 2 => "enforce",
+    }
+}
+
+codes! {
+    /// Where a file's bytes come from. `1 << origin` is the bit in a rule's mask.
+    origin: u8 {
+        UNKNOWN = 0 => "unknown",
+        IMAGE = 1 => "image",
+        DRIFT = 2 => "drift",
+        MEMORY = 3 => "memory",
+        HOST = 4 => "host",
+    }
+}
+
+codes! {
+    /// Why a verdict came out as it did.
+    reason: u8 {
+        RULE = 1 => "rule",
+        NO_PROFILE = 2 => "no-profile",
+        RUNTIME = 3 => "runtime-step",
+        NO_RULE = 4 => "no-rule",
+        ORIGIN = 5 => "origin-not-allowed",
+        UNIDENTIFIED = 6 => "unidentified",
+        PATH_TOO_LONG = 7 => "path-too-long",
+        PATH_TOO_DEEP = 8 => "path-too-deep",
+        WALK_INCOMPLETE = 9 => "path-outside-its-filesystem",
+        READ_FAILED = 10 => "kernel-read-failed",
+        LOOKUP_MISSED = 11 => "policy-lookup-missed",
+        NO_SCRATCH = 12 => "no-scratch-memory",
+        ORIGIN_UNKNOWN = 13 => "origin-unknown",
+    }
+}
+
+codes! {
+    /// Where the arguments of an exec were read.
+    argv_source: u8 {
+        NONE = 0 => "none",
+        /// The new address space, after the exec: what the program itself sees.
+        NEW_IMAGE = 1 => "new-image",
+        /// The caller's memory, through the registers of the system call: another thread may have changed it since.
+        SYSCALL = 2 => "syscall",
+    }
+}
+
+codes! {
+    /// Where in the kernel programs something went wrong: the index into the `ERRORS` map.
+    error: u32 {
+        SEQUENCE_MISSED = 0 => "sequence-missed",
+        RECORD_RING_FULL = 1 => "record-ring-full",
+        CONTROL_RING_FULL = 2 => "control-ring-full",
+        PROCESS_MAP_FULL = 3 => "process-map-full",
+        SLOT_MAP_FULL = 4 => "slot-map-full",
+        CGROUP_MAP_FULL = 5 => "cgroup-map-full",
+        ROOT_MAP_FULL = 6 => "root-map-full",
+        SCRATCH_FULL = 7 => "scratch-full",
+        SCRATCH_LOST = 8 => "scratch-lost",
+        WALK_READ = 9 => "walk-read",
+        WALK_DEEP = 10 => "walk-deep",
+        WALK_LONG = 11 => "walk-long",
+        ARGV_READ = 12 => "argv-read",
+        ROOT_READ = 13 => "root-read",
+        TASK_READ = 14 => "task-read",
+        CGROUP_READ = 15 => "cgroup-read",
+        KILL_FAILED = 16 => "kill-failed",
+        HOST_ROOT_MISSING = 17 => "host-root-missing",
+        REVISION_MISSED = 18 => "revision-missed",
+        GLOB_STATE_MISSED = 19 => "glob-state-missed",
+        ORIGIN_READ = 20 => "origin-read",
+    }
+}
+
+/// Entries of the `ERRORS` map.
+pub const ERROR_SITES: u32 = 32;
+
+/// Bits of [`crate::record::ExecPart::flags`].
+pub mod exec_flags {
+    pub const PATH_TRUNCATED: u8 = 1 << 0;
+    pub const ARGV_TRUNCATED: u8 = 1 << 1;
+    pub const CWD_TRUNCATED: u8 = 1 << 2;
+    /// An earlier pass of the binary format loop (a script) set the verdict, not the file that is named.
+    pub const VERDICT_OF_SCRIPT: u8 = 1 << 3;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_site_has_a_counter() {
+        assert!(error::ALL.iter().all(|(code, _)| *code < ERROR_SITES));
+    }
+
+    #[test]
+    fn codes_are_unique() {
+        for (index, (code, _)) in reason::ALL.iter().enumerate() {
+            assert_eq!(reason::ALL.iter().position(|(other, _)| other == code), Some(index));
+        }
+    }
+}

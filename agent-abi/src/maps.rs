@@ -1,0 +1,186 @@
+//! Keys and values of the maps that agent and kernel share, and the settings frozen at load time.
+//!
+//! A *slot* is named by the id of the container's cgroup: the kernel gives every cgroup of a boot a different
+//! one, so a slot needs no allocator and is never mistaken for another.
+
+use crate::PATH_CAPACITY;
+
+/// Settings in frozen read-only memory: the verifier treats them as constants.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Settings {
+    /// Key of the path hash, random per load.
+    pub hash_key: [u64; 2],
+    /// [`crate::codes::mode`]: `AUDIT` or `ENFORCE` for containers that are not identified yet.
+    pub unidentified: u32,
+    /// 1 when the helper `bpf_task_pt_regs` exists (kernel 5.15).
+    pub have_task_pt_regs: u32,
+    /// Distance from a task's stack to its saved registers where that helper is missing; 0 when unknown.
+    pub pt_regs_at: u32,
+    /// Inode number of the host's mount namespace.
+    pub host_mount_namespace: u32,
+}
+
+/// What the kernel keeps about a container.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Slot {
+    /// Last number given to a record of this slot, where the kernel has an atomic fetch-add.
+    pub sequence: u64,
+    /// Records that were numbered but found no room in the ring.
+    pub lost_ring_full: u64,
+    /// Boot time of the cgroup's creation, nanoseconds.
+    pub created: u64,
+    /// Boot time of the workload's first exec, nanoseconds; 0 before.
+    pub first_exec: u64,
+    /// 1 once the cgroup is gone; the agent then removes the entry.
+    pub ended: u32,
+    pub reserved: u32,
+}
+
+/// Which revision a slot is under. Written by the agent alone; one write switches everything.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct SlotPolicy {
+    /// Key into `REVISIONS`; 0 means that no profile names the container.
+    pub revision: u32,
+    pub reserved: u32,
+}
+
+/// The head of a policy image in the kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Revision {
+    /// [`crate::codes::mode`].
+    pub mode: u32,
+    /// 1 when the profile has an `exec` section; without one exec is not restricted.
+    pub restricts_exec: u32,
+    /// First row of this revision in `GLOB_STATES`, where its automaton starts.
+    pub glob_base: u32,
+    /// Rows of the automaton; 0 when the revision has no globs.
+    pub glob_states: u32,
+}
+
+/// An exact path of a revision.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct RuleKey {
+    pub path_hash: [u64; 2],
+    pub revision: u32,
+    pub reserved: u32,
+}
+
+/// What an exact path allows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct RuleValue {
+    /// Mask of `1 << origin`.
+    pub origins: u32,
+}
+
+/// One state of a glob automaton: a full transition table, so that a step is one load.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct GlobState {
+    /// Next state by input byte, relative to the revision's base; [`GLOB_DEAD`] when nothing can match any more.
+    pub next: [u16; 256],
+    /// Mask of `1 << origin` that is allowed when the path ends here.
+    pub origins: u32,
+    pub reserved: u32,
+}
+
+/// The transition that leads nowhere.
+pub const GLOB_DEAD: u16 = u16::MAX;
+
+/// What the kernel knows about a process that belongs to a slot.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Process {
+    pub slot: u64,
+    /// The one-way latch: 1 while the runtime prepares the process, cleared for ever at its first exec in the
+    /// container's root filesystem.
+    pub entering: u8,
+    /// Worst verdict of the binary format passes of the exec in progress; 0 when none.
+    pub pending_verdict: u8,
+    /// The reason that belongs to it.
+    pub pending_reason: u8,
+    pub reserved: [u8; 5],
+}
+
+/// Identity of a root filesystem: the superblock itself, since device numbers are reused at once.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct RootIdentity {
+    pub superblock: u64,
+    /// The dentry that is `/`.
+    pub dentry: u64,
+    /// The user namespace that owns the superblock.
+    pub user_namespace: u64,
+    pub magic: u64,
+    /// Device number in the kernel's encoding (`major << 20 | minor`).
+    pub device: u32,
+    pub reserved: u32,
+}
+
+/// Key of the host's own root in `ROOTS`; no cgroup has this id.
+pub const HOST_ROOT: u64 = 0;
+
+/// Slack behind the path, so that a component may be copied at any place and words read past the end.
+pub const SCRATCH_SLACK: usize = 256;
+
+/// Memory in which one task assembles paths. It is claimed under the task's id and given back, so no other
+/// task can overwrite it, whatever preempts what.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Scratch {
+    /// The executable's path, right-aligned at [`PATH_CAPACITY`]; zero before and behind it.
+    pub path: [u8; PATH_CAPACITY + SCRATCH_SLACK],
+    /// The working directory, likewise.
+    pub cwd: [u8; PATH_CAPACITY + SCRATCH_SLACK],
+}
+
+macro_rules! sizes {
+    ($($type:ty = $size:literal),* $(,)?) => {
+        $(const _: () = assert!(size_of::<$type>() == $size);)*
+        /// Sizes of all shared map types, for the check of an existing map's layout.
+        pub const SIZES: &[(&str, usize)] = &[$((stringify!($type), $size)),*];
+    };
+}
+
+sizes! {
+    Settings = 32,
+    Slot = 40,
+    SlotPolicy = 8,
+    Revision = 16,
+    RuleKey = 24,
+    RuleValue = 4,
+    GlobState = 520,
+    Process = 16,
+    RootIdentity = 40,
+    Scratch = 2560,
+}
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy};
+
+    macro_rules! pod {
+        ($($type:ty),*) => {
+            $(
+                // SAFETY: the type is bytemuck::Pod, which is the stronger promise: any bit pattern is valid and
+                // there is no padding.
+                unsafe impl aya::Pod for $type {}
+            )*
+        };
+    }
+    pod!(GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy);
+}

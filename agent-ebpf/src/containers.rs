@@ -1,0 +1,208 @@
+//! Containers as the kernel sees them: cgroups that come and go, and tasks that enter them.
+//!
+//! A cgroup is a container's when its name carries the 64 hexadecimal digits that containerd, CRI-O, Docker and
+//! Podman use, with whatever prefix and suffix the cgroup driver adds. The slot exists from that moment, so the
+//! `unidentified` policy holds before any task is in it. A cgroup made below belongs to the same slot.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::{bpf_get_current_cgroup_id, bpf_ktime_get_boot_ns, bpf_probe_read_kernel_str_bytes},
+};
+use palisade_abi::{
+    ABI_VERSION,
+    codes::{control, error},
+    maps::{RootIdentity, Slot},
+    record::{CGROUP_NAME, ControlRecord},
+};
+
+use crate::{
+    count,
+    kernel::KernelPtr,
+    maps::{CGROUPS, CONTROL, PROCESSES, ROOTS, SLOTS, offset},
+    origin,
+    processes::{self, Address, slot_of_cgroup},
+};
+
+/// Hexadecimal digits of a container id.
+const ID_DIGITS: u32 = 64;
+
+/// The slot of the current task's cgroup.
+#[inline(always)]
+pub fn current_slot() -> Option<u64> {
+    // SAFETY: the helper has no preconditions.
+    slot_of_cgroup(unsafe { bpf_get_current_cgroup_id() })
+}
+
+/// The slot of the cgroup that `task` is in.
+#[inline(always)]
+pub fn slot_of_task(task: KernelPtr) -> Option<u64> {
+    let cgroup = task.follow(offset!(task_cgroups))?.follow(offset!(css_set_default_cgroup))?;
+    slot_of_cgroup(id(cgroup)?)
+}
+
+#[inline(always)]
+fn id(cgroup: KernelPtr) -> Option<u64> {
+    cgroup.follow(offset!(cgroup_kn))?.read(offset!(kernfs_id))
+}
+
+/// Whether `cgroup` is in the unified hierarchy, whose number is 0.
+#[inline(always)]
+fn is_unified(cgroup: KernelPtr) -> bool {
+    cgroup.follow(offset!(cgroup_root)).and_then(|root| root.read::<u32>(offset!(cgroup_root_hierarchy)))
+        == Some(0)
+}
+
+#[inline(always)]
+fn parent_id(cgroup: KernelPtr) -> Option<u64> {
+    id(cgroup.follow(offset!(cgroup_parent_css))?.follow(offset!(css_cgroup))?)
+}
+
+#[inline(always)]
+fn carries_container_id(name: &[u8; CGROUP_NAME]) -> bool {
+    let mut run = 0;
+    let mut at = 0;
+    while at < CGROUP_NAME {
+        let byte = name[at];
+        if byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte) {
+            run += 1;
+            if run == ID_DIGITS {
+                return true;
+            }
+        } else {
+            run = 0;
+        }
+        at += 1;
+    }
+    false
+}
+
+#[inline(always)]
+fn tell(kind: u16, slot: u64, name: &[u8; CGROUP_NAME], name_length: u32) {
+    let Some(mut entry) = CONTROL.reserve::<ControlRecord>(0) else {
+        count::error(error::CONTROL_RING_FULL);
+        return;
+    };
+    // SAFETY: the helper has no preconditions.
+    let time = unsafe { bpf_ktime_get_boot_ns() };
+    entry.write(ControlRecord { kind, abi: ABI_VERSION as u16, name_length, slot, time, name: *name });
+    entry.submit(0);
+}
+
+#[inline(always)]
+pub fn cgroup_made(cgroup: Address) {
+    let cgroup = KernelPtr(cgroup);
+    if !is_unified(cgroup) {
+        return;
+    }
+    let Some(cgroup_id) = id(cgroup) else {
+        count::error(error::CGROUP_READ);
+        return;
+    };
+    if let Some(slot) = parent_id(cgroup).and_then(slot_of_cgroup) {
+        if CGROUPS.insert(cgroup_id, slot, u64::from(BPF_ANY)).is_err() {
+            count::error(error::CGROUP_MAP_FULL);
+        }
+        return;
+    }
+    let mut name = [0_u8; CGROUP_NAME];
+    let Some(place) = cgroup.follow(offset!(cgroup_kn)).and_then(|kn| kn.follow(offset!(kernfs_name))) else {
+        count::error(error::CGROUP_READ);
+        return;
+    };
+    // SAFETY: the helper checks the address and writes at most the array's length.
+    let Ok(read) = (unsafe { bpf_probe_read_kernel_str_bytes(place.0 as *const u8, &mut name) }) else {
+        count::error(error::CGROUP_READ);
+        return;
+    };
+    let name_length = read.len() as u32;
+    if !carries_container_id(&name) {
+        return;
+    }
+    let slot = Slot {
+        sequence: 0,
+        lost_ring_full: 0,
+        // SAFETY: the helper has no preconditions.
+        created: unsafe { bpf_ktime_get_boot_ns() },
+        first_exec: 0,
+        ended: 0,
+        reserved: 0,
+    };
+    if SLOTS.insert(cgroup_id, slot, u64::from(BPF_NOEXIST)).is_err() {
+        count::error(error::SLOT_MAP_FULL);
+    }
+    #[cfg(not(feature = "fetch-add"))]
+    if crate::maps::SLOT_LANES.insert(cgroup_id, [0_u64; 4], u64::from(BPF_NOEXIST)).is_err() {
+        count::error(error::SLOT_MAP_FULL);
+    }
+    if CGROUPS.insert(cgroup_id, cgroup_id, u64::from(BPF_ANY)).is_err() {
+        count::error(error::CGROUP_MAP_FULL);
+    }
+    tell(control::CONTAINER_CREATED, cgroup_id, &name, name_length);
+}
+
+#[inline(always)]
+pub fn cgroup_removed(cgroup: Address) {
+    let cgroup = KernelPtr(cgroup);
+    if !is_unified(cgroup) {
+        return;
+    }
+    let Some(cgroup_id) = id(cgroup) else {
+        count::error(error::CGROUP_READ);
+        return;
+    };
+    if CGROUPS.remove(cgroup_id).is_err() {
+        return;
+    }
+    if let Some(slot) = SLOTS.get_ptr_mut(cgroup_id) {
+        // SAFETY: the pointer comes from a map lookup; the only writer of this field.
+        unsafe { (&raw mut (*slot).ended).write_volatile(1) };
+        tell(control::CONTAINER_REMOVED, cgroup_id, &[0; CGROUP_NAME], 0);
+    }
+}
+
+/// A task that belongs to no slot and enters a container's cgroup is the runtime's, until it executes the
+/// workload. One that belongs to a slot keeps it, wherever it moves.
+#[inline(always)]
+pub fn task_attached(cgroup: Address, task: Address) {
+    let (cgroup, task) = (KernelPtr(cgroup), KernelPtr(task));
+    if !is_unified(cgroup) {
+        return;
+    }
+    let Some(slot) = id(cgroup).and_then(slot_of_cgroup) else { return };
+    let Some(pid) = task.read::<u32>(offset!(task_tgid)) else {
+        count::error(error::TASK_READ);
+        return;
+    };
+    // SAFETY: only presence matters.
+    if unsafe { PROCESSES.get(pid) }.is_none() {
+        processes::adopt(pid, slot, 1);
+    }
+}
+
+/// Stores the current task's root directory as that of `slot`. Returns whether it could.
+#[inline(always)]
+pub fn learn_root(slot: u64) -> bool {
+    let Some(root) = origin::current_root() else {
+        count::error(error::ROOT_READ);
+        return false;
+    };
+    store_root(slot, root, u64::from(BPF_ANY))
+}
+
+/// Stores `root` as that of `slot` unless one is known.
+#[inline(always)]
+pub fn first_root(slot: u64, root: RootIdentity) {
+    // SAFETY: only presence matters.
+    if unsafe { ROOTS.get(slot) }.is_none() {
+        store_root(slot, root, u64::from(BPF_NOEXIST));
+    }
+}
+
+#[inline(always)]
+fn store_root(slot: u64, root: RootIdentity, flags: u64) -> bool {
+    let stored = ROOTS.insert(slot, root, flags).is_ok();
+    if !stored {
+        count::error(error::ROOT_MAP_FULL);
+    }
+    stored
+}

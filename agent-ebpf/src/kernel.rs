@@ -1,0 +1,44 @@
+//! Reading kernel structures through the frozen offsets.
+
+use aya_ebpf::helpers::{bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_user};
+use palisade_abi::offsets::ABSENT;
+
+/// An address in the kernel. It may be stale or null: every read through it can fail.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct KernelPtr(pub u64);
+
+impl KernelPtr {
+    /// The task that runs this program.
+    #[inline(always)]
+    pub fn current_task() -> Self {
+        // SAFETY: the helper has no preconditions.
+        Self(unsafe { bpf_get_current_task() })
+    }
+
+    /// Reads the field at `offset`; `None` when the field is absent on this kernel or the read faults.
+    #[inline(always)]
+    pub fn read<T: Copy>(self, offset: u32) -> Option<T> {
+        if offset == ABSENT || self.0 == 0 {
+            return None;
+        }
+        let place = (self.0 + u64::from(offset)) as *const T;
+        // SAFETY: the helper checks the address and fails on a bad one; T is plain old data at every call.
+        unsafe { bpf_probe_read_kernel(place) }.ok()
+    }
+
+    /// Follows the pointer at `offset`; null is `None`.
+    #[inline(always)]
+    pub fn follow(self, offset: u32) -> Option<Self> {
+        match self.read::<u64>(offset) {
+            Some(0) | None => None,
+            Some(address) => Some(Self(address)),
+        }
+    }
+}
+
+/// Reads a word of the current process's memory.
+#[inline(always)]
+pub fn read_user_word(address: u64) -> Option<u64> {
+    // SAFETY: the helper checks the address and fails on a bad one.
+    unsafe { bpf_probe_read_user(address as *const u64) }.ok()
+}

@@ -1,0 +1,95 @@
+//! Palisade's eBPF programs: one module per hook family, and below them what they share.
+//!
+//! A hook decides first and reports afterwards, so that no verdict depends on room in a ring. What cannot be
+//! read or looked up is unknown, and in enforce mode unknown is refused; each such place is counted in
+//! `ERRORS`. Nothing here knows about profiles: a decision is a lookup in maps that the agent filled.
+
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+#![cfg_attr(feature = "fetch-add", expect(internal_features, reason = "the only way to a BPF fetch-add"))]
+#![cfg_attr(feature = "fetch-add", feature(core_intrinsics))]
+
+mod containers;
+mod context;
+mod count;
+mod exec;
+mod judge;
+mod kernel;
+mod maps;
+mod origin;
+mod path;
+mod processes;
+mod record;
+
+use aya_ebpf::{
+    macros::{lsm, raw_tracepoint},
+    programs::{LsmContext, RawTracePointContext},
+};
+
+/// `int security_bprm_check(struct linux_binprm *bprm)`: once per pass of the binary format loop.
+#[lsm(hook = "bprm_check_security")]
+pub fn bprm_check_security(ctx: LsmContext) -> i32 {
+    let refused = exec::check(ctx.arg(0));
+    // The verifier wants a return value that is provably zero or a small negative number (6.12 and later).
+    if refused { -1 } else { 0 }
+}
+
+/// `TP_PROTO(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`
+#[raw_tracepoint(tracepoint = "sched_process_exec")]
+pub fn sched_process_exec(ctx: RawTracePointContext) -> i32 {
+    exec::executed(ctx.arg(2));
+    0
+}
+
+/// `TP_PROTO(struct task_struct *parent, struct task_struct *child)`
+#[raw_tracepoint(tracepoint = "sched_process_fork")]
+pub fn sched_process_fork(ctx: RawTracePointContext) -> i32 {
+    processes::forked(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+/// `TP_PROTO(struct task_struct *p)`
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub fn sched_process_exit(ctx: RawTracePointContext) -> i32 {
+    processes::exited(ctx.arg(0));
+    0
+}
+
+/// `TP_PROTO(struct cgroup *cgrp, const char *path)`
+#[raw_tracepoint(tracepoint = "cgroup_mkdir")]
+pub fn cgroup_mkdir(ctx: RawTracePointContext) -> i32 {
+    containers::cgroup_made(ctx.arg(0));
+    0
+}
+
+/// `TP_PROTO(struct cgroup *cgrp, const char *path)`
+#[raw_tracepoint(tracepoint = "cgroup_rmdir")]
+pub fn cgroup_rmdir(ctx: RawTracePointContext) -> i32 {
+    containers::cgroup_removed(ctx.arg(0));
+    0
+}
+
+/// `TP_PROTO(struct cgroup *dst_cgrp, const char *path, struct task_struct *task, bool threadgroup)`
+#[raw_tracepoint(tracepoint = "cgroup_attach_task")]
+pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
+    containers::task_attached(ctx.arg(0), ctx.arg(2));
+    0
+}
+
+/// Never attached: the agent runs it on demand (`BPF_PROG_TEST_RUN`) from a thread whose root directory is the
+/// one to learn. The first argument is the slot, or `HOST_ROOT`.
+#[raw_tracepoint]
+pub fn learn_root(ctx: RawTracePointContext) -> i32 {
+    i32::from(!containers::learn_root(ctx.arg(0)))
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";
+
+// A panic that survives optimisation is an endless loop, which the verifier refuses: it fails at load time.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

@@ -1,0 +1,109 @@
+//! The maps, and the two structures that are frozen before the programs load.
+//!
+//! Sizes here are defaults; the agent sets them from its configuration. All hashes are preallocated: an insert
+//! in a hook must not depend on the allocator.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, RingBuf},
+};
+use palisade_abi::{
+    codes,
+    maps::{
+        GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Scratch, Settings, Slot, SlotPolicy,
+    },
+    offsets::KernelOffsets,
+};
+
+/// Telemetry and verdicts, numbered per slot.
+#[map]
+pub static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+
+/// What the agent must act on; apart from `RECORDS`, so that no flood there delays it.
+#[map]
+pub static CONTROL: RingBuf = RingBuf::with_byte_size(256 << 10, 0);
+
+/// Cgroup id to slot: the container's own cgroup and those made below it.
+#[map]
+pub static CGROUPS: HashMap<u64, u64> = HashMap::with_max_entries(4096, 0);
+
+#[map]
+pub static SLOTS: HashMap<u64, Slot> = HashMap::with_max_entries(2048, 0);
+
+#[map]
+pub static SLOT_POLICIES: HashMap<u64, SlotPolicy> = HashMap::with_max_entries(2048, 0);
+
+#[map]
+pub static REVISIONS: HashMap<u32, Revision> = HashMap::with_max_entries(2048, 0);
+
+#[map]
+pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(32768, 0);
+
+#[map]
+pub static GLOB_STATES: Array<GlobState> = Array::with_max_entries(4096, 0);
+
+/// Processes of containers by tgid.
+#[map]
+pub static PROCESSES: HashMap<u32, Process> = HashMap::with_max_entries(32768, 0);
+
+/// Root filesystems by slot; the host's under `HOST_ROOT`.
+#[map]
+pub static ROOTS: HashMap<u64, RootIdentity> = HashMap::with_max_entries(2048, 0);
+
+/// Claimed under the task's id while it judges an exec.
+#[map]
+pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
+
+/// Counters of [`codes::error`].
+#[map]
+pub static ERRORS: Array<u64> = Array::with_max_entries(codes::ERROR_SITES, 0);
+
+/// Last sequence number per lane, where there is no atomic fetch-add.
+#[cfg(not(feature = "fetch-add"))]
+#[map]
+pub static SLOT_LANES: aya_ebpf::maps::PerCpuHashMap<u64, [u64; 4]> =
+    aya_ebpf::maps::PerCpuHashMap::with_max_entries(2048, 0);
+
+/// Overridden at load time.
+#[unsafe(no_mangle)]
+static OFFSETS: KernelOffsets = KernelOffsets::poison();
+
+/// Overridden at load time. The initial values are as distinct as poison is.
+#[unsafe(no_mangle)]
+static SETTINGS: Settings = Settings {
+    hash_key: [0x5061_6c69_7361_6465, 0x6861_7368_206b_6579],
+    unidentified: 0x7b00_0001,
+    have_task_pt_regs: 0x7b00_0002,
+    pt_regs_at: 0x7b00_0003,
+    host_mount_namespace: 0x7b00_0004,
+};
+
+/// Reads one offset. Volatile, so that the compiler does not use the poison value.
+macro_rules! offset {
+    ($name:ident) => {{
+        let place = core::ptr::addr_of!($crate::maps::offsets_of().$name);
+        // SAFETY: the static is initialised, aligned and never written while programs run.
+        unsafe { core::ptr::read_volatile(place) }
+    }};
+}
+pub(crate) use offset;
+
+/// Reads one setting, likewise.
+macro_rules! setting {
+    ($name:ident) => {{
+        let place = core::ptr::addr_of!($crate::maps::settings_of().$name);
+        // SAFETY: the static is initialised, aligned and never written while programs run.
+        unsafe { core::ptr::read_volatile(place) }
+    }};
+}
+pub(crate) use setting;
+
+#[inline(always)]
+pub fn offsets_of() -> &'static KernelOffsets {
+    &OFFSETS
+}
+
+#[inline(always)]
+pub fn settings_of() -> &'static Settings {
+    &SETTINGS
+}

@@ -1,0 +1,636 @@
+//! Reading profiles from YAML, with the place of every fault.
+//!
+//! A field that design and schema know but this build cannot enforce is an error, never ignored.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use marked_yaml::{
+    LoadError, Node, Span,
+    types::{MarkedMappingNode, MarkedScalarNode},
+};
+use palisade_abi::codes::{mode, origin};
+
+use crate::{
+    glob::Pattern,
+    problem::Problem,
+    selector::{ContainerSelector, Selector},
+};
+
+pub const API_VERSION: &str = "palisade.dev/v1alpha1";
+
+/// What happens on a mismatch. Ordered from lenient to strict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mode {
+    /// Record and allow.
+    Audit,
+    /// Record and refuse.
+    Enforce,
+}
+
+impl Mode {
+    /// As it is written in profiles and records.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Audit => "audit",
+            Self::Enforce => "enforce",
+        }
+    }
+
+    /// As it stands in a policy image.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Audit => mode::AUDIT,
+            Self::Enforce => mode::ENFORCE,
+        }
+    }
+}
+
+/// Where a file's bytes may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Origin {
+    Image,
+    Drift,
+    Memory,
+    Host,
+}
+
+impl Origin {
+    pub const ALL: [Self; 4] = [Self::Image, Self::Drift, Self::Memory, Self::Host];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::Drift => "drift",
+            Self::Memory => "memory",
+            Self::Host => "host",
+        }
+    }
+
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Image => origin::IMAGE,
+            Self::Drift => origin::DRIFT,
+            Self::Memory => origin::MEMORY,
+            Self::Host => origin::HOST,
+        }
+    }
+}
+
+/// One allowed executable.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ExecRule {
+    pub path: Pattern,
+    pub from: BTreeSet<Origin>,
+}
+
+/// `Profile` or `ClusterProfile`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    Namespace(String),
+    Cluster,
+}
+
+/// A profile as an author wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Profile {
+    pub name: String,
+    pub scope: Scope,
+    pub selector: Selector,
+    pub mode: Mode,
+    /// `None`: the section is absent and exec is not restricted.
+    pub exec: Option<Vec<ExecRule>>,
+}
+
+impl Profile {
+    /// How the profile is named in records and messages: `namespace/name`, or the name alone for a cluster's.
+    #[must_use]
+    pub fn reference(&self) -> String {
+        match &self.scope {
+            Scope::Namespace(namespace) => format!("{namespace}/{}", self.name),
+            Scope::Cluster => self.name.clone(),
+        }
+    }
+}
+
+/// Reads every profile of a file; documents are separated by `---` lines.
+///
+/// # Errors
+///
+/// All problems of the file, in its order.
+pub fn parse(file: &str, text: &str) -> Result<Vec<Profile>, Vec<Problem>> {
+    let mut reader = Reader { file, problems: Vec::new() };
+    let mut profiles = Vec::new();
+    for document in documents(text) {
+        let before = reader.problems.len();
+        if let Some(profile) = reader.document(&document)
+            && reader.problems.len() == before
+        {
+            profiles.push(profile);
+        }
+    }
+    if reader.problems.is_empty() && profiles.is_empty() {
+        reader.problems.push(Problem {
+            file: file.to_owned(),
+            line: 0,
+            column: 0,
+            field: String::new(),
+            message: "the file holds no profile".to_owned(),
+            remedy: format!("start with \"apiVersion: {API_VERSION}\""),
+        });
+    }
+    if reader.problems.is_empty() { Ok(profiles) } else { Err(reader.problems) }
+}
+
+/// Splits a stream into documents, each with blank lines in front so that line numbers stay those of the file.
+fn documents(text: &str) -> Vec<String> {
+    let mut documents = Vec::new();
+    let mut current = String::new();
+    for (number, line) in text.lines().enumerate() {
+        if line.trim_end() == "---" {
+            documents.push(std::mem::take(&mut current));
+            current = "\n".repeat(number + 1);
+        } else {
+            current.push_str(line);
+            current.push('\n');
+        }
+    }
+    documents.push(current);
+    let has_content = |document: &String| {
+        document.lines().any(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'))
+    };
+    documents.retain(has_content);
+    documents
+}
+
+/// Fields of the schema that this build cannot enforce, by their parent.
+const NOT_YET: &[(&str, &[&str])] = &[
+    ("spec", &["files", "network"]),
+    ("spec.selector", &["namespaceSelector"]),
+    ("spec.selector.podSelector", &["matchExpressions"]),
+    ("spec.exec", &["memory", "jit", "libraries"]),
+    ("spec.exec.allow[]", &["sha256", "sessions", "parents", "args"]),
+];
+
+struct Reader<'a> {
+    file: &'a str,
+    problems: Vec<Problem>,
+}
+
+impl Reader<'_> {
+    fn problem(&mut self, span: &Span, field: &str, message: impl Into<String>, remedy: impl Into<String>) {
+        let (line, column) = span.start().map_or((0, 0), |marker| (marker.line(), marker.column()));
+        self.problems.push(Problem {
+            file: self.file.to_owned(),
+            line,
+            column,
+            field: field.to_owned(),
+            message: message.into(),
+            remedy: remedy.into(),
+        });
+    }
+
+    fn document(&mut self, text: &str) -> Option<Profile> {
+        let root = match marked_yaml::parse_yaml(0, text) {
+            Ok(root) => root,
+            Err(error) => {
+                self.not_yaml(&error);
+                return None;
+            }
+        };
+        let root = self.mapping(&root, "")?;
+        self.known(root, "", &["apiVersion", "kind", "metadata", "spec"]);
+        let version = self.required_text(root, "", "apiVersion")?;
+        if version.as_str() != API_VERSION {
+            self.problem(
+                version.span(),
+                "apiVersion",
+                format!("{:?} is not known", version.as_str()),
+                format!("write {API_VERSION}"),
+            );
+        }
+        let kind = self.required_text(root, "", "kind")?;
+        let metadata = self.required_mapping(root, "", "metadata")?;
+        self.known(metadata, "metadata", &["name", "namespace", "labels", "annotations"]);
+        let name = self.required_text(metadata, "metadata", "name")?;
+        if !is_dns_label(name.as_str()) {
+            self.problem(
+                name.span(),
+                "metadata.name",
+                format!("{:?} is not a name", name.as_str()),
+                "use lower case letters, digits, '-' and '.', at most 253",
+            );
+        }
+        let namespace = self.optional_text(metadata, "metadata", "namespace");
+        let scope = match kind.as_str() {
+            "Profile" => Scope::Namespace(namespace.map_or_else(|| "default".to_owned(), |node| node.as_str().to_owned())),
+            "ClusterProfile" => {
+                if let Some(namespace) = namespace {
+                    self.problem(
+                        namespace.span(),
+                        "metadata.namespace",
+                        "a ClusterProfile belongs to no namespace",
+                        "remove the line, or write kind: Profile",
+                    );
+                }
+                Scope::Cluster
+            }
+            other => {
+                self.problem(
+                    kind.span(),
+                    "kind",
+                    format!("{other:?} is not known"),
+                    "write Profile or ClusterProfile",
+                );
+                return None;
+            }
+        };
+        let spec = self.required_mapping(root, "", "spec")?;
+        self.known(spec, "spec", &["selector", "mode", "exec"]);
+        let selector = match spec.get_node("selector") {
+            Some(node) => self.selector(node)?,
+            None => {
+                self.problem(
+                    spec.span(),
+                    "spec.selector",
+                    "is missing",
+                    "name the pods, e.g. podSelector: {matchLabels: {app: web}}; {} selects every pod",
+                );
+                return None;
+            }
+        };
+        let mode = self.mode(spec);
+        let exec = match spec.get_node("exec") {
+            Some(node) => Some(self.exec(node)?),
+            None => None,
+        };
+        Some(Profile { name: name.as_str().to_owned(), scope, selector, mode: mode?, exec })
+    }
+
+    fn not_yaml(&mut self, error: &LoadError) {
+        let marker = match error {
+            LoadError::TopLevelMustBeMapping(marker)
+            | LoadError::TopLevelMustBeSequence(marker)
+            | LoadError::UnexpectedAnchor(marker)
+            | LoadError::MappingKeyMustBeScalar(marker)
+            | LoadError::UnexpectedTag(marker)
+            | LoadError::ScanError(marker, _) => Some(*marker),
+            _ => None,
+        };
+        self.problems.push(Problem {
+            file: self.file.to_owned(),
+            line: marker.map_or(0, |marker| marker.line()),
+            column: marker.map_or(0, |marker| marker.column()),
+            field: String::new(),
+            message: format!("this is not a profile in YAML: {error}"),
+            remedy: "check indentation, quotes and brackets there".to_owned(),
+        });
+    }
+
+    fn mapping<'n>(&mut self, node: &'n Node, field: &str) -> Option<&'n MarkedMappingNode> {
+        let mapping = node.as_mapping();
+        if mapping.is_none() {
+            self.problem(node.span(), field, "must be a mapping", "write \"key: value\" lines below it");
+        }
+        mapping
+    }
+
+    fn known(&mut self, mapping: &MarkedMappingNode, field: &str, known: &[&str]) {
+        let schema = generic(field);
+        let later = NOT_YET.iter().find(|(parent, _)| *parent == schema).map_or(&[][..], |(_, names)| *names);
+        for key in mapping.keys() {
+            let name = key.as_str();
+            if known.contains(&name) {
+                continue;
+            }
+            let full = join(field, name);
+            if later.contains(&name) {
+                self.problem(
+                    key.span(),
+                    &full,
+                    "this build cannot enforce it",
+                    "remove it, or use a build that can; it is not ignored, since you would believe it in force",
+                );
+                continue;
+            }
+            let nearest = known
+                .iter()
+                .map(|candidate| (distance(name, candidate), *candidate))
+                .min()
+                .filter(|(distance, _)| *distance <= 2);
+            let remedy = match nearest {
+                Some((_, candidate)) => format!("did you mean {candidate}?"),
+                None => format!("known here: {}", known.join(", ")),
+            };
+            self.problem(key.span(), &full, "no such field", remedy);
+        }
+    }
+
+    fn required_text<'n>(
+        &mut self,
+        mapping: &'n MarkedMappingNode,
+        field: &str,
+        name: &str,
+    ) -> Option<&'n MarkedScalarNode> {
+        let Some(node) = mapping.get_node(name) else {
+            self.problem(mapping.span(), &join(field, name), "is missing", format!("add \"{name}: …\""));
+            return None;
+        };
+        self.text(node, &join(field, name))
+    }
+
+    fn optional_text<'n>(
+        &mut self,
+        mapping: &'n MarkedMappingNode,
+        field: &str,
+        name: &str,
+    ) -> Option<&'n MarkedScalarNode> {
+        mapping.get_node(name).and_then(|node| self.text(node, &join(field, name)))
+    }
+
+    fn text<'n>(&mut self, node: &'n Node, field: &str) -> Option<&'n MarkedScalarNode> {
+        let scalar = node.as_scalar();
+        match scalar {
+            Some(text) if !text.as_str().is_empty() => scalar,
+            _ => {
+                self.problem(node.span(), field, "must be a text", "write one value, in quotes if it has special characters");
+                None
+            }
+        }
+    }
+
+    fn required_mapping<'n>(
+        &mut self,
+        mapping: &'n MarkedMappingNode,
+        field: &str,
+        name: &str,
+    ) -> Option<&'n MarkedMappingNode> {
+        let Some(node) = mapping.get_node(name) else {
+            self.problem(mapping.span(), &join(field, name), "is missing", format!("add \"{name}:\" and its fields"));
+            return None;
+        };
+        self.mapping(node, &join(field, name))
+    }
+
+    fn mode(&mut self, spec: &MarkedMappingNode) -> Option<Mode> {
+        let mode = self.required_text(spec, "spec", "mode")?;
+        match mode.as_str() {
+            "audit" => Some(Mode::Audit),
+            "enforce" => Some(Mode::Enforce),
+            "learn" => {
+                self.problem(
+                    mode.span(),
+                    "spec.mode",
+                    "this build cannot learn in place",
+                    "write audit, and make a profile from what is recorded with `palisade profile init`",
+                );
+                None
+            }
+            other => {
+                self.problem(mode.span(), "spec.mode", format!("{other:?} is not a mode"), "write audit or enforce");
+                None
+            }
+        }
+    }
+
+    fn selector(&mut self, node: &Node) -> Option<Selector> {
+        let field = "spec.selector";
+        let mapping = self.mapping(node, field)?;
+        self.known(mapping, field, &["podSelector", "containers"]);
+        let mut selector = Selector::default();
+        if let Some(node) = mapping.get_node("podSelector") {
+            let field = "spec.selector.podSelector";
+            let mapping = self.mapping(node, field)?;
+            self.known(mapping, field, &["matchLabels"]);
+            if let Some(node) = mapping.get_node("matchLabels") {
+                let field = "spec.selector.podSelector.matchLabels";
+                selector.labels = self.labels(node, field)?;
+            }
+        }
+        if let Some(node) = mapping.get_node("containers") {
+            let field = "spec.selector.containers";
+            let Some(list) = node.as_sequence() else {
+                self.problem(node.span(), field, "must be a list", "write \"- name: …\" lines");
+                return None;
+            };
+            for (index, node) in list.iter().enumerate() {
+                let field = format!("{field}[{index}]");
+                let mapping = self.mapping(node, &field)?;
+                self.known(mapping, &field, &["name", "image"]);
+                let text = |node: Option<&MarkedScalarNode>| node.map(|node| node.as_str().to_owned());
+                selector.containers.push(ContainerSelector {
+                    name: text(self.optional_text(mapping, &field, "name")),
+                    image: text(self.optional_text(mapping, &field, "image")),
+                });
+            }
+        }
+        Some(selector)
+    }
+
+    fn labels(&mut self, node: &Node, field: &str) -> Option<BTreeMap<String, String>> {
+        let mapping = self.mapping(node, field)?;
+        let mut labels = BTreeMap::new();
+        for (key, value) in mapping.iter() {
+            let value = self.text(value, &join(field, key.as_str()))?;
+            labels.insert(key.as_str().to_owned(), value.as_str().to_owned());
+        }
+        Some(labels)
+    }
+
+    fn exec(&mut self, node: &Node) -> Option<Vec<ExecRule>> {
+        let field = "spec.exec";
+        let mapping = self.mapping(node, field)?;
+        self.known(mapping, field, &["allow"]);
+        let Some(node) = mapping.get_node("allow") else {
+            self.problem(mapping.span(), "spec.exec.allow", "is missing", "list what may run; [] allows nothing");
+            return None;
+        };
+        let field = "spec.exec.allow";
+        let Some(list) = node.as_sequence() else {
+            self.problem(node.span(), field, "must be a list", "write \"- path: /usr/bin/…\" lines");
+            return None;
+        };
+        let mut rules = Vec::new();
+        for (index, node) in list.iter().enumerate() {
+            let field = format!("{field}[{index}]");
+            if let Some(rule) = self.exec_rule(node, &field) {
+                rules.push(rule);
+            }
+        }
+        Some(rules)
+    }
+
+    fn exec_rule(&mut self, node: &Node, field: &str) -> Option<ExecRule> {
+        let mapping = self.mapping(node, field)?;
+        self.known(mapping, field, &["path", "from"]);
+        let path = self.required_text(mapping, field, "path")?;
+        let pattern = match Pattern::parse(path.as_str()) {
+            Ok(pattern) => Some(pattern),
+            Err(error) => {
+                self.problem(path.span(), &join(field, "path"), error.to_string(), error.remedy());
+                None
+            }
+        };
+        let mut from = BTreeSet::new();
+        match mapping.get_node("from") {
+            None => {
+                from.insert(Origin::Image);
+            }
+            Some(Node::Sequence(list)) => {
+                for (index, node) in list.iter().enumerate() {
+                    from.extend(self.origin(node, &format!("{field}.from[{index}]")));
+                }
+            }
+            Some(node) => from.extend(self.origin(node, &join(field, "from"))),
+        }
+        Some(ExecRule { path: pattern?, from })
+    }
+
+    fn origin(&mut self, node: &Node, field: &str) -> Option<Origin> {
+        let text = self.text(node, field)?;
+        let found = Origin::ALL.into_iter().find(|origin| origin.as_str() == text.as_str());
+        if found.is_none() {
+            let (message, remedy) = if text.as_str().starts_with("volume:") {
+                ("this build cannot tell volumes apart".to_owned(), "remove the rule, or use a build that can")
+            } else {
+                (format!("{:?} is not an origin", text.as_str()), "write image, drift, memory or host")
+            };
+            self.problem(text.span(), field, message, remedy);
+        }
+        found
+    }
+}
+
+fn join(field: &str, name: &str) -> String {
+    if field.is_empty() { name.to_owned() } else { format!("{field}.{name}") }
+}
+
+/// A field's path with list indices left out, as the schema names it.
+fn generic(field: &str) -> String {
+    let mut out = String::new();
+    let mut inside = false;
+    for character in field.chars() {
+        match character {
+            '[' => {
+                inside = true;
+                out.push('[');
+            }
+            ']' => {
+                inside = false;
+                out.push(']');
+            }
+            _ if inside => {}
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+fn is_dns_label(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+    !name.is_empty() && name.len() <= 253 && name.bytes().all(allowed)
+}
+
+/// Levenshtein's edit distance.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let next = (diagonal + usize::from(x != *y)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], next);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "\
+apiVersion: palisade.dev/v1alpha1
+kind: Profile
+metadata: {name: web, namespace: shop}
+spec:
+  selector:
+    podSelector: {matchLabels: {app: web}}
+    containers: [{name: nginx, image: \"registry.example/shop/web:*\"}]
+  mode: enforce
+  exec:
+    allow:
+      - path: /usr/sbin/nginx
+      - {path: /opt/plugins/**, from: drift}
+";
+
+    fn problems(text: &str) -> Vec<String> {
+        parse("web.yaml", text).unwrap_err().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_good_profile_is_read_whole() {
+        let profiles = parse("web.yaml", GOOD).unwrap();
+        let [profile] = profiles.as_slice() else { panic!() };
+        assert_eq!(profile.reference(), "shop/web");
+        assert_eq!(profile.mode, Mode::Enforce);
+        let rules = profile.exec.as_ref().unwrap();
+        assert_eq!(rules[0].path.as_str(), "/usr/sbin/nginx");
+        assert_eq!(rules[0].from, BTreeSet::from([Origin::Image]));
+        assert_eq!(rules[1].from, BTreeSet::from([Origin::Drift]));
+    }
+
+    #[test]
+    fn an_error_names_file_line_column_field_and_remedy() {
+        let bad = GOOD.replace("/usr/sbin/nginx", "usr/sbin/nginx");
+        assert_eq!(
+            problems(&bad),
+            ["web.yaml:11:15: spec.exec.allow[0].path: \"usr/sbin/nginx\" does not start with '/'; \
+              write the path from the root of the container's file system"]
+        );
+    }
+
+    #[test]
+    fn a_misspelt_field_is_guessed() {
+        let found = problems(&GOOD.replace("  exec:", "  exce:"));
+        assert_eq!(found, ["web.yaml:9:3: spec.exce: no such field; did you mean exec?"]);
+    }
+
+    #[test]
+    fn what_this_build_cannot_enforce_is_an_error() {
+        for (from, to, field) in [
+            ("  mode: enforce", "  mode: enforce\n  network: {}", "spec.network"),
+            ("/usr/sbin/nginx", "/usr/sbin/nginx\n        sha256: 9f86", "spec.exec.allow[0].sha256"),
+            ("from: drift", "from: \"volume:plugins\"", "spec.exec.allow[1].from"),
+            ("mode: enforce", "mode: learn", "spec.mode"),
+        ] {
+            let found = problems(&GOOD.replace(from, to));
+            assert!(found.len() == 1 && found[0].contains(field), "{field}: {found:?}");
+            assert!(found[0].contains("this build cannot"), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn lines_are_those_of_the_file_in_every_document() {
+        let two = format!("{GOOD}---\n{}", GOOD.replace("mode: enforce", "mode: maybe"));
+        let found = problems(&two);
+        assert_eq!(found, ["web.yaml:21:9: spec.mode: \"maybe\" is not a mode; write audit or enforce"]);
+    }
+
+    #[test]
+    fn broken_yaml_is_a_problem_with_a_place() {
+        let found = problems("apiVersion: [\n");
+        assert!(found[0].starts_with("web.yaml:"), "{found:?}");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "\\PC{0,200}|[a-z:{}\\[\\]\\- \n\"]{0,200}") {
+            let _ = parse("x", &text);
+        }
+    }
+}

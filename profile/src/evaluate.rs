@@ -1,0 +1,88 @@
+//! The verdict on a policy image, as the kernel gives it.
+
+use palisade_abi::{
+    codes::{mode, origin, reason, verdict},
+    maps::GLOB_DEAD,
+};
+
+use crate::image::PolicyImage;
+
+/// A verdict and its reason, as codes of [`palisade_abi::codes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    pub verdict: u8,
+    pub reason: u8,
+}
+
+/// Judges the execution of `path` with origin `file_origin` (a code). `failure` is the reason why the path is
+/// not known, or 0.
+#[must_use]
+pub fn evaluate(image: &PolicyImage, path: &[u8], file_origin: u8, failure: u8) -> Decision {
+    if !image.restricts_exec {
+        return Decision { verdict: verdict::ALLOWED, reason: reason::NO_RULE };
+    }
+    let mismatch = |reason| Decision {
+        verdict: if image.mode.code() == mode::AUDIT { verdict::AUDITED } else { verdict::DENIED },
+        reason,
+    };
+    if failure != 0 {
+        return mismatch(failure);
+    }
+    let origins = image.exact.get(path).copied().unwrap_or(0) | match_globs(image, path);
+    if origins & (1 << u32::from(file_origin)) != 0 {
+        Decision { verdict: verdict::ALLOWED, reason: reason::RULE }
+    } else if file_origin == origin::UNKNOWN {
+        mismatch(reason::ORIGIN_UNKNOWN)
+    } else if origins != 0 {
+        mismatch(reason::ORIGIN)
+    } else {
+        mismatch(reason::NO_RULE)
+    }
+}
+
+fn match_globs(image: &PolicyImage, path: &[u8]) -> u32 {
+    let Some(mut row) = image.globs.first() else { return 0 };
+    for byte in path {
+        let next = row.next[usize::from(*byte)];
+        if next == GLOB_DEAD {
+            return 0;
+        }
+        let Some(found) = image.globs.get(usize::from(next)) else { return 0 };
+        row = found;
+    }
+    row.origins
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{document::parse, image::compile, policy::unite, selector::ContainerFacts};
+
+    fn image(mode: &str) -> PolicyImage {
+        let text = format!(
+            "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {{name: a}}\n\
+             spec: {{selector: {{}}, mode: {mode}, exec: {{allow: [{{path: /bin/a}}, {{path: /opt/**, from: [image, drift]}}]}}}}\n"
+        );
+        compile(&unite(&parse("x", &text).unwrap(), &ContainerFacts::default()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_verdict_depends_on_path_origin_and_mode() {
+        let decide = |mode, path: &str, origin| {
+            let decision = evaluate(&image(mode), path.as_bytes(), origin, 0);
+            (decision.verdict, decision.reason)
+        };
+        assert_eq!(decide("enforce", "/bin/a", origin::IMAGE), (verdict::ALLOWED, reason::RULE));
+        assert_eq!(decide("enforce", "/bin/a", origin::DRIFT), (verdict::DENIED, reason::ORIGIN));
+        assert_eq!(decide("enforce", "/opt/x", origin::DRIFT), (verdict::ALLOWED, reason::RULE));
+        assert_eq!(decide("enforce", "/bin/b", origin::IMAGE), (verdict::DENIED, reason::NO_RULE));
+        assert_eq!(decide("enforce", "/bin/a", origin::UNKNOWN), (verdict::DENIED, reason::ORIGIN_UNKNOWN));
+        assert_eq!(decide("audit", "/bin/b", origin::IMAGE), (verdict::AUDITED, reason::NO_RULE));
+    }
+
+    #[test]
+    fn an_unknown_path_is_refused_even_where_a_pattern_would_match() {
+        let decision = evaluate(&image("enforce"), b"/opt/x", origin::IMAGE, reason::PATH_TOO_LONG);
+        assert_eq!((decision.verdict, decision.reason), (verdict::DENIED, reason::PATH_TOO_LONG));
+    }
+}

@@ -1,0 +1,163 @@
+//! A first profile from what was recorded.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
+
+use crate::document::API_VERSION;
+
+/// One recorded execution.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Observation {
+    pub namespace: String,
+    pub pod: String,
+    pub labels: BTreeMap<String, String>,
+    pub container: String,
+    pub image: String,
+    pub path: String,
+    /// As records name it.
+    pub origin: String,
+}
+
+/// Labels that differ between pods of one workload, and so select nothing.
+const PER_POD_LABELS: &[&str] = &[
+    "pod-template-hash",
+    "controller-revision-hash",
+    "statefulset.kubernetes.io/pod-name",
+    "apps.kubernetes.io/pod-index",
+    "pod-template-generation",
+    "batch.kubernetes.io/job-completion-index",
+    "job-name",
+    "controller-uid",
+];
+
+/// Writes one profile in mode `audit` for every container of every workload seen. Executables that do not come
+/// from the image are listed as comments: an author must decide about each.
+#[must_use]
+pub fn draft(observations: &[Observation]) -> String {
+    type Workload = (String, BTreeMap<String, String>, String);
+    let mut workloads: BTreeMap<Workload, (BTreeSet<String>, BTreeSet<(String, String)>)> = BTreeMap::new();
+    for seen in observations {
+        let labels: BTreeMap<String, String> = seen
+            .labels
+            .iter()
+            .filter(|(key, _)| !PER_POD_LABELS.contains(&key.as_str()))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        let key = (seen.namespace.clone(), labels, seen.container.clone());
+        let (images, paths) = workloads.entry(key).or_default();
+        images.insert(seen.image.clone());
+        paths.insert((seen.path.clone(), seen.origin.clone()));
+    }
+    let mut text = String::new();
+    for (index, ((namespace, labels, container), (images, paths))) in workloads.iter().enumerate() {
+        if index > 0 {
+            text.push_str("---\n");
+        }
+        let app = labels.get("app").or_else(|| labels.get("app.kubernetes.io/name")).unwrap_or(container);
+        let name = name_of(&[app, container]);
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "# Drafted from {} executables that were recorded. Read it before you enforce it.", paths.len());
+        for image in images {
+            let _ = writeln!(text, "# image: {}", one_line(image));
+        }
+        let _ = writeln!(text, "apiVersion: {API_VERSION}\nkind: Profile");
+        let _ = writeln!(text, "metadata: {{name: {name}, namespace: {}}}", quoted(namespace));
+        let _ = writeln!(text, "spec:\n  selector:");
+        if labels.is_empty() {
+            let _ = writeln!(text, "    podSelector: {{}}");
+        } else {
+            let _ = writeln!(text, "    podSelector:\n      matchLabels:");
+            for (key, value) in labels {
+                let _ = writeln!(text, "        {}: {}", quoted(key), quoted(value));
+            }
+        }
+        let _ = writeln!(text, "    containers: [{{name: {}}}]", quoted(container));
+        let _ = writeln!(text, "  mode: audit\n  exec:");
+        let from_image: Vec<&String> =
+            paths.iter().filter(|(_, origin)| origin == "image").map(|(path, _)| path).collect();
+        if from_image.is_empty() {
+            let _ = writeln!(text, "    allow: []");
+        } else {
+            let _ = writeln!(text, "    allow:");
+        }
+        for path in from_image {
+            let _ = writeln!(text, "      - path: {}", quoted(path));
+        }
+        for (path, origin) in paths.iter().filter(|(_, origin)| origin != "image") {
+            let _ = writeln!(text, "      # seen with origin {}, decide: {}", one_line(origin), one_line(path));
+        }
+    }
+    text
+}
+
+fn one_line(text: &str) -> String {
+    text.escape_debug().to_string()
+}
+
+/// A YAML scalar in double quotes, whatever the text holds.
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for character in text.chars() {
+        match character {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            control if control.is_control() => {
+                let _ = write!(out, "\\U{:08x}", u32::from(control));
+            }
+            other => out.push(other),
+        }
+    }
+    out.push('"');
+    out
+}
+
+fn name_of(parts: &[&String]) -> String {
+    let mut unique: Vec<&String> = parts.to_vec();
+    unique.dedup();
+    let joined: Vec<String> = unique
+        .iter()
+        .map(|part| {
+            part.to_lowercase()
+                .chars()
+                .map(|character| if character.is_ascii_lowercase() || character.is_ascii_digit() { character } else { '-' })
+                .collect()
+        })
+        .collect();
+    let name = joined.join("-").trim_matches('-').to_owned();
+    if name.is_empty() { "workload".to_owned() } else { name }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::document::{Mode, parse};
+
+    fn seen(path: &str, origin: &str) -> Observation {
+        Observation {
+            namespace: "shop".to_owned(),
+            pod: "web-1".to_owned(),
+            labels: BTreeMap::from([
+                ("app".to_owned(), "web".to_owned()),
+                ("pod-template-hash".to_owned(), "7d4f".to_owned()),
+            ]),
+            container: "nginx".to_owned(),
+            image: "registry.example/web:1".to_owned(),
+            path: path.to_owned(),
+            origin: origin.to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_draft_is_a_valid_profile_that_allows_what_the_image_ran() {
+        let text = draft(&[seen("/usr/sbin/nginx", "image"), seen("/tmp/x\n- path: /evil", "drift")]);
+        let profiles = parse("draft", &text).unwrap();
+        assert_eq!(profiles.len(), 1);
+        assert_eq!(profiles[0].mode, Mode::Audit);
+        let rules = profiles[0].exec.as_ref().unwrap();
+        assert_eq!(rules.len(), 1, "{text}");
+        assert_eq!(rules[0].path.as_str(), "/usr/sbin/nginx");
+        assert!(!profiles[0].selector.labels.contains_key("pod-template-hash"));
+    }
+}

@@ -1,0 +1,17 @@
+//! Profiles as pure values.
+//!
+//! The way of a rule: YAML is read into a [`Profile`](document::Profile) by [`document`]; the profiles that
+//! [select](selector) a container are united into a [`Policy`](policy::Policy); [`image`] compiles that into a
+//! policy image, pure bytes for the kernel's maps; [`evaluate`] gives the verdict that the kernel gives on it.
+//! Nothing here reads a file, a clock or a kernel, so all of it can be fuzzed and replayed anywhere.
+
+#![forbid(unsafe_code)]
+
+pub mod document;
+pub mod evaluate;
+pub mod glob;
+pub mod image;
+pub mod learn;
+pub mod policy;
+pub mod problem;
+pub mod selector;

@@ -1,0 +1,118 @@
+//! The policy of one container: the union of its profiles' rules under the strictest of their modes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    document::{Mode, Origin, Profile, Scope},
+    glob::Pattern,
+    selector::ContainerFacts,
+};
+
+/// What holds for a container. Equal policies are one revision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// References of the profiles that were united, sorted.
+    pub profiles: Vec<String>,
+    pub mode: Mode,
+    /// `None` when no profile has an `exec` section.
+    pub exec: Option<BTreeMap<Pattern, BTreeSet<Origin>>>,
+}
+
+/// Chooses and unites the profiles for a container; `None` when none names it.
+///
+/// A namespace's profiles take the place of the cluster's. A section that only some of the united profiles have
+/// restricts: its absence in the others adds nothing to it.
+#[must_use]
+pub fn unite(profiles: &[Profile], facts: &ContainerFacts) -> Option<Policy> {
+    let selected = |wanted: &dyn Fn(&Scope) -> bool| -> Vec<&Profile> {
+        profiles.iter().filter(|profile| wanted(&profile.scope) && profile.selector.matches(facts)).collect()
+    };
+    let mut chosen =
+        selected(&|scope| matches!(scope, Scope::Namespace(namespace) if *namespace == facts.namespace));
+    if chosen.is_empty() {
+        chosen = selected(&|scope| *scope == Scope::Cluster);
+    }
+    let mode = chosen.iter().map(|profile| profile.mode).max()?;
+    let mut names: Vec<String> = chosen.iter().map(|profile| profile.reference()).collect();
+    names.sort();
+    let mut exec: Option<BTreeMap<Pattern, BTreeSet<Origin>>> = None;
+    for rules in chosen.iter().filter_map(|profile| profile.exec.as_ref()) {
+        let union = exec.get_or_insert_default();
+        for rule in rules {
+            union.entry(rule.path.clone()).or_default().extend(&rule.from);
+        }
+    }
+    Some(Policy { profiles: names, mode, exec })
+}
+
+impl Policy {
+    /// Names the revision by its content: the first 12 hexadecimal digits of a SHA-256.
+    #[must_use]
+    pub fn revision_name(&self) -> String {
+        let Self { profiles, mode, exec } = self;
+        let mut hash = Sha256::new();
+        let mut part = |text: &str| {
+            hash.update((text.len() as u64).to_le_bytes());
+            hash.update(text.as_bytes());
+        };
+        for profile in profiles {
+            part(profile);
+        }
+        part(mode.as_str());
+        match exec {
+            None => part("exec is not restricted"),
+            Some(rules) => {
+                for (pattern, origins) in rules {
+                    part(pattern.as_str());
+                    for origin in origins {
+                        part(origin.as_str());
+                    }
+                }
+            }
+        }
+        hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::document::parse;
+
+    fn profile(kind: &str, name: &str, mode: &str, path: &str) -> Profile {
+        let namespace = if kind == "Profile" { ", namespace: shop" } else { "" };
+        let text = format!(
+            "apiVersion: palisade.dev/v1alpha1\nkind: {kind}\nmetadata: {{name: {name}{namespace}}}\n\
+             spec: {{selector: {{}}, mode: {mode}, exec: {{allow: [{{path: {path}}}]}}}}\n"
+        );
+        parse("x", &text).unwrap().remove(0)
+    }
+
+    fn facts(namespace: &str) -> ContainerFacts {
+        ContainerFacts { namespace: namespace.to_owned(), ..ContainerFacts::default() }
+    }
+
+    #[test]
+    fn rules_add_up_under_the_strictest_mode() {
+        let profiles = [profile("Profile", "a", "audit", "/a"), profile("Profile", "b", "enforce", "/b")];
+        let policy = unite(&profiles, &facts("shop")).unwrap();
+        assert_eq!(policy.mode, Mode::Enforce);
+        assert_eq!(policy.exec.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_profile_takes_the_place_of_a_cluster_profile() {
+        let profiles = [profile("ClusterProfile", "a", "enforce", "/a"), profile("Profile", "b", "audit", "/b")];
+        assert_eq!(unite(&profiles, &facts("shop")).unwrap().profiles, ["shop/b"]);
+        assert_eq!(unite(&profiles, &facts("other")).unwrap().profiles, ["a"]);
+    }
+
+    #[test]
+    fn a_revision_is_named_by_its_content() {
+        let name = |path| unite(&[profile("Profile", "a", "audit", path)], &facts("shop")).unwrap().revision_name();
+        assert_eq!(name("/a"), name("/a"));
+        assert_ne!(name("/a"), name("/b"));
+    }
+}

@@ -1,0 +1,115 @@
+//! Compiling: the eBPF objects first, then the binaries that carry them.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+use crate::{
+    paths,
+    setup::{self, EbpfToolchain},
+    shell,
+};
+
+#[derive(Args, Clone, Default)]
+pub struct Options {
+    /// Optimise; leaves the programs' debug messages out
+    #[arg(long)]
+    pub release: bool,
+    /// Plant one bug in the verdict (for testing the tests): see agent-ebpf/Cargo.toml
+    #[arg(long, hide = true)]
+    pub plant: Option<String>,
+}
+
+/// The target of all binaries: statically linked, so that they run in any guest and image.
+pub const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+const PACKAGES: &[&str] = &["palisade-scenarios"];
+
+/// The binaries that a build leaves, by name.
+pub const BINARIES: &[&str] =
+    &["palisade-agent", "palisade-collector", "palisade", "palisade-scenarios", "palisade-fixture"];
+
+/// The two forms of the object: kernels before 5.12 have no atomic fetch-add.
+const VARIANTS: &[(&str, &str, &[&str])] =
+    &[("fetch-add", "v3", &["fetch-add"]), ("lanes", "v2", &[])];
+
+/// Builds everything and returns the folder of the binaries.
+pub fn run(options: &Options) -> Result<PathBuf> {
+    setup::run()?;
+    let objects = shell::step("build the eBPF programs", || ebpf(options))?;
+    shell::step("build the binaries", || binaries(options, &objects))
+}
+
+fn ebpf(options: &Options) -> Result<PathBuf> {
+    let name = options.plant.as_deref().unwrap_or("plain");
+    let output = paths::target().join("ebpf").join(name);
+    std::fs::create_dir_all(&output).with_context(|| format!("cannot create {}", output.display()))?;
+    for (variant, cpu, features) in VARIANTS {
+        let mut features: Vec<String> = features.iter().map(|&feature| feature.to_owned()).collect();
+        features.extend(options.plant.iter().map(|bug| format!("plant-{bug}")));
+        let flags = format!(
+            "-C linker={} -C link-arg=--btf -C debuginfo=2 -C target-cpu={cpu}",
+            setup::bpf_linker()?.display()
+        );
+        let mut command = match setup::ebpf_toolchain() {
+            EbpfToolchain::Debian => {
+                let mut command = Command::new("/usr/bin/cargo");
+                command.args(["build"]).env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+                command
+            }
+            EbpfToolchain::Nightly => {
+                let mut command = Command::new("rustup");
+                command.args(["run", "nightly", "cargo", "build", "-Zbuild-std=core"]);
+                command.env_remove("RUSTC");
+                command
+            }
+        };
+        let build = paths::target().join("ebpf-build");
+        command
+            .args(["--release", "--target", "bpfel-unknown-none", "--package", "palisade-ebpf"])
+            .args(["--features", &features.join(",")])
+            .current_dir(paths::repository())
+            .env("CARGO_TARGET_DIR", &build)
+            .env("RUSTFLAGS", flags)
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .env_remove("RUSTUP_TOOLCHAIN")
+            .env_remove("RUSTC_WRAPPER");
+        shell::quiet(&mut command, &format!("ebpf-{name}-{variant}"))?;
+        let built = build.join("bpfel-unknown-none/release/palisade-ebpf");
+        let object = output.join(format!("{variant}.o"));
+        copy_if_changed(&built, &object)?;
+    }
+    Ok(output)
+}
+
+/// Keeps the time stamp of an equal file, so that cargo does not rebuild the agent for nothing.
+fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
+    let new = std::fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    if std::fs::read(to).is_ok_and(|old| old == new) {
+        return Ok(());
+    }
+    std::fs::write(to, new).with_context(|| format!("cannot write {}", to.display()))
+}
+
+fn binaries(options: &Options, objects: &Path) -> Result<PathBuf> {
+    let mut command = Command::new("cargo");
+    command.arg("build").args(["--target", TARGET]);
+    for package in PACKAGES {
+        command.args(["--package", package]);
+    }
+    if options.release {
+        command.arg("--release");
+    }
+    command
+        .current_dir(paths::repository())
+        .env("PALISADE_EBPF_OBJECTS", objects)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    shell::quiet(&mut command, "binaries")?;
+    let profile = if options.release { "release" } else { "debug" };
+    Ok(paths::target().join(TARGET).join(profile))
+}

@@ -1,0 +1,3 @@
+#[derive(clap::Args)]
+pub struct Options {}
+pub fn run(_: &Options) -> anyhow::Result<std::process::ExitCode> { anyhow::bail!("later") }

@@ -1,0 +1,200 @@
+//! Container images for demo and tests, made without a registry: OCI layouts in a tar archive.
+
+use std::{
+    fs::File,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    debian::{Index, Package},
+    paths, shell,
+};
+
+/// An image as `ctr images import` takes it.
+pub struct Image {
+    pub name: &'static str,
+    pub archive: PathBuf,
+}
+
+/// Makes all images. Their content decides their names on disk, so an equal image is made once.
+pub fn make(binaries: &Path) -> Result<Vec<Image>> {
+    let fixture = binaries.join("palisade-fixture");
+    let mut images = Vec::new();
+    images.push(image("palisade.test/pause:1", &["/pause"], |root| {
+        install(&fixture, &root.join("pause"))
+    })?);
+    images.push(image("palisade.test/workload:1", &["/usr/bin/workload", "sleep"], |root| {
+        base(root)?;
+        // Distinct files, so that each is judged by itself.
+        for name in ["workload", "attacker", "third"] {
+            install(&fixture, &root.join("usr/bin").join(name))?;
+        }
+        let script = root.join("usr/bin/script");
+        std::fs::write(&script, "#!/usr/bin/workload true\n")?;
+        executable(&script)
+    })?);
+    let nginx = nginx_files()?;
+    images.push(image("palisade.test/nginx:1", &["/usr/sbin/nginx", "-g", "daemon off;"], |root| {
+        shell::read(std::process::Command::new("cp").arg("-a").arg(nginx.join(".")).arg(root))?;
+        install(Path::new("/bin/busybox"), &root.join("usr/bin/busybox"))?;
+        for name in ["sh", "cp", "cat", "id", "ls", "chmod", "wget", "sleep"] {
+            std::os::unix::fs::symlink("busybox", root.join("usr/bin").join(name))?;
+        }
+        for folder in ["tmp", "run", "var/log/nginx", "var/lib/nginx", "var/www", "proc", "sys", "dev"] {
+            std::fs::create_dir_all(root.join(folder))?;
+        }
+        std::fs::write(root.join("var/www/index.html"), "guarded by Palisade\n")?;
+        std::fs::write(root.join("etc/nginx/nginx.conf"), NGINX)?;
+        std::fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nwww-data:x:33:33::/var/www:/bin/sh\n")?;
+        std::fs::write(root.join("etc/group"), "root:x:0:\nwww-data:x:33:\n")?;
+        Ok(())
+    })?);
+    Ok(images)
+}
+
+const NGINX: &str = "user www-data;\nworker_processes 1;\nerror_log stderr;\npid /run/nginx.pid;\n\
+    events { worker_connections 64; }\n\
+    http { access_log off; server { listen 127.0.0.1:18080; root /var/www; } }\n";
+
+/// Debian's nginx with the libraries it needs, unpacked once.
+fn nginx_files() -> Result<PathBuf> {
+    const PACKAGES: &[&str] = &[
+        "nginx", "nginx-common", "libc6", "libcrypt1", "libpcre2-8-0", "libssl3t64", "zlib1g", "libzstd1",
+    ];
+    let recipe = paths::fingerprint(&[PACKAGES.join(" ").as_bytes()]);
+    let folder = paths::cache("nginx")?.join(recipe);
+    let files = folder.join("files");
+    if !folder.join("complete").exists() {
+        shell::step("fetch nginx for its image", || {
+            let index = Index::open()?;
+            for link in ["bin", "sbin", "lib", "lib64"] {
+                std::fs::create_dir_all(files.join("usr").join(link))?;
+                let _already_there = std::os::unix::fs::symlink(format!("usr/{link}"), files.join(link));
+            }
+            let packages = PACKAGES
+                .iter()
+                .map(|name| index.newest_in(name, "trixie"))
+                .collect::<Result<Vec<Package>>>()?;
+            index.unpack(&packages, &files)?;
+            for part in ["usr/share/doc", "usr/share/man", "usr/share/locale"] {
+                let _may_be_absent = std::fs::remove_dir_all(files.join(part));
+            }
+            std::fs::write(folder.join("complete"), "")?;
+            Ok(())
+        })?;
+    }
+    Ok(files)
+}
+
+fn base(root: &Path) -> Result<()> {
+    for folder in ["usr/bin", "tmp", "etc", "proc", "sys", "dev", "run", "mnt"] {
+        std::fs::create_dir_all(root.join(folder))?;
+    }
+    std::fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")?;
+    Ok(())
+}
+
+fn install(from: &Path, to: &Path) -> Result<()> {
+    if let Some(folder) = to.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    executable(to)
+}
+
+fn executable(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    Ok(std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?)
+}
+
+/// Makes one image with a single layer that `fill` writes.
+fn image(name: &'static str, command: &[&str], fill: impl FnOnce(&Path) -> Result<()>) -> Result<Image> {
+    let root = tempfile::tempdir()?;
+    fill(root.path()).with_context(|| format!("making the image {name}"))?;
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.follow_symlinks(false);
+    append(&mut builder, root.path(), Path::new(""))?;
+    let layer = builder.into_inner()?;
+    let layer_digest = digest(&layer);
+    let config = serde_json::to_vec(&json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Entrypoint": command, "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{layer_digest}")]},
+    }))?;
+    let descriptor = |kind: &str, bytes: &[u8]| {
+        json!({"mediaType": format!("application/vnd.oci.image.{kind}"),
+               "digest": format!("sha256:{}", digest(bytes)), "size": bytes.len()})
+    };
+    let manifest = serde_json::to_vec(&json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": descriptor("config.v1+json", &config),
+        "layers": [descriptor("layer.v1.tar", &layer)],
+    }))?;
+    let mut entry = descriptor("manifest.v1+json", &manifest);
+    entry["annotations"] = json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name});
+    let index = serde_json::to_vec(&json!({"schemaVersion": 2, "manifests": [entry]}))?;
+    let archive = paths::cache("images")?.join(format!("{}.tar", digest(&manifest)));
+    if !archive.exists() {
+        let partial = archive.with_extension("partial");
+        let mut tar = tar::Builder::new(File::create(&partial)?);
+        add(&mut tar, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        add(&mut tar, "index.json", &index)?;
+        for blob in [&layer, &config, &manifest] {
+            add(&mut tar, &format!("blobs/sha256/{}", digest(blob)), blob)?;
+        }
+        tar.into_inner()?.flush()?;
+        std::fs::rename(&partial, &archive)?;
+    }
+    Ok(Image { name, archive })
+}
+
+fn add(tar: &mut tar::Builder<File>, path: &str, bytes: &[u8]) -> Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(0o644);
+    header.set_mtime(0);
+    Ok(tar.append_data(&mut header, path, bytes)?)
+}
+
+/// Appends a folder's content in a fixed order with fixed times and owners, so that equal files give equal bytes.
+fn append(builder: &mut tar::Builder<Vec<u8>>, root: &Path, folder: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mut entries: Vec<_> = std::fs::read_dir(root.join(folder))?.collect::<std::io::Result<_>>()?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let relative = folder.join(entry.file_name());
+        let metadata = entry.path().symlink_metadata()?;
+        let mut header = tar::Header::new_gnu();
+        header.set_mtime(0);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mode(metadata.permissions().mode() & 0o7777);
+        if metadata.is_symlink() {
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_size(0);
+            builder.append_link(&mut header, &relative, std::fs::read_link(entry.path())?)?;
+        } else if metadata.is_dir() {
+            header.set_entry_type(tar::EntryType::Directory);
+            header.set_mode(if relative == Path::new("tmp") { 0o1777 } else { 0o755 });
+            header.set_size(0);
+            builder.append_data(&mut header, relative.join(""), std::io::empty())?;
+            append(builder, root, &relative)?;
+        } else {
+            let bytes = std::fs::read(entry.path())?;
+            header.set_size(bytes.len() as u64);
+            builder.append_data(&mut header, &relative, bytes.as_slice())?;
+        }
+    }
+    Ok(())
+}
+
+fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}

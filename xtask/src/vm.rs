@@ -1,0 +1,251 @@
+//! Virtual machines: boot, run one command, stream its output, return its exit code.
+
+use std::{
+    io::{Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+
+use crate::{
+    build, images,
+    kernels::{self, Kernel},
+    paths, rootfs, shell,
+};
+
+#[derive(Args)]
+pub struct Options {
+    /// The kernel to boot
+    #[arg(long, default_value = "6.12")]
+    pub kernel: Kernel,
+    /// Number of virtual processors
+    #[arg(long, default_value_t = 2)]
+    pub smp: u32,
+    /// Let the guest's clock count instructions: costs repeat from run to run (implies one processor)
+    #[arg(long)]
+    pub icount: bool,
+    /// Further kernel parameters, e.g. preempt=full
+    #[arg(long, default_value = "")]
+    pub append: String,
+    /// Give up after this many seconds
+    #[arg(long, default_value_t = 1800)]
+    pub deadline: u64,
+    /// The command and its arguments
+    #[arg(last = true, required = true)]
+    pub command: Vec<String>,
+}
+
+/// A machine to boot.
+pub struct Machine<'a> {
+    pub kernel: Kernel,
+    pub smp: u32,
+    pub icount: bool,
+    pub append: &'a str,
+    pub deadline: Duration,
+    /// Whether containerd is started before the command.
+    pub containerd: bool,
+    pub binaries: &'a Path,
+    /// Folder whose files stand under /host.
+    pub host: Option<&'a Path>,
+}
+
+/// What came of the command.
+pub struct Outcome {
+    pub code: u8,
+    pub output: String,
+    /// The guest's `uname -r`.
+    pub release: String,
+    pub took: Duration,
+}
+
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let binaries = build::run(&build::Options { release: true, plant: None })?;
+    let here = std::env::current_dir()?;
+    let machine = Machine {
+        kernel: options.kernel,
+        smp: options.smp,
+        icount: options.icount,
+        append: &options.append,
+        deadline: Duration::from_secs(options.deadline),
+        containerd: true,
+        binaries: &binaries,
+        host: Some(&here),
+    };
+    let outcome = machine.run(&options.command, true)?;
+    Ok(ExitCode::from(outcome.code))
+}
+
+impl Machine<'_> {
+    /// Boots, runs `command`, and waits for its end. With `stream` the output goes to standard output as it comes.
+    pub fn run(&self, command: &[String], stream: bool) -> Result<Outcome> {
+        let images = images::make(self.binaries)?;
+        let disk = rootfs::prepare(&images)?;
+        let bootable = kernels::prepare(self.kernel)?;
+        let work = tempfile::tempdir_in(paths::cache("runs")?)?;
+        let payload = self.payload(work.path(), command)?;
+        let exit_file = work.path().join("exit");
+        let begun = Instant::now();
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35", "-m", "3072"]);
+        // The sandbox that has no KVM has no nested one either: always emulate, never take the host's CPU model.
+        qemu.args(["-cpu", "max"]);
+        if self.icount {
+            qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi", "-smp", &self.smp.to_string()]);
+        }
+        qemu.arg("-kernel").arg(&bootable.image).arg("-initrd").arg(&bootable.initramfs);
+        qemu.arg("-append").arg(format!(
+            "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off {} {}",
+            bootable.parameters, self.append
+        ));
+        for (path, snapshot) in [(&disk, "on"), (&payload, "on")] {
+            qemu.arg("-drive").arg(format!(
+                "file={},format=raw,if=virtio,snapshot={snapshot},cache=unsafe",
+                path.display()
+            ));
+        }
+        qemu.args(["-device", "virtio-rng-pci"]);
+        qemu.args(["-serial", "stdio", "-serial"]).arg(format!("file:{}", exit_file.display()));
+        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env("TMPDIR", work.path());
+        let mut child = qemu.spawn().context("cannot start qemu-system-x86_64")?;
+        let mut console = child.stdout.take().context("qemu has no console")?;
+        let mut complaints = child.stderr.take().context("qemu has no standard error")?;
+        let over = AtomicBool::new(false);
+        let (output, late) = std::thread::scope(|scope| -> Result<(Vec<u8>, bool)> {
+            let reader = scope.spawn(move || copy(&mut console, stream));
+            let watch = scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    if begun.elapsed() > self.deadline {
+                        return true;
+                    }
+                    std::thread::park_timeout(Duration::from_millis(500));
+                }
+                false
+            });
+            let late = loop {
+                if watch.is_finished() {
+                    child.kill()?;
+                    break true;
+                }
+                if child.try_wait()?.is_some() {
+                    break false;
+                }
+                std::thread::park_timeout(Duration::from_millis(50));
+            };
+            over.store(true, Ordering::Relaxed);
+            child.wait()?;
+            let output = reader.join().map_err(|_| anyhow::anyhow!("reading the console failed"))??;
+            Ok((output, late))
+        })?;
+        let output = String::from_utf8_lossy(&output).into_owned();
+        if late {
+            bail!(
+                "the guest did not end within {} s; its console ends with:\n{}",
+                self.deadline.as_secs(),
+                tail(&output)
+            );
+        }
+        let exit = std::fs::read_to_string(&exit_file).unwrap_or_default();
+        let Some(code) = exit.trim().strip_prefix("exit ").and_then(|code| code.parse().ok()) else {
+            let mut said = String::new();
+            complaints.read_to_string(&mut said)?;
+            bail!("the guest ended without an exit code; its console ends with:\n{}\n{said}", tail(&output));
+        };
+        Ok(Outcome { code, output, release: bootable.release, took: begun.elapsed() })
+    }
+
+    /// The second disk: binaries, the command, and the host's files.
+    fn payload(&self, work: &Path, command: &[String]) -> Result<PathBuf> {
+        let root = work.join("payload");
+        std::fs::create_dir_all(root.join("bin"))?;
+        std::fs::create_dir_all(root.join("host"))?;
+        for name in build::BINARIES {
+            let from = self.binaries.join(name);
+            if from.exists() {
+                std::fs::copy(&from, root.join("bin").join(name))?;
+            }
+        }
+        if self.containerd {
+            std::fs::write(root.join("start-containerd"), "")?;
+        }
+        let words: Vec<String> = command.iter().map(|word| quote(word)).collect();
+        std::fs::write(root.join("command"), format!("{}\n", words.join(" ")))?;
+        if let Some(host) = self.host {
+            copy_host(host, &root.join("host"))?;
+        }
+        let disk = work.join("payload.ext4");
+        let size = shell::read(Command::new("du").args(["-sm"]).arg(&root))?;
+        let megabytes: u64 = size.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(256);
+        shell::quiet(
+            Command::new("mkfs.ext4")
+                .args(["-q", "-F", "-O", "^has_journal", "-d"])
+                .arg(&root)
+                .arg(&disk)
+                .arg(format!("{}M", megabytes + megabytes / 4 + 32)),
+            "payload",
+        )?;
+        Ok(disk)
+    }
+}
+
+/// Copies what a user means by "the current directory": in a git checkout what git tracks or would, else all.
+fn copy_host(from: &Path, to: &Path) -> Result<()> {
+    const MOST_MEGABYTES: u64 = 512;
+    let listed = shell::read(
+        Command::new("git").args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(from),
+    );
+    let files = match listed {
+        Ok(listed) => listed,
+        Err(_) => shell::read(Command::new("find").args([".", "-xdev", "-type", "f"]).current_dir(from))?,
+    };
+    let mut bytes = 0;
+    for file in files.lines() {
+        let source = from.join(file);
+        let Ok(metadata) = source.symlink_metadata() else { continue };
+        if !metadata.is_file() {
+            continue;
+        }
+        bytes += metadata.len();
+        if bytes > MOST_MEGABYTES << 20 {
+            bail!("{} holds more than {MOST_MEGABYTES} MiB; run this from a smaller folder", from.display());
+        }
+        let target = to.join(file);
+        if let Some(folder) = target.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        std::fs::copy(&source, &target)?;
+    }
+    Ok(())
+}
+
+fn copy(console: &mut impl std::io::Read, stream: bool) -> Result<Vec<u8>> {
+    let mut all = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let read = console.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(all);
+        }
+        let part: Vec<u8> = buffer[..read].iter().copied().filter(|byte| *byte != b'\r').collect();
+        if stream {
+            let mut out = std::io::stdout().lock();
+            out.write_all(&part)?;
+            out.flush()?;
+        }
+        all.extend(part);
+    }
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(30)..].join("\n")
+}
+
+fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
