@@ -3,8 +3,6 @@
 //! A *slot* is named by the id of the container's cgroup: the kernel gives every cgroup of a boot a different
 //! one, so a slot needs no allocator and is never mistaken for another.
 
-use crate::PATH_CAPACITY;
-
 /// Settings in frozen read-only memory: the verifier treats them as constants.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +27,8 @@ pub struct Settings {
 pub struct Slot {
     /// Last number given to a record of this slot, where the kernel has an atomic fetch-add.
     pub sequence: u64,
-    /// Records that were numbered but found no room in the ring.
-    pub lost_ring_full: u64,
+    /// Records that were numbered and could not be made, for want of room in the ring or of memory.
+    pub lost: u64,
     /// Boot time of the cgroup's creation, nanoseconds.
     pub created: u64,
     /// Boot time of the workload's first exec, nanoseconds; 0 before.
@@ -134,20 +132,6 @@ pub struct RootIdentity {
 /// Key of the host's own root in `ROOTS`; no cgroup has this id.
 pub const HOST_ROOT: u64 = 0;
 
-/// Slack behind the path, so that a component may be copied at any place and words read past the end.
-pub const SCRATCH_SLACK: usize = 256;
-
-/// Memory in which one task assembles paths. It is claimed under the task's id and given back, so no other
-/// task can overwrite it, whatever preempts what.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Scratch {
-    /// The executable's path, right-aligned at [`PATH_CAPACITY`]; zero before and behind it.
-    pub path: [u8; PATH_CAPACITY + SCRATCH_SLACK],
-    /// The working directory, likewise.
-    pub cwd: [u8; PATH_CAPACITY + SCRATCH_SLACK],
-}
-
 macro_rules! sizes {
     ($($type:ty = $size:literal),* $(,)?) => {
         $(const _: () = assert!(size_of::<$type>() == $size);)*
@@ -166,7 +150,6 @@ sizes! {
     GlobState = 520,
     Process = 16,
     RootIdentity = 40,
-    Scratch = 2560,
 }
 
 #[cfg(feature = "user")]

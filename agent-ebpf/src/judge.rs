@@ -5,97 +5,124 @@
 
 use palisade_abi::{
     PATH_CAPACITY,
-    codes::{error, mode, reason, verdict},
+    codes::{error, mode, origin, reason, verdict},
     maps::{GLOB_DEAD, Revision, RuleKey},
 };
 
 use crate::{
     count,
     maps::{GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, setting},
-    path::{self, Area, Walk},
+    path,
+    scratch::{self, Area, Scratch},
 };
+
+/// Judges the execution that `task` has examined, and writes the decision into its memory. Returns the
+/// [`verdict`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_judge(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else {
+        return u64::from(verdict::DENIED);
+    };
+    // SAFETY: the memory belongs to this task until it is released.
+    let slot = unsafe { (*scratch).slot };
+    let decision = decide(slot, Some(scratch));
+    // SAFETY: as above.
+    unsafe {
+        (*scratch).verdict = decision.verdict;
+        (*scratch).reason = decision.reason;
+        (*scratch).mode = decision.mode;
+        (*scratch).revision = decision.revision;
+    }
+    u64::from(decision.verdict)
+}
+
+/// The verdict on an execution that could not be examined for want of memory.
+#[inline(always)]
+pub fn unexamined(slot: u64) -> u8 {
+    decide(slot, None).verdict
+}
 
 /// A decision and what it rests on.
 #[derive(Clone, Copy)]
-pub struct Judgement {
-    pub verdict: u8,
-    pub reason: u8,
-    pub mode: u8,
-    pub revision: u32,
+struct Decision {
+    verdict: u8,
+    reason: u8,
+    mode: u8,
+    revision: u32,
 }
 
-impl Judgement {
-    #[inline(always)]
-    fn allowed(reason: u8, mode: u8, revision: u32) -> Self {
-        Self { verdict: verdict::ALLOWED, reason, mode, revision }
-    }
-
-    /// What `mode` makes of a mismatch. Anything but a clear `AUDIT` is refused.
-    #[inline(always)]
-    fn mismatch(reason: u8, mode: u8, revision: u32) -> Self {
-        let verdict = if mode == mode::AUDIT { verdict::AUDITED } else { verdict::DENIED };
-        Self { verdict, reason, mode, revision }
-    }
-
-    pub const RUNTIME: Self =
-        Self { verdict: verdict::ALLOWED, reason: reason::RUNTIME, mode: 0, revision: 0 };
-}
-
-/// Judges the execution of the file at `walk` with origin `file_origin` by a task of `slot`. Without `area`
-/// there was no memory to walk in, and the path is unknown.
+/// What `mode` makes of a mismatch. Anything but a clear `AUDIT` is refused.
 #[inline(always)]
-pub fn judge(slot: u64, area: Option<Area>, walk: &Walk, file_origin: u8) -> Judgement {
+fn mismatch(reason: u8, mode: u8, revision: u32) -> Decision {
+    let verdict = if mode == mode::AUDIT { verdict::AUDITED } else { verdict::DENIED };
+    Decision { verdict, reason, mode, revision }
+}
+
+#[inline(always)]
+fn allowed(reason: u8, mode: u8, revision: u32) -> Decision {
+    Decision { verdict: verdict::ALLOWED, reason, mode, revision }
+}
+
+#[inline(always)]
+fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     // SAFETY: one word, written by the agent in one map update; read once, so that one revision decides.
     let Some(policy) = (unsafe { SLOT_POLICIES.get(slot) }) else {
-        return Judgement::mismatch(reason::UNIDENTIFIED, setting!(unidentified) as u8, 0);
+        return mismatch(reason::UNIDENTIFIED, setting!(unidentified) as u8, 0);
     };
     let number = policy.revision;
     if number == 0 {
-        return Judgement::allowed(reason::NO_PROFILE, 0, 0);
+        return allowed(reason::NO_PROFILE, 0, 0);
     }
     // SAFETY: a revision is written before a slot points to it and removed after the last one left it.
     let Some(revision) = (unsafe { REVISIONS.get(number) }) else {
         count::error(error::REVISION_MISSED);
-        return Judgement::mismatch(reason::LOOKUP_MISSED, mode::ENFORCE, number);
+        return mismatch(reason::LOOKUP_MISSED, mode::ENFORCE, number);
     };
     let mode = revision.mode as u8;
     if revision.restricts_exec == 0 {
-        return Judgement::allowed(reason::NO_RULE, mode, number);
+        return allowed(reason::NO_RULE, mode, number);
     }
-    let Some(area) = area else {
-        return Judgement::mismatch(reason::NO_SCRATCH, mode, number);
+    let Some(scratch) = scratch else { return mismatch(reason::NO_SCRATCH, mode, number) };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (area, start, failure, file_origin) = unsafe {
+        (
+            &raw mut (*scratch).path,
+            (*scratch).executable.start,
+            (*scratch).executable.failure as u8,
+            (*scratch).origin,
+        )
     };
-    if walk.failure != 0 {
-        return Judgement::mismatch(walk.failure, mode, number);
+    if failure != 0 {
+        return mismatch(failure, mode, number);
     }
-    let key = RuleKey { path_hash: path::hash(area, walk), revision: number, reserved: 0 };
+    let bit = 1 << (u32::from(file_origin) & 31);
+    let key = RuleKey { path_hash: path::hash(area, start), revision: number, reserved: 0 };
     // SAFETY: rules of a revision do not change while a slot points to it.
-    let exact = unsafe { RULES.get(key) }.map_or(0, |rule| rule.origins);
-    let origins = if exact & (1 << u32::from(file_origin)) != 0 {
-        exact
-    } else {
-        exact | match_globs(area, walk, revision)
-    };
-    if origins & (1 << u32::from(file_origin)) != 0 {
-        Judgement::allowed(reason::RULE, mode, number)
-    } else if file_origin == palisade_abi::codes::origin::UNKNOWN {
-        Judgement::mismatch(reason::ORIGIN_UNKNOWN, mode, number)
+    let mut origins = unsafe { RULES.get(key) }.map_or(0, |rule| rule.origins);
+    if origins & bit == 0 {
+        origins |= match_globs(area, start, revision);
+    }
+    if origins & bit != 0 {
+        allowed(reason::RULE, mode, number)
+    } else if file_origin == origin::UNKNOWN {
+        mismatch(reason::ORIGIN_UNKNOWN, mode, number)
     } else if origins != 0 {
-        Judgement::mismatch(reason::ORIGIN, mode, number)
+        mismatch(reason::ORIGIN, mode, number)
     } else {
-        Judgement::mismatch(reason::NO_RULE, mode, number)
+        mismatch(reason::NO_RULE, mode, number)
     }
 }
 
 /// Runs the revision's automaton over the path and returns the origins it allows.
 #[inline(always)]
-fn match_globs(area: Area, walk: &Walk, revision: &Revision) -> u32 {
+fn match_globs(area: *mut Area, start: u32, revision: &Revision) -> u32 {
     let base = revision.glob_base;
     if revision.glob_states == 0 {
         return 0;
     }
     let mut state = 0_u32;
-    let mut at = walk.start;
+    let mut at = start;
     let mut turn = 0;
     while turn < PATH_CAPACITY {
         if at >= PATH_CAPACITY as u32 {

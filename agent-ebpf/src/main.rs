@@ -21,6 +21,7 @@ mod origin;
 mod path;
 mod processes;
 mod record;
+mod scratch;
 
 use aya_ebpf::{
     macros::{lsm, raw_tracepoint},
@@ -78,10 +79,19 @@ pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
 }
 
 /// Never attached: the agent runs it on demand (`BPF_PROG_TEST_RUN`) from a thread whose root directory is the
-/// one to learn. The first argument is the slot, or `HOST_ROOT`.
-#[raw_tracepoint]
-pub fn learn_root(ctx: RawTracePointContext) -> i32 {
-    i32::from(!containers::learn_root(ctx.arg(0)))
+/// one to learn. The first argument is the slot, or `HOST_ROOT`. Written out, since the macro of the others
+/// discards the result.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp")]
+pub extern "C" fn learn_root(ctx: *mut core::ffi::c_void) -> u32 {
+    u32::from(!containers::learn_root(RawTracePointContext::new(ctx).arg(0)))
+}
+
+/// Never attached, run on demand: the origin that the overlay logic gives the current working directory.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp")]
+pub extern "C" fn probe_origin(_ctx: *mut core::ffi::c_void) -> u32 {
+    u32::from(origin::of_working_directory())
 }
 
 #[unsafe(link_section = "license")]

@@ -10,10 +10,12 @@ use aya_ebpf::{
 use palisade_abi::{
     codes,
     maps::{
-        GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Scratch, Settings, Slot, SlotPolicy,
+        GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy,
     },
     offsets::KernelOffsets,
 };
+
+use crate::scratch::Scratch;
 
 /// Telemetry and verdicts, numbered per slot.
 #[map]

@@ -10,7 +10,7 @@ use crate::{
     count,
     kernel::KernelPtr,
     maps::{ROOTS, offset},
-    path::Walk,
+    scratch,
 };
 
 // Magic numbers of include/uapi/linux/magic.h.
@@ -40,16 +40,25 @@ pub fn current_root() -> Option<RootIdentity> {
     identity(root)
 }
 
-/// Classifies the file `dentry` of a task of `slot`.
+/// Classifies the file that `task` judges. Returns an [`origin`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_classify(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return u64::from(origin::UNKNOWN) };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (slot, dentry) = unsafe { ((*scratch).slot, KernelPtr((*scratch).dentry)) };
+    u64::from(classify(slot, dentry))
+}
+
 #[inline(always)]
-pub fn classify(slot: u64, dentry: KernelPtr, walk: &Walk) -> u8 {
+fn classify(slot: u64, dentry: KernelPtr) -> u8 {
     let Some(file) = identity(dentry) else {
         count::error(error::ORIGIN_READ);
         return origin::UNKNOWN;
     };
     // SAFETY: the entry is written once, before any task of the slot executes its workload.
     if let Some(root) = unsafe { ROOTS.get(slot) } {
-        let same = root.superblock == walk.superblock.0
+        let same = root.superblock == file.superblock
             && root.device == file.device
             && root.magic == file.magic
             && root.user_namespace == file.user_namespace;
@@ -62,12 +71,21 @@ pub fn classify(slot: u64, dentry: KernelPtr, walk: &Walk) -> u8 {
     }
     // SAFETY: the host's entry is written before any program is attached and never again.
     match unsafe { ROOTS.get(HOST_ROOT) } {
-        Some(host) if host.superblock == walk.superblock.0 => origin::HOST,
+        Some(host) if host.superblock == file.superblock => origin::HOST,
         Some(_) => origin::UNKNOWN,
         None => {
             count::error(error::HOST_ROOT_MISSING);
             origin::UNKNOWN
         }
+    }
+}
+
+/// What [`overlay_origin`] says of the current working directory.
+#[inline(always)]
+pub fn of_working_directory() -> u8 {
+    match KernelPtr::current_task().follow(offset!(task_fs)).and_then(|fs| fs.follow(offset!(fs_pwd_dentry))) {
+        Some(dentry) => overlay_origin(dentry),
+        None => origin::UNKNOWN,
     }
 }
 

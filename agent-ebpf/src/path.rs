@@ -3,72 +3,24 @@
 //! Neither the string that was typed nor the process's root or mount namespace takes part, so no symlink, bind
 //! mount, chroot or namespace changes the outcome.
 
-use aya_ebpf::{bindings::BPF_NOEXIST, helpers::bpf_probe_read_kernel_buf};
+use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY, PATH_DEPTH,
     codes::{error, reason},
     hash::SipHasher,
-    maps::{SCRATCH_SLACK, Scratch},
 };
 
 use crate::{
     count,
     kernel::KernelPtr,
-    maps::{SCRATCH, offset, setting},
+    maps::{offset, setting},
+    scratch::{self, Area, EXECUTABLE, Walk},
 };
-
-const AREA: usize = PATH_CAPACITY + SCRATCH_SLACK;
-/// A path area of a claimed [`Scratch`].
-pub type Area = *mut [u8; AREA];
-
-static EMPTY: Scratch = Scratch { path: [0; AREA], cwd: [0; AREA] };
-
-/// Claims scratch memory for the task `task` (pid and tgid). Give it back with [`release`].
-#[inline(always)]
-pub fn claim(task: u64) -> Option<*mut Scratch> {
-    if SCRATCH.insert(task, &EMPTY, u64::from(BPF_NOEXIST)).is_err() {
-        count::error(error::SCRATCH_FULL);
-        return None;
-    }
-    let claimed = SCRATCH.get_ptr_mut(task);
-    if claimed.is_none() {
-        count::error(error::SCRATCH_LOST);
-    }
-    claimed
-}
-
-#[inline(always)]
-pub fn release(task: u64) {
-    if SCRATCH.remove(task).is_err() {
-        count::error(error::SCRATCH_LOST);
-    }
-}
-
-/// Where a walk ended.
-#[derive(Clone, Copy)]
-pub struct Walk {
-    pub superblock: KernelPtr,
-    /// The path stands at `start..PATH_CAPACITY` of the area.
-    pub start: u32,
-    /// 0 when the walk reached the superblock's root; else a [`reason`].
-    pub failure: u8,
-}
-
-impl Walk {
-    /// Bytes of the path, at most [`PATH_CAPACITY`].
-    #[inline(always)]
-    pub fn length(&self) -> u32 {
-        PATH_CAPACITY as u32 - self.start
-    }
-
-    pub const NOTHING: Self =
-        Self { superblock: KernelPtr(0), start: PATH_CAPACITY as u32, failure: reason::READ_FAILED };
-}
 
 /// Copies one name in front of `start`. `None` when it does not fit or cannot be read.
 #[inline(always)]
-fn prepend(area: Area, start: u32, dentry: KernelPtr, separator: u32) -> Result<u32, u8> {
+fn prepend(area: *mut Area, start: u32, dentry: KernelPtr, separator: u32) -> Result<u32, u8> {
     let length: u32 = dentry.read(offset!(dentry_name_length)).ok_or(reason::READ_FAILED)?;
     let name: u64 = dentry.read(offset!(dentry_name)).ok_or(reason::READ_FAILED)?;
     if length == 0 || length > 255 {
@@ -94,73 +46,75 @@ fn prepend(area: Area, start: u32, dentry: KernelPtr, separator: u32) -> Result<
     Ok(start)
 }
 
-/// Walks from `dentry` to the root of its superblock and writes the path into `area`, which must be zero.
-#[inline(always)]
-pub fn walk(area: Area, dentry: KernelPtr) -> Walk {
-    let mut walk = Walk::NOTHING;
-    let Some(superblock) = dentry.follow(offset!(dentry_superblock)) else {
-        count::error(error::WALK_READ);
-        return walk;
+/// Walks from `dentry` to the root of its superblock and writes the path into the memory of `task`, area
+/// `which`. Returns 0, or the [`reason`] why the path is not known.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return u64::from(reason::NO_SCRATCH) };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (area, walk) = unsafe {
+        if which == EXECUTABLE {
+            (&raw mut (*scratch).path, &raw mut (*scratch).executable)
+        } else {
+            (&raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
+        }
     };
-    walk.superblock = superblock;
-    let Some(root) = superblock.follow(offset!(superblock_root)) else {
-        count::error(error::WALK_READ);
-        return walk;
-    };
-    let mut current = dentry;
-    let mut failure = reason::PATH_TOO_DEEP;
     let mut start = PATH_CAPACITY as u32;
-    let mut depth = 0;
-    while depth < PATH_DEPTH {
-        if current == root {
-            failure = 0;
-            break;
-        }
-        let Some(parent) = current.follow(offset!(dentry_parent)) else {
-            failure = reason::READ_FAILED;
-            break;
-        };
-        if parent == current {
-            // A memfd, a pipe, or a subtree that was cut off: its own name is all there is to show.
-            failure = reason::WALK_INCOMPLETE;
-            if depth == 0
-                && let Ok(shown) = prepend(area, start, current, 0)
-            {
-                start = shown;
-            }
-            break;
-        }
-        match prepend(area, start, current, 1) {
-            Ok(next) => start = next,
-            Err(reason) => {
-                failure = reason;
-                break;
-            }
-        }
-        current = parent;
-        depth += 1;
-    }
-    if failure == 0 && start == PATH_CAPACITY as u32 {
-        start -= 1;
-        // SAFETY: one byte before the end of the path's place, within the area.
-        unsafe { area.cast::<u8>().add(PATH_CAPACITY - 1).write(b'/') };
-    }
+    let mut superblock = 0;
+    let failure = climb(area, KernelPtr(dentry), &mut start, &mut superblock);
     match failure {
         reason::PATH_TOO_DEEP => count::error(error::WALK_DEEP),
         reason::PATH_TOO_LONG => count::error(error::WALK_LONG),
         reason::READ_FAILED => count::error(error::WALK_READ),
         _ => {}
     }
-    walk.start = start;
-    walk.failure = failure;
-    walk
+    // SAFETY: as above.
+    unsafe { walk.write(Walk { superblock, start, failure: u32::from(failure) }) };
+    u64::from(failure)
+}
+
+#[inline(always)]
+fn climb(area: *mut Area, dentry: KernelPtr, start: &mut u32, superblock: &mut u64) -> u8 {
+    let Some(found) = dentry.follow(offset!(dentry_superblock)) else { return reason::READ_FAILED };
+    *superblock = found.0;
+    let Some(root) = found.follow(offset!(superblock_root)) else { return reason::READ_FAILED };
+    let mut current = dentry;
+    let mut depth = 0;
+    while depth < PATH_DEPTH {
+        if current == root {
+            if *start == PATH_CAPACITY as u32 {
+                *start -= 1;
+                // SAFETY: the last byte of the path's place, within the area.
+                unsafe { area.cast::<u8>().add(PATH_CAPACITY - 1).write(b'/') };
+            }
+            return 0;
+        }
+        let Some(parent) = current.follow(offset!(dentry_parent)) else { return reason::READ_FAILED };
+        if parent == current {
+            // A memfd, a pipe, or a subtree that was cut off: its own name is all there is to show.
+            if depth == 0
+                && let Ok(shown) = prepend(area, *start, current, 0)
+            {
+                *start = shown;
+            }
+            return reason::WALK_INCOMPLETE;
+        }
+        match prepend(area, *start, current, 1) {
+            Ok(next) => *start = next,
+            Err(reason) => return reason,
+        }
+        current = parent;
+        depth += 1;
+    }
+    reason::PATH_TOO_DEEP
 }
 
 /// The lookup name of the path; see [`palisade_abi::hash::hash_path`].
 #[inline(always)]
-pub fn hash(area: Area, walk: &Walk) -> [u64; 2] {
+pub fn hash(area: *mut Area, start: u32) -> [u64; 2] {
     let mut hasher = SipHasher::new([setting!(hash_key)[0], setting!(hash_key)[1]]);
-    let first = walk.start & !7;
+    let first = start & !7;
     let mut at = first;
     let mut turn = 0;
     while turn < PATH_CAPACITY / 8 {
@@ -178,7 +132,7 @@ pub fn hash(area: Area, walk: &Walk) -> [u64; 2] {
 
 /// A byte of the path.
 #[inline(always)]
-pub fn byte(area: Area, at: u32) -> u8 {
+pub fn byte(area: *mut Area, at: u32) -> u8 {
     let index = (black_box(at) as usize) & (PATH_CAPACITY - 1);
     // SAFETY: the index is within the area.
     unsafe { area.cast::<u8>().add(index).read_volatile() }

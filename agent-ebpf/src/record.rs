@@ -72,10 +72,7 @@ pub fn reserve<T: 'static>(slot: u64, kind: u16, lane: Lane) -> Option<(RingBufE
     };
     let Some(entry) = RECORDS.reserve::<T>(0) else {
         count::error(error::RECORD_RING_FULL);
-        if let Some(slot) = SLOTS.get_ptr_mut(slot) {
-            // SAFETY: the pointer comes from a map lookup.
-            count::add(unsafe { &raw mut (*slot).lost_ring_full }, 1);
-        }
+        count_lost(slot);
         return None;
     };
     let header = Header {
@@ -91,6 +88,24 @@ pub fn reserve<T: 'static>(slot: u64, kind: u16, lane: Lane) -> Option<(RingBufE
         time: unsafe { bpf_ktime_get_boot_ns() },
     };
     Some((entry, header))
+}
+
+#[inline(always)]
+fn count_lost(slot: u64) {
+    if let Some(slot) = SLOTS.get_ptr_mut(slot) {
+        // SAFETY: the pointer comes from a map lookup.
+        count::add(unsafe { &raw mut (*slot).lost }, 1);
+    }
+}
+
+/// Numbers a record that cannot be made, so that it is missed and counted.
+#[inline(always)]
+pub fn lose(slot: u64, lane: Lane) {
+    if number(slot, lane).is_some() {
+        count_lost(slot);
+    } else {
+        count::error(error::SEQUENCE_MISSED);
+    }
 }
 
 /// Hands a record over. Telemetry waits for the reader's next round, so that a busy container does not cost a

@@ -1,1 +1,61 @@
+//! The records and the two services, generated from the `.proto` files, and their JSON form.
 
+#![forbid(unsafe_code)]
+
+use std::sync::LazyLock;
+
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
+
+/// Package `palisade.v1`.
+#[expect(clippy::all, reason = "generated")]
+#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::allow_attributes, reason = "generated")]
+pub mod v1 {
+    tonic::include_proto!("palisade.v1");
+}
+
+static RECORD: LazyLock<Option<MessageDescriptor>> = LazyLock::new(|| {
+    let pool = DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..]).ok()?;
+    pool.get_message_by_name("palisade.v1.Record")
+});
+
+/// A record as one JSON object: field names as in the `.proto` file, numbers as numbers, and every field present,
+/// so that a reader need not know the defaults.
+///
+/// # Errors
+///
+/// When the bytes are not a record.
+pub fn record_to_json(bytes: &[u8]) -> Result<serde_json::Value, prost::DecodeError> {
+    let Some(descriptor) = RECORD.clone() else { return Ok(serde_json::Value::Null) };
+    let message = DynamicMessage::decode(descriptor, bytes)?;
+    let options = SerializeOptions::new()
+        .use_proto_field_name(true)
+        .stringify_64_bit_integers(false)
+        .skip_default_fields(false);
+    Ok(message.serialize_with_options(serde_json::value::Serializer, &options).unwrap_or(serde_json::Value::Null))
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+
+    #[test]
+    fn json_has_the_names_of_the_proto_file_and_plain_numbers() {
+        let record = v1::Record {
+            node: "n1".to_owned(),
+            time: 1_700_000_000_000_000_001,
+            event: Some(v1::record::Event::Exec(v1::ProcessExec {
+                argument_count: 2,
+                verdict: "denied".to_owned(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        };
+        let json = record_to_json(&record.encode_to_vec()).unwrap();
+        assert_eq!(json["time"], 1_700_000_000_000_000_001_u64);
+        assert_eq!(json["exec"]["argument_count"], 2);
+        assert_eq!(json["exec"]["verdict"], "denied");
+        assert_eq!(json["exec"]["arguments_truncated"], false);
+    }
+}

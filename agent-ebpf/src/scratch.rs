@@ -1,0 +1,113 @@
+//! The memory in which one task judges one execution.
+//!
+//! It is claimed under the task's id and given back, so no other task can overwrite it, whatever preempts what.
+//! It also carries what the steps of a judgement hand to each other: they are functions that the verifier
+//! checks one by one (global functions), which can only take and return numbers.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use palisade_abi::{PATH_CAPACITY, codes::error};
+
+use crate::{count, maps::SCRATCH};
+
+/// Slack behind a path, so that a component may be copied to any place.
+const SLACK: usize = 256;
+const AREA: usize = PATH_CAPACITY + SLACK;
+
+/// A path, right-aligned at [`PATH_CAPACITY`]; zero before and behind it.
+pub type Area = [u8; AREA];
+
+/// Which of the two paths.
+pub const EXECUTABLE: u64 = 0;
+pub const WORKING_DIRECTORY: u64 = 1;
+
+/// Where a walk ended.
+#[repr(C)]
+pub struct Walk {
+    pub superblock: u64,
+    /// The path stands at `start..PATH_CAPACITY` of its area.
+    pub start: u32,
+    /// 0 when the walk reached the superblock's root; else a [`palisade_abi::codes::reason`].
+    pub failure: u32,
+}
+
+/// Where the arguments are.
+pub mod arguments {
+    pub const UNAVAILABLE: u32 = 0;
+    /// One run of strings in the new address space.
+    pub const NEW_IMAGE: u32 = 1;
+    /// An array of pointers in the caller's memory.
+    pub const CALLER: u32 = 2;
+}
+
+/// An execution that is being judged.
+#[repr(C)]
+pub struct Scratch {
+    pub bprm: u64,
+    pub slot: u64,
+    pub dentry: u64,
+    pub arguments_at: u64,
+    pub arguments_length: u64,
+    pub arguments_kind: u32,
+    pub revision: u32,
+    pub verdict: u8,
+    pub reason: u8,
+    pub mode: u8,
+    pub origin: u8,
+    pub action: u8,
+    pub of_script: u8,
+    pub reserved: u16,
+    pub executable: Walk,
+    pub working_directory: Walk,
+    pub path: Area,
+    pub cwd: Area,
+}
+
+const NOTHING: Walk = Walk { superblock: 0, start: PATH_CAPACITY as u32, failure: 0 };
+
+static EMPTY: Scratch = Scratch {
+    bprm: 0,
+    slot: 0,
+    dentry: 0,
+    arguments_at: 0,
+    arguments_length: 0,
+    arguments_kind: 0,
+    revision: 0,
+    verdict: 0,
+    reason: 0,
+    mode: 0,
+    origin: 0,
+    action: 0,
+    of_script: 0,
+    reserved: 0,
+    executable: NOTHING,
+    working_directory: NOTHING,
+    path: [0; AREA],
+    cwd: [0; AREA],
+};
+
+/// Claims memory for the task `task` (its tgid and pid). `None` is counted. Give it back with [`release`].
+#[inline(always)]
+pub fn claim(task: u64) -> Option<*mut Scratch> {
+    if SCRATCH.insert(task, &EMPTY, u64::from(BPF_NOEXIST)).is_err() {
+        count::error(error::SCRATCH_FULL);
+        return None;
+    }
+    of(task)
+}
+
+/// The memory that `task` has claimed.
+#[inline(always)]
+pub fn of(task: u64) -> Option<*mut Scratch> {
+    let claimed = SCRATCH.get_ptr_mut(task);
+    if claimed.is_none() {
+        count::error(error::SCRATCH_LOST);
+    }
+    claimed
+}
+
+#[inline(always)]
+pub fn release(task: u64) {
+    if SCRATCH.remove(task).is_err() {
+        count::error(error::SCRATCH_LOST);
+    }
+}

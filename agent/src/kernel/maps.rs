@@ -1,0 +1,236 @@
+//! Typed access to the maps that the agent writes and reads.
+
+use std::collections::HashMap as Table;
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues},
+};
+use palisade_abi::{
+    codes,
+    hash::hash_path,
+    maps::{GlobState, Process, Revision, RuleKey, RuleValue, Slot, SlotPolicy},
+};
+use palisade_profile::image::PolicyImage;
+
+/// Capacities of the maps.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Containers at a time.
+    pub slots: u32,
+    /// Processes of containers at a time.
+    pub processes: u32,
+    /// Exact paths over all revisions in force.
+    pub rules: u32,
+    /// Automaton states over all revisions in force.
+    pub glob_states: u32,
+    /// Bytes of the record ring, a power of two.
+    pub ring_bytes: u32,
+}
+
+const BPF_ANY: u64 = 0;
+const BPF_NOEXIST: u64 = 1;
+
+/// A revision that stands in the kernel.
+struct Installed {
+    globs: std::ops::Range<u32>,
+    keys: Vec<RuleKey>,
+}
+
+/// The maps after loading.
+pub struct Maps {
+    slots: HashMap<MapData, u64, Slot>,
+    slot_lanes: Option<PerCpuHashMap<MapData, u64, [u64; 4]>>,
+    slot_policies: HashMap<MapData, u64, SlotPolicy>,
+    cgroups: HashMap<MapData, u64, u64>,
+    revisions: HashMap<MapData, u32, Revision>,
+    rules: HashMap<MapData, RuleKey, RuleValue>,
+    glob_states: Array<MapData, GlobState>,
+    processes: HashMap<MapData, u32, Process>,
+    errors: Array<MapData, u64>,
+    hash_key: [u64; 2],
+    installed: Table<u32, Installed>,
+    next_revision: u32,
+}
+
+impl Maps {
+    pub(super) fn take(ebpf: &mut Ebpf, hash_key: [u64; 2]) -> Result<Self> {
+        let mut take = |name: &str| ebpf.take_map(name).with_context(|| format!("the object has no map {name}"));
+        let slot_lanes = take("SLOT_LANES").ok().map(PerCpuHashMap::try_from).transpose()?;
+        Ok(Self {
+            slots: take("SLOTS")?.try_into()?,
+            slot_lanes,
+            slot_policies: take("SLOT_POLICIES")?.try_into()?,
+            cgroups: take("CGROUPS")?.try_into()?,
+            revisions: take("REVISIONS")?.try_into()?,
+            rules: take("RULES")?.try_into()?,
+            glob_states: take("GLOB_STATES")?.try_into()?,
+            processes: take("PROCESSES")?.try_into()?,
+            errors: take("ERRORS")?.try_into()?,
+            hash_key,
+            installed: Table::new(),
+            next_revision: 1,
+        })
+    }
+
+    /// Writes a policy image under a number that was never used before. Nothing points to it yet, so no decision
+    /// can see half of it.
+    ///
+    /// # Errors
+    ///
+    /// When a map is full; what was written is taken out again.
+    pub fn install(&mut self, image: &PolicyImage) -> Result<u32> {
+        let number = self.next_revision;
+        self.next_revision += 1;
+        let mut done = Installed { globs: 0..0, keys: Vec::new() };
+        match self.write_image(number, image, &mut done) {
+            Ok(()) => {
+                self.installed.insert(number, done);
+                Ok(number)
+            }
+            Err(error) => {
+                self.installed.insert(number, done);
+                self.remove_revision(number);
+                Err(error)
+            }
+        }
+    }
+
+    fn write_image(&mut self, number: u32, image: &PolicyImage, done: &mut Installed) -> Result<()> {
+        let PolicyImage { mode, restricts_exec, exact, globs } = image;
+        done.globs = self.free_globs(globs.len() as u32)?;
+        for (index, state) in done.globs.clone().zip(globs) {
+            self.glob_states.set(index, state, BPF_ANY).context("cannot write the glob automaton")?;
+        }
+        for (path, origins) in exact {
+            let key = RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
+            self.rules
+                .insert(key, RuleValue { origins: *origins }, BPF_ANY)
+                .context("the map of rules is full; raise maps.rules in the agent's configuration")?;
+            done.keys.push(key);
+        }
+        let head = Revision {
+            mode: u32::from(mode.code()),
+            restricts_exec: u32::from(*restricts_exec),
+            glob_base: done.globs.start,
+            glob_states: globs.len() as u32,
+        };
+        self.revisions
+            .insert(number, head, BPF_ANY)
+            .context("the map of revisions is full; raise maps.slots in the agent's configuration")
+    }
+
+    /// The lowest free run of `count` automaton rows.
+    fn free_globs(&self, count: u32) -> Result<std::ops::Range<u32>> {
+        let mut taken: Vec<_> = self.installed.values().map(|installed| installed.globs.clone()).collect();
+        taken.sort_by_key(|range| range.start);
+        let mut start = 0;
+        for range in taken.iter().filter(|range| !range.is_empty()) {
+            if range.start - start >= count {
+                break;
+            }
+            start = range.end;
+        }
+        if start + count > self.glob_states.len() {
+            bail!("no room for {count} automaton states; raise maps.globStates in the agent's configuration");
+        }
+        Ok(start..start + count)
+    }
+
+    /// Takes a revision out that no slot points to any more. Waits until no program can still be reading it.
+    pub fn remove_revision(&mut self, number: u32) {
+        let Some(installed) = self.installed.remove(&number) else { return };
+        // A program runs within one RCU read-side section; this returns after all that were running have ended.
+        // SAFETY: the call takes no pointers.
+        unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
+        let _may_never_have_been_written = self.revisions.remove(&number);
+        for key in installed.keys {
+            let _as_above = self.rules.remove(&key);
+        }
+    }
+
+    /// Puts a slot under a revision; 0 is "no profile".
+    pub fn set_policy(&mut self, slot: u64, revision: u32) -> Result<()> {
+        self.slot_policies
+            .insert(slot, SlotPolicy { revision, reserved: 0 }, BPF_ANY)
+            .context("the map of slot policies is full; raise maps.slots in the agent's configuration")
+    }
+
+    /// Makes a slot for a container that ran before the programs did. Returns whether it is new.
+    pub fn add_slot(&mut self, slot: u64, created: u64) -> Result<bool> {
+        let value = Slot { created, ..Slot::default() };
+        if self.slots.insert(slot, value, BPF_NOEXIST).is_err() {
+            if self.slots.get(&slot, 0).is_ok() {
+                return Ok(false);
+            }
+            bail!("the map of slots is full; raise maps.slots in the agent's configuration");
+        }
+        if let Some(lanes) = &mut self.slot_lanes {
+            let zero = vec![[0; 4]; aya::util::nr_cpus().map_err(|(_, error)| error)?];
+            lanes.insert(slot, PerCpuValues::try_from(zero)?, BPF_ANY)?;
+        }
+        Ok(true)
+    }
+
+    /// Says that a cgroup belongs to a slot.
+    pub fn add_cgroup(&mut self, cgroup: u64, slot: u64) -> Result<()> {
+        self.cgroups.insert(cgroup, slot, BPF_ANY).context("the map of cgroups is full; raise maps.slots")
+    }
+
+    /// Gives a running process to a slot, as workload.
+    pub fn add_process(&mut self, pid: u32, slot: u64) -> Result<()> {
+        let value =
+            Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] };
+        match self.processes.insert(pid, value, BPF_NOEXIST) {
+            Ok(()) => Ok(()),
+            Err(_) if self.processes.get(&pid, 0).is_ok() => Ok(()),
+            Err(error) => Err(error).context("the map of processes is full; raise maps.processes"),
+        }
+    }
+
+    pub fn slot(&self, slot: u64) -> Option<Slot> {
+        self.slots.get(&slot, 0).ok()
+    }
+
+    /// All slots with what the kernel keeps about them.
+    pub fn slots(&self) -> Vec<(u64, Slot)> {
+        self.slots.iter().filter_map(Result::ok).collect()
+    }
+
+    /// Records that were numbered in a slot so far.
+    pub fn records_made(&self, slot: u64) -> u64 {
+        match &self.slot_lanes {
+            Some(lanes) => lanes
+                .get(&slot, 0)
+                .map(|values| values.iter().flat_map(|lanes| lanes.iter()).sum())
+                .unwrap_or(0),
+            None => self.slots.get(&slot, 0).map(|slot| slot.sequence).unwrap_or(0),
+        }
+    }
+
+    /// Whether a process of the slot still lives.
+    pub fn has_processes(&self, slot: u64) -> bool {
+        self.processes.iter().filter_map(Result::ok).any(|(_, process)| process.slot == slot)
+    }
+
+    /// Forgets a slot whose cgroup is gone and whose processes have ended.
+    pub fn remove_slot(&mut self, slot: u64) {
+        let _gone_is_gone = self.slot_policies.remove(&slot);
+        let _as_above = self.slots.remove(&slot);
+        if let Some(lanes) = &mut self.slot_lanes {
+            let _as_above = lanes.remove(&slot);
+        }
+    }
+
+    /// The kernel's error counters that are not zero, by name.
+    pub fn errors(&self) -> Vec<(&'static str, u64)> {
+        codes::error::ALL
+            .iter()
+            .filter_map(|(code, name)| {
+                let count = self.errors.get(code, 0).ok()?;
+                (count > 0).then_some((*name, count))
+            })
+            .collect()
+    }
+}

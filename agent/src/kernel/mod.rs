@@ -1,0 +1,16 @@
+//! The kernel's side as the rest of the agent sees it. The only module with aya, and the only one with `unsafe`.
+
+#![expect(unsafe_code, reason = "system calls and kernel interfaces; each block says why it is sound")]
+
+mod btf;
+mod load;
+mod maps;
+mod probe;
+mod ring;
+mod roots;
+
+pub use btf::{BtfError, Layout};
+pub use load::{Kernel, LoadError, Options, ProgramReport, Tier};
+pub use maps::{Maps, Sizes};
+pub use probe::{Features, features};
+pub use ring::Ring;
