@@ -179,7 +179,7 @@ pub extern "C" fn palisade_is_runtime_step(slot: u64) -> u64 {
     };
     let hosts_root = root.superblock == host.superblock && root.dentry == host.dentry;
     if hosts_root
-        && context::mount_namespace(KernelPtr::current_task()) == Some(setting!(host_mount_namespace))
+        && context::mount_namespace(KernelPtr::current_task()) == setting!(host_mount_namespace)
     {
         return 1;
     }
@@ -261,13 +261,25 @@ fn arguments_of_caller() -> (u32, u64, u64) {
     array.map_or((arguments::UNAVAILABLE, 0, 0), |array| (arguments::CALLER, array, 0))
 }
 
+// The lengths that the copies below arrive at are noted in the scratch memory, not returned: the verifier knows
+// nothing of a number that it reads from a map, and so does not follow every possible length through all that
+// comes after.
+
+/// Notes a length and adds flags.
+#[inline(always)]
+fn note(length: *mut u16, value: usize, judged: *mut Scratch, flags: u8) {
+    // SAFETY: both point into memory that belongs to this task.
+    unsafe {
+        length.write_volatile(value as u16);
+        let place = &raw mut (*judged).flags;
+        place.write_volatile(place.read_volatile() | flags);
+    }
+}
+
 /// Copies the path that starts at `start` of `area` to `target`; returns its length.
 #[inline(always)]
-fn copy_path<const CAPACITY: usize>(area: *mut Area, start: u32, target: *mut [u8; CAPACITY]) -> u16 {
-    let mut length = PATH_CAPACITY as u32 - start;
-    if length > CAPACITY as u32 {
-        length = CAPACITY as u32;
-    }
+fn copy_path<const CAPACITY: usize>(area: *mut Area, start: u32, target: *mut [u8; CAPACITY]) -> usize {
+    let length = PATH_CAPACITY as u32 - start;
     let size = black_box(length);
     if size == 0 || size > CAPACITY as u32 {
         return 0;
@@ -276,41 +288,51 @@ fn copy_path<const CAPACITY: usize>(area: *mut Area, start: u32, target: *mut [u
     let copied = unsafe {
         bpf_probe_read_kernel(target.cast(), size, area.cast::<u8>().wrapping_add(start as usize).cast())
     };
-    if copied == 0 { size as u16 } else { 0 }
+    if copied == 0 { size as usize } else { 0 }
 }
 
-/// Copies the run of strings at `start` to `target`. Returns the length and whether something is missing.
+/// Copies the run of strings at `start` to `target`.
 #[inline(always)]
-fn copy_run<const CAPACITY: usize>(start: u64, length: u64, target: *mut [u8; CAPACITY]) -> (u16, bool) {
+fn copy_run<const CAPACITY: usize>(judged: *mut Scratch, target: *mut [u8; CAPACITY]) {
+    // SAFETY: the memory belongs to this task.
+    let (start, length) = unsafe { ((*judged).arguments_at, (*judged).arguments_length) };
     let size = black_box(if length > CAPACITY as u64 { CAPACITY } else { length as usize });
-    if size > CAPACITY {
-        return (0, true);
+    let mut copied = 0;
+    let mut flags = exec_flags::ARGV_TRUNCATED;
+    if size <= CAPACITY {
+        // SAFETY: `target` holds CAPACITY bytes; the helper checks the user address.
+        let read = unsafe {
+            bpf_probe_read_user_buf(
+                start as *const u8,
+                core::slice::from_raw_parts_mut(target.cast::<u8>(), size),
+            )
+        };
+        if read.is_ok() {
+            copied = size;
+            if length <= CAPACITY as u64 {
+                flags = 0;
+            }
+        } else {
+            count::error(error::ARGV_READ);
+        }
     }
-    // SAFETY: `target` holds CAPACITY bytes; the helper checks the user address.
-    let read = unsafe {
-        bpf_probe_read_user_buf(
-            start as *const u8,
-            core::slice::from_raw_parts_mut(target.cast::<u8>(), size),
-        )
-    };
-    if read.is_err() {
-        count::error(error::ARGV_READ);
-        return (0, true);
-    }
-    (size as u16, length > CAPACITY as u64)
+    // SAFETY: the place is in the task's own memory.
+    note(unsafe { &raw mut (*judged).argv_length }, copied, judged, flags);
 }
 
-/// Copies the strings that the array at `array` points to. `target` is followed by room for one more longest
-/// argument. Returns the length and whether something is missing.
+/// Copies the strings that the caller's array points to. `target` is followed by room for one more longest
+/// argument.
 #[inline(always)]
-fn copy_strings<const CAPACITY: usize>(array: u64, target: *mut [u8; CAPACITY]) -> (u16, bool) {
+fn copy_strings<const CAPACITY: usize>(judged: *mut Scratch, target: *mut [u8; CAPACITY]) {
+    // SAFETY: the memory belongs to this task.
+    let array = unsafe { (*judged).arguments_at };
     let mut at = 0_usize;
     let mut index = 0;
-    let mut truncated = true;
+    let mut flags = exec_flags::ARGV_TRUNCATED;
     while index < MOST_ARGUMENTS {
         let pointer = match read_user_word(array + index * 8) {
             Some(0) => {
-                truncated = false;
+                flags = 0;
                 break;
             }
             Some(pointer) => pointer,
@@ -339,7 +361,9 @@ fn copy_strings<const CAPACITY: usize>(array: u64, target: *mut [u8; CAPACITY]) 
         at = place + string.len() + 1;
         index += 1;
     }
-    (if at > CAPACITY { CAPACITY } else { at } as u16, truncated)
+    let used = if at > CAPACITY { CAPACITY } else { at };
+    // SAFETY: the place is in the task's own memory.
+    note(unsafe { &raw mut (*judged).argv_length }, used, judged, flags);
 }
 
 #[unsafe(no_mangle)]
@@ -360,75 +384,82 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
     class: u16,
 ) -> bool {
     let Some(scratch) = scratch::of(task) else { return false };
-    // SAFETY: the memory belongs to this task until it is released; the reference does not outlive it.
-    let judged = unsafe { &mut *scratch };
-    let lane = if judged.action == action::REFUSED { Lane::Check } else { Lane::Exec };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (slot, action, kind) = unsafe { ((*scratch).slot, (*scratch).action, (*scratch).arguments_kind) };
+    let lane = if action == action::REFUSED { Lane::Check } else { Lane::Exec };
     let Some((mut entry, header)) =
-        record::reserve::<ExecRecord<PATH, CWD, ARGV, SLACK>>(judged.slot, kind::EXEC, lane)
+        record::reserve::<ExecRecord<PATH, CWD, ARGV, SLACK>>(slot, kind::EXEC, lane)
     else {
         return false;
     };
     let place = entry.as_mut_ptr();
-    // SAFETY: the targets are parts of the reserved record.
-    let (path_length, cwd_length, argv) = unsafe {
-        (
-            copy_path(&raw mut judged.path, judged.executable.start, &raw mut (*place).path),
-            copy_path(&raw mut judged.cwd, judged.working_directory.start, &raw mut (*place).cwd),
-            &raw mut (*place).argv,
-        )
-    };
-    let (source, (argv_length, argv_truncated)) = match judged.arguments_kind {
-        arguments::NEW_IMAGE => {
-            (argv_source::NEW_IMAGE, copy_run(judged.arguments_at, judged.arguments_length, argv))
-        }
-        arguments::CALLER if SLACK >= LONGEST_ARGUMENT => {
-            (argv_source::SYSCALL, copy_strings(judged.arguments_at, argv))
-        }
-        _ => (argv_source::NONE, (0, true)),
-    };
-    let mut flags = 0;
-    if judged.executable.failure == u32::from(reason::PATH_TOO_LONG)
-        || judged.executable.failure == u32::from(reason::PATH_TOO_DEEP)
-    {
-        flags |= exec_flags::PATH_TRUNCATED;
-    }
-    if judged.working_directory.failure != 0 {
-        flags |= exec_flags::CWD_TRUNCATED;
-    }
-    if argv_truncated {
-        flags |= exec_flags::ARGV_TRUNCATED;
-    }
-    if judged.of_script != 0 {
-        flags |= exec_flags::VERDICT_OF_SCRIPT;
-    }
-    let inode = KernelPtr(judged.dentry).follow(offset!(dentry_inode)).unwrap_or(KernelPtr(0));
-    let exec = ExecPart {
-        verdict: judged.verdict,
-        action: judged.action,
-        reason: judged.reason,
-        origin: judged.origin,
-        mode: judged.mode,
-        argv_source: source,
-        flags,
-        reserved: 0,
-        revision: judged.revision,
-        argc: KernelPtr(judged.bprm).read(offset!(binprm_argc)).unwrap_or(0),
-        inode: inode.read(offset!(inode_number)).unwrap_or(0),
-        device: KernelPtr(judged.executable.superblock).read(offset!(superblock_device)).unwrap_or(0),
-        file_mode: u32::from(inode.read::<u16>(offset!(inode_mode)).unwrap_or(0)),
-        path_length,
-        cwd_length,
-        argv_length,
-        class,
-    };
     let current = KernelPtr::current_task();
-    // SAFETY: the place is a whole reserved record.
+    // SAFETY: the place is a whole reserved record; the scratch memory belongs to this task.
     unsafe {
         (&raw mut (*place).head.header).write(header);
+        let executable = &raw const (*scratch).executable;
+        let length = copy_path(&raw mut (*scratch).path, (*executable).start, &raw mut (*place).path);
+        let failure = (*executable).failure as u8;
+        let cut = matches!(failure, reason::PATH_TOO_LONG | reason::PATH_TOO_DEEP);
+        note(&raw mut (*scratch).path_length, length, scratch, if cut { exec_flags::PATH_TRUNCATED } else { 0 });
+        let working_directory = &raw const (*scratch).working_directory;
+        let length = copy_path(&raw mut (*scratch).cwd, (*working_directory).start, &raw mut (*place).cwd);
+        let cut = (*working_directory).failure != 0;
+        note(&raw mut (*scratch).cwd_length, length, scratch, if cut { exec_flags::CWD_TRUNCATED } else { 0 });
+        let argv = &raw mut (*place).argv;
+        let source = &raw mut (*scratch).argv_source;
+        match kind {
+            arguments::NEW_IMAGE => {
+                source.write_volatile(argv_source::NEW_IMAGE);
+                copy_run(scratch, argv);
+            }
+            arguments::CALLER if SLACK >= LONGEST_ARGUMENT => {
+                source.write_volatile(argv_source::SYSCALL);
+                copy_strings(scratch, argv);
+            }
+            _ => note(&raw mut (*scratch).argv_length, 0, scratch, exec_flags::ARGV_TRUNCATED),
+        }
         context::describe(current, &raw mut (*place).head.process);
         context::describe_context(current, &raw mut (*place).head.context);
-        (&raw mut (*place).head.exec).write(exec);
+        write_exec_part(scratch, &raw mut (*place).head.exec, class);
+        record::submit(entry, (*scratch).verdict != verdict::ALLOWED);
     }
-    record::submit(entry, judged.verdict != verdict::ALLOWED);
     true
+}
+
+/// Fills in what was executed and decided.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory and `exec` writable.
+#[inline(always)]
+unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let inode = context::palisade_pointer((*scratch).dentry, u64::from(offset!(dentry_inode)));
+        (&raw mut (*exec).verdict).write((*scratch).verdict);
+        (&raw mut (*exec).action).write((*scratch).action);
+        (&raw mut (*exec).reason).write((*scratch).reason);
+        (&raw mut (*exec).origin).write((*scratch).origin);
+        (&raw mut (*exec).mode).write((*scratch).mode);
+        (&raw mut (*exec).argv_source).write((&raw const (*scratch).argv_source).read_volatile());
+        let flags = (&raw const (*scratch).flags).read_volatile();
+        // `of_script` is 0 or 1.
+        let of_script = (*scratch).of_script * exec_flags::VERDICT_OF_SCRIPT;
+        (&raw mut (*exec).flags).write(flags | of_script);
+        (&raw mut (*exec).reserved).write(0);
+        (&raw mut (*exec).revision).write((*scratch).revision);
+        let argc = context::palisade_word((*scratch).bprm, u64::from(offset!(binprm_argc)));
+        (&raw mut (*exec).argc).write(argc as u32);
+        (&raw mut (*exec).inode).write(context::palisade_pointer(inode, u64::from(offset!(inode_number))));
+        let superblock = (*scratch).executable.superblock;
+        let device = context::palisade_word(superblock, u64::from(offset!(superblock_device)));
+        (&raw mut (*exec).device).write(device as u32);
+        let mode = context::palisade_word(inode, u64::from(offset!(inode_mode)));
+        (&raw mut (*exec).file_mode).write(mode as u32 & 0xffff);
+        (&raw mut (*exec).path_length).write((&raw const (*scratch).path_length).read_volatile());
+        (&raw mut (*exec).cwd_length).write((&raw const (*scratch).cwd_length).read_volatile());
+        (&raw mut (*exec).argv_length).write((&raw const (*scratch).argv_length).read_volatile());
+        (&raw mut (*exec).class).write(class);
+    }
 }

@@ -68,11 +68,11 @@ pub static SLOT_LANES: aya_ebpf::maps::PerCpuHashMap<u64, [u64; 4]> =
 
 /// Overridden at load time.
 #[unsafe(no_mangle)]
-static OFFSETS: KernelOffsets = KernelOffsets::poison();
+pub static OFFSETS: KernelOffsets = KernelOffsets::poison();
 
 /// Overridden at load time. The initial values are as distinct as poison is.
 #[unsafe(no_mangle)]
-static SETTINGS: Settings = Settings {
+pub static SETTINGS: Settings = Settings {
     hash_key: [0x5061_6c69_7361_6465, 0x6861_7368_206b_6579],
     unidentified: 0x7b00_0001,
     have_task_pt_regs: 0x7b00_0002,
@@ -80,32 +80,25 @@ static SETTINGS: Settings = Settings {
     host_mount_namespace: 0x7b00_0004,
 };
 
-/// Reads one offset. Volatile, so that the compiler does not use the poison value.
+/// Reads one offset.
 macro_rules! offset {
-    ($name:ident) => {{
-        let place = core::ptr::addr_of!($crate::maps::offsets_of().$name);
-        // SAFETY: the static is initialised, aligned and never written while programs run.
-        unsafe { core::ptr::read_volatile(place) }
-    }};
+    ($name:ident) => {
+        $crate::maps::frozen(&$crate::maps::OFFSETS.$name)
+    };
 }
 pub(crate) use offset;
 
-/// Reads one setting, likewise.
+/// Reads one setting.
 macro_rules! setting {
-    ($name:ident) => {{
-        let place = core::ptr::addr_of!($crate::maps::settings_of().$name);
-        // SAFETY: the static is initialised, aligned and never written while programs run.
-        unsafe { core::ptr::read_volatile(place) }
-    }};
+    ($name:ident) => {
+        $crate::maps::frozen(&$crate::maps::SETTINGS.$name)
+    };
 }
 pub(crate) use setting;
 
+/// Reads a constant that is overridden at load time. Volatile, so that the compiler does not use the initial value.
 #[inline(always)]
-pub fn offsets_of() -> &'static KernelOffsets {
-    &OFFSETS
-}
-
-#[inline(always)]
-pub fn settings_of() -> &'static Settings {
-    &SETTINGS
+pub fn frozen<T: Copy>(constant: &'static T) -> T {
+    // SAFETY: a reference is valid and aligned.
+    unsafe { core::ptr::read_volatile(constant) }
 }

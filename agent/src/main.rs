@@ -1,14 +1,86 @@
+//! The node agent: parse, wire, run.
+
+mod agent;
+mod config;
+mod containers;
+mod delivery;
+mod doctor;
 mod kernel;
-fn main() -> anyhow::Result<()> {
-    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let _g = rt.enter();
-    let f = kernel::features();
-    println!("{f:?}"); let l = kernel::Layout::of_running_kernel()?; println!("{:?}", l);
-    let mut k = kernel::Kernel::load(&kernel::Options{unidentified: palisade_profile::document::Mode::Audit, sizes: kernel::Sizes{slots:2048,processes:32768,rules:32768,glob_states:4096,ring_bytes:8<<20}}, &f)?;
-    println!("{:?} {:?}", k.tier, k.tier_reason);
-    for p in &k.programs { println!("{p:?}"); }
-    println!("absent {:?} {:?}", k.layout.absent, k.layout.overlay);
-    k.attach()?;
-    println!("attached");
-    Ok(())
+mod losses;
+mod policies;
+mod processes;
+mod records;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::Config;
+
+/// Guards the containers of this node.
+#[derive(Parser)]
+#[command(name = "palisade-agent", version)]
+struct Arguments {
+    /// Configuration file; absent means all defaults
+    #[arg(long, global = true, env = "PALISADE_AGENT_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Put the programs in force and deliver records until SIGTERM
+    ///
+    /// Exit codes: 0 after SIGTERM or SIGINT, 1 when it cannot start.
+    Run {
+        /// Where the collector listens, instead of the configured address
+        #[arg(long)]
+        collector: Option<String>,
+        /// Folder of profiles, instead of the configured one
+        #[arg(long)]
+        profiles: Option<PathBuf>,
+    },
+    /// Tell what this node can enforce
+    ///
+    /// Exit codes: 0 full tier, 3 fallback tier, 1 nothing.
+    Doctor {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("PALISADE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    start(Arguments::parse()).unwrap_or_else(|error| {
+        eprintln!("palisade-agent: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn start(arguments: Arguments) -> Result<ExitCode> {
+    let mut config = Config::read(arguments.config.as_deref())?;
+    if let Command::Run { collector, profiles } = &arguments.command {
+        if let Some(collector) = collector {
+            config.collector.clone_from(collector);
+        }
+        if let Some(profiles) = profiles {
+            config.profiles.clone_from(profiles);
+        }
+    }
+    config.validate()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the asynchronous runtime")?;
+    runtime.block_on(async {
+        match arguments.command {
+            Command::Run { .. } => agent::run(config).await.map(|()| ExitCode::SUCCESS),
+            Command::Doctor { json } => Ok(doctor::run(&config, json).await),
+        }
+    })
 }

@@ -1,1 +1,95 @@
-fn main() {}
+//! End-to-end behaviour: a real kernel, a real runtime, real containers, asserted from outside.
+//!
+//! Runs as root on a node where containerd answers and the test images are imported, with Palisade's binaries on
+//! the PATH. Every scenario has a control: the same act without a profile succeeds.
+
+mod attacks;
+mod bench;
+mod cri;
+mod demo;
+mod events;
+mod exec;
+mod generator;
+mod node;
+mod planted;
+mod report;
+mod smoke;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Runs end-to-end scenarios on this node.
+///
+/// The last line is "N passed, N failed"; the exit code is 0 when none failed.
+#[derive(Parser)]
+#[command(name = "palisade-scenarios")]
+struct Arguments {
+    /// CRI socket of the container runtime
+    #[arg(long, default_value = "/run/containerd/containerd.sock", global = true)]
+    cri: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One allowed and one denied exec, and the right origin: the check of every kernel
+    Smoke,
+    /// The exec allowlist against every known way around it, under enforce, audit and without a profile
+    Exec {
+        /// Only these attacks
+        #[arg(long)]
+        only: Vec<String>,
+    },
+    /// Numbered execs: each is stored or counted
+    Generator {
+        #[arg(long, default_value_t = 5000)]
+        count: u64,
+        /// Execs per second, at most
+        #[arg(long, default_value_t = 500.0)]
+        rate: f64,
+    },
+    /// The exec scenario must fail against programs with a planted bug
+    Planted {
+        /// Folder with one folder of objects per bug
+        #[arg(long)]
+        objects: PathBuf,
+    },
+    /// Show Palisade at work
+    Demo,
+    /// Execs per second and the agent's share; run it under the instruction clock
+    BenchExec {
+        #[arg(long, default_value_t = 2000)]
+        count: u64,
+        #[arg(long, default_value_t = 3)]
+        repeats: u32,
+    },
+}
+
+fn main() -> ExitCode {
+    match start(Arguments::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            println!("FAIL set-up: {error:#}");
+            println!("0 passed, 1 failed");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: Arguments) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let cri = arguments.cri;
+    runtime.block_on(async {
+        match arguments.command {
+            Command::Smoke => smoke::run(&cri).await,
+            Command::Exec { only } => exec::run(&cri, &only).await,
+            Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
+            Command::Planted { objects } => planted::run(&cri, &objects).await,
+            Command::Demo => demo::run(&cri).await,
+            Command::BenchExec { count, repeats } => bench::run(&cri, count, repeats).await,
+        }
+    })
+}

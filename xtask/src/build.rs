@@ -27,7 +27,7 @@ pub struct Options {
 /// The target of all binaries: statically linked, so that they run in any guest and image.
 pub const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-const PACKAGES: &[&str] = &["palisade-agent", "palisade-scenarios"];
+const PACKAGES: &[&str] = &["palisade-agent", "palisade-collector", "palisade", "palisade-scenarios"];
 
 /// The binaries that a build leaves, by name.
 pub const BINARIES: &[&str] =

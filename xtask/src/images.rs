@@ -35,7 +35,7 @@ pub fn make(binaries: &Path) -> Result<Vec<Image>> {
             install(&fixture, &root.join("usr/bin").join(name))?;
         }
         let script = root.join("usr/bin/script");
-        std::fs::write(&script, "#!/usr/bin/workload true\n")?;
+        std::fs::write(&script, "#!/usr/bin/workload payload\n")?;
         executable(&script)
     })?);
     let nginx = nginx_files()?;

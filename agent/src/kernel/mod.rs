@@ -10,7 +10,7 @@ mod ring;
 mod roots;
 
 pub use btf::{BtfError, Layout};
-pub use load::{Kernel, LoadError, Options, ProgramReport, Tier};
+pub use load::{Kernel, LoadError, Options, Tier};
 pub use maps::{Maps, Sizes};
 pub use probe::{Features, features};
 pub use ring::Ring;

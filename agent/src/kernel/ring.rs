@@ -21,7 +21,9 @@ pub struct Ring {
 
 impl Ring {
     pub(super) fn new(ring: RingBuf<MapData>) -> Result<Self> {
-        let inner = AsyncFd::with_interest(Pollable(ring), Interest::READABLE)
+        // SAFETY: the descriptor belongs to the ring inside, which the AsyncFd owns and never replaces.
+        let inner = unsafe { AsyncFd::register_with_interest(Pollable(ring), Interest::READABLE) }
+            .map_err(std::io::Error::from)
             .context("cannot wait for the kernel's ring")?;
         Ok(Self { inner })
     }

@@ -1,0 +1,198 @@
+//! The agent's configuration: read whole and checked before anything is touched.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use palisade_profile::document::Mode;
+use serde::Deserialize;
+use tonic::transport::Uri;
+
+use crate::kernel::Sizes;
+
+/// What happens to a container that the runtime has not identified yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unidentified {
+    Audit,
+    Deny,
+}
+
+impl Unidentified {
+    pub fn mode(self) -> Mode {
+        match self {
+            Self::Audit => Mode::Audit,
+            Self::Deny => Mode::Enforce,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// Name of the node in records; absent: the host's name.
+    pub node: Option<String>,
+    /// Where the collector listens; loopback only, until there is TLS.
+    pub collector: String,
+    /// Folder of profiles.
+    pub profiles: PathBuf,
+    pub unidentified: Unidentified,
+    /// Sockets of the container runtime's CRI, tried in this order.
+    pub cri: Vec<PathBuf>,
+    /// Where the unified cgroup hierarchy is mounted; absent: found in /proc/mounts.
+    pub cgroups: Option<PathBuf>,
+    pub queue: Queue,
+    pub maps: MapSizes,
+    /// Seconds to deliver what is left after SIGTERM.
+    pub drain_seconds: u64,
+}
+
+/// Bounds of what waits for the collector.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Queue {
+    pub bytes: usize,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct MapSizes {
+    pub slots: u32,
+    pub processes: u32,
+    pub rules: u32,
+    pub glob_states: u32,
+    pub ring_bytes: u32,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self { bytes: 16 << 20 }
+    }
+}
+
+impl Default for MapSizes {
+    fn default() -> Self {
+        Self { slots: 1024, processes: 16384, rules: 16384, glob_states: 4096, ring_bytes: 8 << 20 }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: None,
+            collector: "http://127.0.0.1:7443".to_owned(),
+            profiles: PathBuf::from("/etc/palisade/profiles"),
+            unidentified: Unidentified::Audit,
+            cri: [
+                "/run/containerd/containerd.sock",
+                "/run/crio/crio.sock",
+                "/run/cri-dockerd.sock",
+                "/run/k3s/containerd/containerd.sock",
+            ]
+            .map(PathBuf::from)
+            .to_vec(),
+            cgroups: None,
+            queue: Queue::default(),
+            maps: MapSizes::default(),
+            drain_seconds: 10,
+        }
+    }
+}
+
+impl Config {
+    /// Reads `path`, or takes the defaults.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read or is not a configuration; the message has the place.
+    pub fn read(path: Option<&Path>) -> Result<Self> {
+        let Some(path) = path else { return Ok(Self::default()) };
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+        marked_yaml::from_yaml(0, &text).map_err(|error| anyhow::anyhow!("{}: {error}", path.display())).context(
+            "the configuration is not valid; known fields are node, collector, profiles, unidentified, cri, cgroups, \
+             queue, maps and drainSeconds",
+        )
+    }
+
+    /// # Errors
+    ///
+    /// When the values cannot be used together or at all.
+    pub fn validate(&self) -> Result<()> {
+        let uri: Uri = self
+            .collector
+            .parse()
+            .with_context(|| format!("collector: {:?} is not an address; write http://127.0.0.1:7443", self.collector))?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+        if uri.scheme_str() != Some("http") || !loopback {
+            bail!(
+                "collector: {} is not http on a loopback address; without TLS records only go to this machine, \
+                 so write http://127.0.0.1:7443",
+                self.collector
+            );
+        }
+        let MapSizes { slots, processes, rules, glob_states, ring_bytes } = self.maps;
+        for (name, value) in
+            [("slots", slots), ("processes", processes), ("rules", rules), ("globStates", glob_states)]
+        {
+            if value == 0 || value > 1 << 20 {
+                bail!("maps.{name}: {value} is not between 1 and 1048576");
+            }
+        }
+        if !ring_bytes.is_power_of_two() || !(1 << 16..=1 << 30).contains(&ring_bytes) {
+            bail!("maps.ringBytes: {ring_bytes} is not a power of two between 65536 and 1073741824");
+        }
+        if self.queue.bytes < 1 << 16 {
+            bail!("queue.bytes: {} is too small; write at least 65536", self.queue.bytes);
+        }
+        if self.node.as_ref().is_some_and(|node| node.is_empty() || node.len() > 253) {
+            bail!("node: must have 1 to 253 bytes");
+        }
+        Ok(())
+    }
+
+    pub fn sizes(&self) -> Sizes {
+        let MapSizes { slots, processes, rules, glob_states, ring_bytes } = self.maps;
+        Sizes { slots, processes, rules, glob_states, ring_bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(text: &str) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("agent.yaml");
+        std::fs::write(&path, text).unwrap();
+        match Config::read(Some(&path)) {
+            Err(error) => format!("{error:#}"),
+            Ok(config) => format!("{:#}", config.validate().unwrap_err()),
+        }
+    }
+
+    #[test]
+    fn a_misspelt_field_is_named() {
+        assert!(problem("unidentifed: deny\n").contains("unidentifed"), "{}", problem("unidentifed: deny\n"));
+    }
+
+    #[test]
+    fn plaintext_beyond_this_machine_is_refused() {
+        assert!(problem("collector: http://192.0.2.1:7443\n").contains("loopback"));
+        assert!(problem("collector: https://127.0.0.1:7443\n").contains("loopback"));
+    }
+
+    #[test]
+    fn sizes_out_of_bounds_are_refused_with_the_field() {
+        assert!(problem("maps: {ringBytes: 100000}\n").contains("maps.ringBytes"));
+        assert!(problem("maps: {slots: 0}\n").contains("maps.slots"));
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        Config::default().validate().unwrap();
+    }
+}

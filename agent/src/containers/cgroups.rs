@@ -1,0 +1,120 @@
+//! Cgroups as the agent sees them: ids in names, and containers that ran before the agent did.
+
+use std::{
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+/// Hexadecimal digits of a container id.
+const ID_DIGITS: usize = 64;
+
+/// The container id in a cgroup's name, whatever prefix and suffix the cgroup driver adds.
+///
+/// | driver | name |
+/// |---|---|
+/// | cgroupfs | `<id>` |
+/// | systemd, containerd | `cri-containerd-<id>.scope` |
+/// | systemd, CRI-O | `crio-<id>.scope` |
+/// | systemd, Docker | `docker-<id>.scope` |
+/// | systemd, Podman | `libpod-<id>.scope` |
+pub fn container_id(name: &str) -> Option<&str> {
+    let bytes = name.as_bytes();
+    let is_digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
+    (0..bytes.len().checked_sub(ID_DIGITS)? + 1)
+        .find(|start| bytes[*start..start + ID_DIGITS].iter().all(is_digit))
+        .map(|start| &name[start..start + ID_DIGITS])
+}
+
+/// A container's cgroup that exists already.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Found {
+    pub slot: u64,
+    pub id: String,
+    /// Its own cgroup and those below it.
+    pub cgroups: Vec<u64>,
+    pub processes: Vec<u32>,
+}
+
+/// The mount point of the unified hierarchy.
+///
+/// # Errors
+///
+/// When none is mounted.
+pub fn mount_point() -> Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").context("cannot read /proc/self/mounts")?;
+    mounts
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split(' ');
+            let (place, kind) = (fields.nth(1)?, fields.next()?);
+            (kind == "cgroup2").then(|| PathBuf::from(place))
+        })
+        .context("no cgroup v2 hierarchy is mounted; Palisade tells containers by it")
+}
+
+/// All containers below `root`.
+pub fn scan(root: &Path) -> Vec<Found> {
+    let mut found = Vec::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(folder) = open.pop() {
+        // A cgroup may vanish at any time.
+        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+        for entry in entries.flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let name = entry.file_name();
+            let Some(id) = name.to_str().and_then(container_id) else {
+                open.push(entry.path());
+                continue;
+            };
+            let mut container = Found { slot: 0, id: id.to_owned(), cgroups: Vec::new(), processes: Vec::new() };
+            if let Some(slot) = cgroup_id(&entry.path()) {
+                container.slot = slot;
+                collect(&entry.path(), &mut container);
+                found.push(container);
+            }
+        }
+    }
+    found
+}
+
+/// The kernel's id of a cgroup is the inode number of its folder.
+fn cgroup_id(path: &Path) -> Option<u64> {
+    path.metadata().ok().map(|metadata| metadata.ino())
+}
+
+fn collect(folder: &Path, container: &mut Found) {
+    container.cgroups.extend(cgroup_id(folder));
+    let processes = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+    container.processes.extend(processes.lines().filter_map(|line| line.parse::<u32>().ok()));
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            collect(&entry.path(), container);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_found_in_the_names_of_every_driver() {
+        let id = "0123456789abcdef".repeat(4);
+        for name in [
+            id.clone(),
+            format!("cri-containerd-{id}.scope"),
+            format!("crio-{id}.scope"),
+            format!("docker-{id}.scope"),
+            format!("libpod-{id}.scope"),
+        ] {
+            assert_eq!(container_id(&name), Some(id.as_str()), "{name}");
+        }
+        for name in ["system.slice", "kubepods-besteffort-pod1234.slice", &id[1..], &id.to_uppercase(), ""] {
+            assert_eq!(container_id(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Containers: found by their cgroups, identified by the runtime.
+
+pub mod cgroups;
+pub mod cri;
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use palisade_profile::selector::ContainerFacts;
+use palisade_proto::v1;
+use prost::Message as _;
+
+/// What the runtime says of a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    pub facts: ContainerFacts,
+    pub pod_uid: String,
+    pub image_digest: String,
+    /// The pause container of a pod.
+    pub sandbox: bool,
+}
+
+/// A container on this node.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// The runtime's id.
+    pub id: String,
+    pub identity: Option<Identity>,
+    /// Names of the profiles, the revision's name and the mode.
+    pub profiles: Vec<String>,
+    pub revision: String,
+    pub mode: &'static str,
+    /// Wall-clock nanoseconds since when the policy stands in the kernel; 0 when there is none.
+    pub in_force_since: u64,
+    /// Whether it ran before the agent did.
+    pub found_running: bool,
+    /// The container block of its records, encoded once.
+    encoded: Bytes,
+}
+
+/// Mode of a container that is not identified.
+pub const UNIDENTIFIED: &str = "unidentified";
+/// Mode of a container that no profile names.
+pub const NO_PROFILE: &str = "none";
+
+impl Container {
+    pub fn new(id: String, found_running: bool) -> Self {
+        let mut container = Self {
+            id,
+            identity: None,
+            profiles: Vec::new(),
+            revision: String::new(),
+            mode: UNIDENTIFIED,
+            in_force_since: 0,
+            found_running,
+            encoded: Bytes::new(),
+        };
+        container.encode();
+        container
+    }
+
+    /// Encodes the container block anew. To be called after every change.
+    pub fn encode(&mut self) {
+        self.encoded = self.to_proto().encode_to_vec().into();
+    }
+
+    /// The encoded container block.
+    pub fn encoded(&self) -> &Bytes {
+        &self.encoded
+    }
+
+    fn to_proto(&self) -> v1::Container {
+        let identity = self.identity.clone().unwrap_or_default();
+        v1::Container {
+            id: self.id.clone(),
+            name: identity.facts.name,
+            pod: identity.facts.pod,
+            pod_uid: identity.pod_uid,
+            namespace: identity.facts.namespace,
+            image: identity.facts.image,
+            image_digest: identity.image_digest,
+            labels: identity.facts.labels,
+            identified: self.identity.is_some(),
+            class: if identity.sandbox { "sandbox" } else { "container" }.to_owned(),
+            profiles: self.profiles.clone(),
+            revision: self.revision.clone(),
+            mode: self.mode.to_owned(),
+        }
+    }
+}
+
+/// All containers of this node, by slot.
+pub type Containers = HashMap<u64, Container>;

@@ -1,0 +1,159 @@
+//! What waits for the collector.
+//!
+//! A record takes its position when it is let in, so positions have no holes, whatever is turned away. Telemetry
+//! is turned away before denials are.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+/// The queue has no room; the caller counts the record as lost.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// Overhead that is counted for each record.
+const OVERHEAD: usize = 64;
+/// The share of the queue that only urgent records may use, as a divisor.
+const RESERVED_SHARE: usize = 8;
+
+#[derive(Default)]
+struct State {
+    records: VecDeque<Bytes>,
+    bytes: usize,
+    /// Position of the first record.
+    first: u64,
+    acknowledged: u64,
+}
+
+/// Records between the agent and the collector.
+pub struct Queue {
+    state: Mutex<State>,
+    limit: usize,
+    filled: Notify,
+    emptied: Notify,
+}
+
+impl Queue {
+    pub fn new(limit: usize) -> Self {
+        Self { state: Mutex::default(), limit, filled: Notify::new(), emptied: Notify::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change below is complete before anything can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a record in.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room for it.
+    pub fn push(&self, record: Bytes, urgent: bool) -> Result<(), Full> {
+        let mut state = self.state();
+        let limit = if urgent { self.limit } else { self.limit - self.limit / RESERVED_SHARE };
+        let size = record.len() + OVERHEAD;
+        if state.bytes + size > limit {
+            return Err(Full);
+        }
+        state.bytes += size;
+        state.records.push_back(record);
+        Ok(())
+    }
+
+    /// Tells the stream that there is something to send.
+    pub fn flush(&self) {
+        self.filled.notify_one();
+    }
+
+    /// Waits until there may be something at `position`.
+    pub async fn filled(&self) {
+        self.filled.notified().await;
+    }
+
+    /// Records from `position` on, up to `most` of them and `bytes` together, with the position of the first.
+    pub fn batch(&self, position: u64, most: usize, bytes: usize) -> (u64, Vec<Bytes>) {
+        let state = self.state();
+        let position = position.max(state.first);
+        let skip = (position - state.first) as usize;
+        let mut taken = 0;
+        let records = state
+            .records
+            .iter()
+            .skip(skip)
+            .take(most)
+            .take_while(|record| {
+                let fits = taken == 0 || taken + record.len() <= bytes;
+                taken += record.len();
+                fits
+            })
+            .cloned()
+            .collect();
+        (position, records)
+    }
+
+    /// Forgets every record before `next`.
+    pub fn acknowledge(&self, next: u64) {
+        let mut state = self.state();
+        while state.first < next {
+            let Some(record) = state.records.pop_front() else { break };
+            state.bytes -= record.len() + OVERHEAD;
+            state.first += 1;
+            state.acknowledged += 1;
+        }
+        if state.records.is_empty() {
+            drop(state);
+            self.emptied.notify_waiters();
+        }
+    }
+
+    /// Records that wait, and records acknowledged so far.
+    pub fn counts(&self) -> (usize, u64) {
+        let state = self.state();
+        (state.records.len(), state.acknowledged)
+    }
+
+    /// Waits until everything is acknowledged.
+    pub async fn drained(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.counts().0 == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn telemetry_is_turned_away_before_denials() {
+        let queue = Queue::new(8000);
+        let record = Bytes::from(vec![0; 936]);
+        while queue.push(record.clone(), false).is_ok() {}
+        assert_eq!(queue.counts().0, 7);
+        assert_eq!(queue.push(record.clone(), true), Ok(()));
+        assert_eq!(queue.push(record, true), Err(Full));
+    }
+
+    #[test]
+    fn positions_follow_acknowledgements() {
+        let queue = Queue::new(1 << 20);
+        for text in ["a", "b", "c"] {
+            queue.push(Bytes::from_static(text.as_bytes()), false).unwrap();
+        }
+        queue.acknowledge(1);
+        assert_eq!(queue.batch(0, 10, 100), (1, vec![Bytes::from_static(b"b"), Bytes::from_static(b"c")]));
+        assert_eq!(queue.batch(2, 10, 100).1.len(), 1);
+        queue.acknowledge(9);
+        assert_eq!(queue.counts(), (0, 3));
+        queue.push(Bytes::from_static(b"d"), false).unwrap();
+        assert_eq!(queue.batch(3, 10, 100), (3, vec![Bytes::from_static(b"d")]));
+    }
+}

@@ -1,0 +1,104 @@
+//! Streaming the queue to the collector, for ever: connects, resumes where the collector says, tries again.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use palisade_proto::v1::{
+    AgentMessage, Batch, CollectorMessage, Hello, agent_message, collector_message,
+    delivery_client::DeliveryClient,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, transport::Endpoint};
+
+use super::Queue;
+
+const MOST_RECORDS: usize = 2048;
+const MOST_BYTES: usize = 1 << 20;
+/// Batches that may be on their way without an acknowledgement.
+const WINDOW: usize = 4;
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Empties the queue until the task is dropped.
+pub async fn deliver(collector: String, hello: Hello, queue: Arc<Queue>) {
+    let mut wait = FIRST_WAIT;
+    let mut said = String::new();
+    loop {
+        let mut progress = false;
+        let result = stream(&collector, &hello, &queue, &mut progress).await;
+        if progress {
+            wait = FIRST_WAIT;
+        }
+        let message = match result {
+            Ok(()) => "the collector ended the stream".to_owned(),
+            Err(error) => format!("{error:#}"),
+        };
+        if message != said {
+            tracing::warn!(collector, waiting = queue.counts().0, "records wait: {message}");
+            said = message;
+        }
+        // Jitter, so that a fleet does not come back in step.
+        let jitter = u64::from(std::process::id()).wrapping_mul(2_654_435_761) % 100;
+        tokio::time::sleep(wait + wait * jitter as u32 / 200).await;
+        wait = (wait * 2).min(LONGEST_WAIT);
+    }
+}
+
+async fn stream(collector: &str, hello: &Hello, queue: &Queue, progress: &mut bool) -> Result<()> {
+    let channel = Endpoint::from_shared(collector.to_owned())?
+        .connect_timeout(CONNECT_DEADLINE)
+        .http2_keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .keep_alive_while_idle(true)
+        .connect()
+        .await
+        .with_context(|| format!("cannot reach the collector at {collector}"))?;
+    let (sender, receiver) = mpsc::channel(WINDOW);
+    let message = |message| AgentMessage { message: Some(message) };
+    sender.send(message(agent_message::Message::Hello(hello.clone()))).await?;
+    let mut answers = DeliveryClient::new(channel)
+        .stream(ReceiverStream::new(receiver))
+        .await
+        .context("the collector refuses the stream")?
+        .into_inner();
+    let collector_message::Message::Welcome(welcome) = answer(&mut answers).await? else {
+        bail!("the collector did not say where to go on");
+    };
+    tracing::info!(collector, next_position = welcome.next_position, "delivering");
+    *progress = true;
+    queue.acknowledge(welcome.next_position);
+    let mut next = welcome.next_position;
+    let mut outstanding = 0;
+    loop {
+        while outstanding < WINDOW {
+            let (first_position, records) = queue.batch(next, MOST_RECORDS, MOST_BYTES);
+            if records.is_empty() {
+                break;
+            }
+            next = first_position + records.len() as u64;
+            outstanding += 1;
+            sender.send(message(agent_message::Message::Batch(Batch { first_position, records }))).await?;
+        }
+        tokio::select! {
+            answer = answer(&mut answers) => match answer? {
+                collector_message::Message::Acknowledgement(acknowledgement) => {
+                    queue.acknowledge(acknowledgement.next_position);
+                    outstanding -= 1;
+                }
+                collector_message::Message::Welcome(_) => bail!("the collector said welcome twice"),
+            },
+            () = queue.filled(), if outstanding < WINDOW => {}
+        }
+    }
+}
+
+async fn answer(answers: &mut Streaming<CollectorMessage>) -> Result<collector_message::Message> {
+    answers
+        .message()
+        .await
+        .map_err(|status| anyhow::anyhow!("{}", status.message()).context("the collector ended the stream"))?
+        .and_then(|message| message.message)
+        .context("the collector closed the stream")
+}

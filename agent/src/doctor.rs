@@ -1,0 +1,236 @@
+//! What this node can and cannot do, found by trying, and which promise therefore holds.
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::{
+    config::Config,
+    containers::{cgroups, cri},
+    kernel::{self, Kernel, LoadError, Tier},
+};
+
+/// Exit codes.
+const FULL: u8 = 0;
+const NOTHING: u8 = 1;
+const FALLBACK: u8 = 3;
+
+#[derive(Serialize)]
+struct Check {
+    name: &'static str,
+    ok: bool,
+    found: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    remedy: String,
+}
+
+#[derive(Serialize)]
+struct Promise {
+    promise: &'static str,
+    holds: bool,
+    because: String,
+}
+
+#[derive(Serialize)]
+struct ProgramLine {
+    name: String,
+    verified_instructions: Option<u32>,
+    translated_bytes: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    /// "full", "fallback" or "nothing".
+    tier: &'static str,
+    kernel: String,
+    checks: Vec<Check>,
+    promises: Vec<Promise>,
+    programs: Vec<ProgramLine>,
+    absent_kernel_fields: Vec<&'static str>,
+}
+
+/// Examines the node and prints the report.
+pub async fn run(config: &Config, json: bool) -> ExitCode {
+    let report = examine(config).await;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+    } else {
+        print(&report);
+    }
+    ExitCode::from(match report.tier {
+        "full" => FULL,
+        "fallback" => FALLBACK,
+        _ => NOTHING,
+    })
+}
+
+async fn examine(config: &Config) -> Report {
+    let features = kernel::features();
+    let mut checks = Vec::new();
+    let mut check = |name, ok, found: String, remedy: &str| {
+        let remedy = if ok { String::new() } else { remedy.to_owned() };
+        checks.push(Check { name, ok, found, remedy });
+    };
+    check(
+        "rights",
+        rustix::process::geteuid().is_root(),
+        format!("uid {}", rustix::process::geteuid().as_raw()),
+        "run as root on the host, or with the capabilities of the DaemonSet",
+    );
+    check(
+        "program type raw_tracepoint",
+        features.raw_tracepoint,
+        if features.raw_tracepoint { "accepted" } else { "refused" }.to_owned(),
+        "a kernel with CONFIG_BPF_SYSCALL, and CAP_BPF with CAP_PERFMON or root",
+    );
+    check(
+        "program type lsm",
+        features.lsm,
+        if features.lsm { "accepted" } else { "refused" }.to_owned(),
+        "a kernel with CONFIG_BPF_LSM, 5.7 or later",
+    );
+    let active = features.lsm_is_active();
+    check(
+        "security modules",
+        active.is_ok() || !features.lsm,
+        features.security_modules.as_ref().map_or_else(|| "not readable".to_owned(), |list| list.join(",")),
+        "add bpf to the kernel's lsm= parameter, after those that are there",
+    );
+    check(
+        "atomic fetch-add",
+        true,
+        if features.fetch_add { "one counter per container" } else { "not there: a counter per processor" }.to_owned(),
+        "",
+    );
+    let root = config.cgroups.clone().map_or_else(cgroups::mount_point, Ok);
+    check(
+        "cgroup v2",
+        root.is_ok(),
+        match &root {
+            Ok(path) => path.display().to_string(),
+            Err(error) => error.to_string(),
+        },
+        "mount the unified hierarchy, also beside version 1",
+    );
+    let mut runtime = Err("no socket of the configuration exists".to_owned());
+    for socket in config.cri.iter().filter(|socket| socket.exists()) {
+        runtime = match cri::version(socket).await {
+            Ok(version) => Ok(format!("{version} at {}", socket.display())),
+            Err(error) => Err(format!("{error:#}")),
+        };
+        if runtime.is_ok() {
+            break;
+        }
+    }
+    check(
+        "container runtime",
+        runtime.is_ok(),
+        runtime.clone().unwrap_or_else(|error| error),
+        "name the runtime's CRI socket under cri: in the configuration",
+    );
+    let options = kernel::Options { unidentified: config.unidentified.mode(), sizes: config.sizes() };
+    let loaded = Kernel::load(&options, &features);
+    check(
+        "kernel layout (BTF)",
+        !matches!(loaded, Err(LoadError::Btf(_))),
+        match &loaded {
+            Err(LoadError::Btf(error)) => error.to_string(),
+            Ok(kernel) if kernel.layout.absent.is_empty() => "every field found".to_owned(),
+            Ok(kernel) => format!("without {}", kernel.layout.absent.join(", ")),
+            Err(_) => "not reached".to_owned(),
+        },
+        "a kernel with CONFIG_DEBUG_INFO_BTF",
+    );
+    check(
+        "programs",
+        loaded.is_ok(),
+        match &loaded {
+            Ok(kernel) => format!("{} pass the verifier, origins proven on a scratch overlay", kernel.programs.len()),
+            Err(error) => error.to_string(),
+        },
+        "see the message; a kernel that is not in docs/kernels.md may need a newer build",
+    );
+    let tier = loaded.as_ref().ok().filter(|_| root.is_ok()).map(|kernel| kernel.tier);
+    let reason = loaded.as_ref().ok().and_then(|kernel| kernel.tier_reason.clone());
+    Report {
+        tier: tier.map_or("nothing", Tier::as_str),
+        kernel: features.release.clone(),
+        promises: promises(tier, reason.as_deref(), runtime.is_ok()),
+        programs: loaded
+            .as_ref()
+            .map(|kernel| {
+                kernel
+                    .programs
+                    .iter()
+                    .map(|program| ProgramLine {
+                        name: program.name.clone(),
+                        verified_instructions: program.verified_instructions,
+                        translated_bytes: program.translated_bytes,
+                    })
+                    .collect()
+            })
+            .unwrap_or_default(),
+        absent_kernel_fields: loaded.as_ref().map(|kernel| kernel.layout.absent.clone()).unwrap_or_default(),
+        checks,
+    }
+}
+
+fn promises(tier: Option<Tier>, reason: Option<&str>, runtime: bool) -> Vec<Promise> {
+    let loaded = tier.is_some();
+    let full = tier == Some(Tier::Full);
+    let say = |promise, holds, because: &str| Promise { promise, holds, because: because.to_owned() };
+    vec![
+        say(
+            "refused before it happens",
+            full,
+            match tier {
+                Some(Tier::Full) => "a denied exec returns EPERM",
+                Some(Tier::Fallback) => reason.unwrap_or("a denied exec is killed before its first instruction"),
+                None => "the programs do not load",
+            },
+        ),
+        say(
+            "killed before the first instruction",
+            loaded,
+            if loaded { "the tracepoint judges every exec again" } else { "the programs do not load" },
+        ),
+        say(
+            "scripts are judged by their own path",
+            full,
+            if full { "the hook sees every pass" } else { "the tracepoint sees the interpreter only" },
+        ),
+        say(
+            "named by what it is",
+            loaded,
+            if loaded { "path inside the superblock, origin by overlay layer" } else { "the programs do not load" },
+        ),
+        say(
+            "containers have names",
+            runtime,
+            if runtime { "the runtime answers" } else { "no runtime answers, so every container stays unidentified" },
+        ),
+        say("in force while the agent is away", false, "this build does not pin its programs"),
+    ]
+}
+
+fn print(report: &Report) {
+    println!("kernel {}\n", report.kernel);
+    for check in &report.checks {
+        println!("  {} {:<28} {}", if check.ok { "ok  " } else { "FAIL" }, check.name, check.found);
+        if !check.remedy.is_empty() {
+            println!("       {:<28} -> {}", "", check.remedy);
+        }
+    }
+    println!("\npromises on this node");
+    for promise in &report.promises {
+        println!("  {} {:<38} {}", if promise.holds { "yes " } else { "no  " }, promise.promise, promise.because);
+    }
+    println!(
+        "\ntier: {}",
+        match report.tier {
+            "full" => "full (enforce refuses with EPERM)",
+            "fallback" => "fallback (enforce kills at exec)",
+            _ => "nothing (the agent will not start)",
+        }
+    );
+}

@@ -1,0 +1,256 @@
+//! From the kernel's bytes to the record that travels.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use palisade_abi::{
+    codes::{self, exec_flags},
+    record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart},
+};
+use palisade_proto::v1::{self, record::Event};
+use prost::Message as _;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::processes::{ProcessKey, Processes};
+
+/// Who makes the records.
+pub struct Source {
+    pub node: String,
+    pub boot: String,
+    /// Start of this run, nanoseconds since the Unix epoch.
+    pub epoch: u64,
+    /// What to add to a time since boot to get the time since the Unix epoch. Fixed for a run, so that the order
+    /// of records does not depend on somebody setting the clock.
+    boot_offset: u64,
+}
+
+impl Source {
+    pub fn new(node: String, boot: String) -> Self {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+        Self { node, boot, epoch: wall, boot_offset: wall.saturating_sub(now_since_boot()) }
+    }
+
+    /// Nanoseconds since the Unix epoch of a kernel time; 0 stays 0.
+    pub fn wall(&self, since_boot: u64) -> u64 {
+        if since_boot == 0 { 0 } else { since_boot.saturating_add(self.boot_offset) }
+    }
+
+    /// The present, on the scale of the records.
+    pub fn now(&self) -> u64 {
+        self.wall(now_since_boot())
+    }
+
+    /// Encodes a record with its container block, which is encoded already.
+    pub fn encode(&self, slot: u64, header: Option<&Header>, container: &Bytes, event: Event) -> Bytes {
+        let record = v1::Record {
+            node: self.node.clone(),
+            boot: self.boot.clone(),
+            epoch: self.epoch,
+            slot,
+            lane: header.map_or(0, |header| header.lane),
+            sequence: header.map_or(0, |header| header.sequence),
+            time: header.map_or_else(|| self.now(), |header| self.wall(header.time)),
+            container: None,
+            event: Some(event),
+        };
+        let mut out = BytesMut::with_capacity(record.encoded_len() + container.len() + 8);
+        // A BytesMut grows, so encoding into it cannot fail.
+        let _ = record.encode(&mut out);
+        prost::encoding::encode_key(CONTAINER_FIELD, prost::encoding::WireType::LengthDelimited, &mut out);
+        prost::encoding::encode_varint(container.len() as u64, &mut out);
+        out.put_slice(container);
+        out.freeze()
+    }
+}
+
+/// Number of `Record.container`.
+const CONTAINER_FIELD: u32 = 8;
+
+fn now_since_boot() -> u64 {
+    let time = clock_gettime(ClockId::Boottime);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// A decoded record's event, its header, and whether it reports anything but an allowed act.
+pub struct Made {
+    pub header: Header,
+    pub event: Event,
+    pub urgent: bool,
+}
+
+/// Turns a decoded record into an event, and keeps the process table up to date with it.
+pub fn make(source: &Source, processes: &mut Processes, decoded: Decoded<'_>) -> Made {
+    match decoded {
+        Decoded::Fork(ForkRecord { header, process }) => {
+            let parent_executable = processes.executable(parent_key(&process));
+            processes.forked(parent_key(&process), key(&process));
+            let process = describe(source, &process, parent_executable);
+            Made { header, event: Event::Fork(v1::ProcessFork { process: Some(process) }), urgent: false }
+        }
+        Decoded::Exit(ExitRecord { header, process, exit_code, reserved: _ }) => {
+            let parent_executable = processes.executable(parent_key(&process));
+            let executable = processes.exited(key(&process));
+            let exit = v1::ProcessExit {
+                process: Some(describe(source, &process, parent_executable)),
+                status: exit_code >> 8 & 0xff,
+                signal: exit_code & 0x7f,
+                core_dumped: exit_code & 0x80 != 0,
+                executable,
+            };
+            Made { header, event: Event::Exit(exit), urgent: false }
+        }
+        Decoded::Exec(exec) => make_exec(source, processes, &exec),
+    }
+}
+
+fn make_exec(source: &Source, processes: &mut Processes, record: &DecodedExec<'_>) -> Made {
+    let part = &record.head.exec;
+    let context = &record.head.context;
+    let process = &record.head.process;
+    let executable = text(record.path);
+    let parent_executable = processes.executable(parent_key(process));
+    let refused = part.action == codes::action::REFUSED;
+    if !refused {
+        processes.executed(key(process), &executable);
+    }
+    let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
+    let has = |flag| part.flags & flag != 0;
+    let exec = v1::ProcessExec {
+        process: Some(describe(source, process, parent_executable)),
+        executable,
+        origin: name(codes::origin::name(part.origin)),
+        verdict: name(codes::verdict::name(part.verdict)),
+        action: name(codes::action::name(part.action)),
+        reason: name(codes::reason::name(part.reason)),
+        arguments: arguments(record.argv, part.argc),
+        argument_count: part.argc,
+        arguments_truncated: has(exec_flags::ARGV_TRUNCATED),
+        arguments_source: name(codes::argv_source::name(part.argv_source)),
+        working_directory: text(record.cwd),
+        path_truncated: has(exec_flags::PATH_TRUNCATED),
+        verdict_of_script: has(exec_flags::VERDICT_OF_SCRIPT),
+        inode: part.inode,
+        device: format!("{}:{}", part.device >> 20, part.device & 0xf_ffff),
+        file_mode: part.file_mode,
+        capabilities: Some(v1::Capabilities {
+            inheritable: context.capabilities_inheritable,
+            permitted: context.capabilities_permitted,
+            effective: context.capabilities_effective,
+            bounding: context.capabilities_bounding,
+            ambient: context.capabilities_ambient,
+        }),
+        namespaces: Some(v1::Namespaces {
+            mount: context.mount_namespace,
+            pid: context.pid_namespace,
+            network: context.network_namespace,
+            uts: context.uts_namespace,
+            ipc: context.ipc_namespace,
+            cgroup: context.cgroup_namespace,
+            user: context.user_namespace,
+        }),
+        cgroup: context.cgroup,
+        terminal: text(until_zero(&context.tty)),
+    };
+    Made {
+        header: record.head.header,
+        event: Event::Exec(exec),
+        urgent: part.verdict != codes::verdict::ALLOWED,
+    }
+}
+
+fn key(process: &ProcessPart) -> ProcessKey {
+    (process.pid, process.start_time)
+}
+
+fn parent_key(process: &ProcessPart) -> ProcessKey {
+    (process.parent_pid, process.parent_start_time)
+}
+
+fn describe(source: &Source, part: &ProcessPart, parent_executable: String) -> v1::Process {
+    let ProcessPart {
+        pid,
+        tid,
+        namespace_pid,
+        parent_pid,
+        start_time,
+        parent_start_time,
+        uid,
+        gid,
+        suid,
+        sgid,
+        euid,
+        egid,
+        fsuid,
+        fsgid,
+        comm,
+    } = *part;
+    v1::Process {
+        pid,
+        tid,
+        namespace_pid,
+        start_time: source.wall(start_time),
+        comm: text(until_zero(&comm)),
+        parent_pid,
+        parent_start_time: source.wall(parent_start_time),
+        parent_executable,
+        credentials: Some(v1::Credentials { uid, gid, euid, egid, suid, sgid, fsuid, fsgid }),
+    }
+}
+
+fn until_zero(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// Splits the run of strings; at most `count`, since what follows them is the environment.
+fn arguments(bytes: &[u8], count: u32) -> Vec<String> {
+    let run = bytes.strip_suffix(&[0]).unwrap_or(bytes);
+    if run.is_empty() && bytes.is_empty() {
+        return Vec::new();
+    }
+    run.split(|byte| *byte == 0).take(count as usize).map(text).collect()
+}
+
+/// Text that a container controls: bytes that are not UTF-8 become `\xNN`, so that nothing is lost.
+fn text(bytes: &[u8]) -> String {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        return text.to_owned();
+    }
+    let mut out = String::with_capacity(bytes.len() + 8);
+    for chunk in bytes.utf8_chunks() {
+        out.push_str(chunk.valid());
+        for byte in chunk.invalid() {
+            out.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_end_where_the_count_says() {
+        assert_eq!(arguments(b"a\0b c\0\0", 3), ["a", "b c", ""]);
+        assert_eq!(arguments(b"a\0b\0HOME=/\0", 2), ["a", "b"]);
+        assert!(arguments(b"", 2).is_empty());
+        assert_eq!(arguments(b"cut", 1), ["cut"]);
+    }
+
+    #[test]
+    fn bytes_that_are_not_text_stay_readable() {
+        assert_eq!(text(b"/tmp/\xff\xfea"), "/tmp/\\xff\\xfea");
+    }
+
+    #[test]
+    fn a_spliced_container_block_is_read_back() {
+        let source = Source::new("n".to_owned(), "b".to_owned());
+        let container = v1::Container { id: "c1".to_owned(), ..Default::default() };
+        let bytes =
+            source.encode(9, None, &container.encode_to_vec().into(), Event::Gap(v1::Gap { count: 3, ..Default::default() }));
+        let record = v1::Record::decode(bytes).unwrap();
+        assert_eq!(record.container.unwrap().id, "c1");
+        assert_eq!(record.slot, 9);
+        assert!(matches!(record.event, Some(Event::Gap(v1::Gap { count: 3, .. }))));
+    }
+}

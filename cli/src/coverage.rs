@@ -1,0 +1,68 @@
+//! `palisade coverage`.
+
+use std::io::Write as _;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use palisade_proto::v1::{CoverageRequest, Record, query_client::QueryClient, record::Event};
+use prost::Message as _;
+
+use crate::{
+    Collector,
+    table::{self, moment, printable},
+};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    collector: Collector,
+    /// Containers that have ended, too
+    #[arg(long)]
+    ended: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(options: Options) -> Result<()> {
+    let address = options.collector.collector;
+    let mut client = QueryClient::connect(address.clone())
+        .await
+        .with_context(|| format!("cannot reach the collector at {address}; give its address with --collector"))?;
+    let request = CoverageRequest { ended: options.ended };
+    let answer = client.coverage(request).await.context("the collector refuses the query")?.into_inner();
+    let mut out = std::io::stdout().lock();
+    if options.json {
+        for record in answer.containers {
+            writeln!(out, "{}", palisade_proto::record_to_json(&record.encode_to_vec())?)?;
+        }
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = answer.containers.iter().map(row).collect();
+    table::print(
+        &mut out,
+        &["NODE", "NAMESPACE", "POD", "CONTAINER", "MODE", "PROFILES", "REVISION", "TIER", "IN FORCE SINCE", "FIRST EXEC"],
+        &rows,
+    )
+}
+
+fn row(record: &Record) -> Vec<String> {
+    let container = record.container.clone().unwrap_or_default();
+    let coverage = match &record.event {
+        Some(Event::Coverage(coverage)) => coverage.clone(),
+        _ => Default::default(),
+    };
+    let name = if container.class == "sandbox" { "(sandbox)".to_owned() } else { container.name };
+    vec![
+        printable(&record.node),
+        printable(&container.namespace),
+        printable(&container.pod),
+        printable(&name),
+        if coverage.change == "ended" { "ended".to_owned() } else { container.mode },
+        if container.profiles.is_empty() { "-".to_owned() } else { printable(&container.profiles.join(",")) },
+        if container.revision.is_empty() { "-".to_owned() } else { container.revision },
+        coverage.tier,
+        moment(coverage.in_force_since),
+        moment(coverage.first_exec),
+    ]
+}

@@ -1,0 +1,221 @@
+//! `palisade events`.
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use palisade_proto::v1::{EventsRequest, Record, query_client::QueryClient, record::Event};
+use prost::Message as _;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::{
+    Collector,
+    table::{line, moment, printable},
+};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    collector: Collector,
+    /// Go on with what arrives, until interrupted
+    #[arg(long, short)]
+    follow: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+    /// Only the last so many
+    #[arg(long, short = 'n')]
+    last: Option<u64>,
+    /// Node; * stands for any run of characters, here and below
+    #[arg(long, default_value = "")]
+    node: String,
+    /// Namespace of the pod
+    #[arg(long, short = 'N', default_value = "")]
+    namespace: String,
+    /// Name of the pod
+    #[arg(long, default_value = "")]
+    pod: String,
+    /// Name or id of the container
+    #[arg(long, default_value = "")]
+    container: String,
+    /// Canonical path of the executable
+    #[arg(long, default_value = "")]
+    executable: String,
+    /// Verdict; may be given several times
+    #[arg(long, value_parser = ["allowed", "audited", "denied"])]
+    verdict: Vec<String>,
+    /// Kind of event; may be given several times [default: exec gap coverage]
+    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage"])]
+    kind: Vec<String>,
+    /// Events of every kind
+    #[arg(long, conflicts_with = "kind")]
+    all: bool,
+    /// Not before: an RFC 3339 time, or how long ago as 90s, 15m, 6h, 2d
+    #[arg(long, value_parser = parse_time)]
+    since: Option<u64>,
+    /// Before: likewise
+    #[arg(long, value_parser = parse_time)]
+    until: Option<u64>,
+}
+
+/// Nanoseconds since the Unix epoch of what a person wrote.
+fn parse_time(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is neither a time like 2026-01-31T12:00:00Z nor an age like 15m");
+    if let Ok(time) = OffsetDateTime::parse(text, &Rfc3339) {
+        return u64::try_from(time.unix_timestamp_nanos()).map_err(|_| wrong());
+    }
+    let unit = match text.chars().last() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3600,
+        Some('d') => 86400,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+    Ok(now.saturating_sub(number.saturating_mul(unit).saturating_mul(1_000_000_000)))
+}
+
+pub(crate) async fn run(options: Options) -> Result<()> {
+    let kinds = if options.all {
+        Vec::new()
+    } else if options.kind.is_empty() {
+        ["exec", "gap", "coverage"].map(str::to_owned).to_vec()
+    } else {
+        options.kind
+    };
+    let request = EventsRequest {
+        node: options.node,
+        namespace: options.namespace,
+        pod: options.pod,
+        container: options.container,
+        executable: options.executable,
+        verdicts: options.verdict,
+        kinds,
+        since: options.since.unwrap_or(0),
+        until: options.until.unwrap_or(0),
+        follow: options.follow,
+        last: options.last.unwrap_or(0),
+    };
+    let address = options.collector.collector;
+    let mut client = QueryClient::connect(address.clone())
+        .await
+        .with_context(|| format!("cannot reach the collector at {address}; give its address with --collector"))?;
+    let mut answers = client.events(request).await.context("the collector refuses the query")?.into_inner();
+    let mut out = std::io::stdout().lock();
+    let is_terminal = out.is_terminal();
+    if !options.json {
+        line(&mut out, WIDTHS, HEADS.iter().copied())?;
+    }
+    while let Some(answer) = answers.message().await.context("the collector ended the answer")? {
+        for bytes in answer.records {
+            if options.json {
+                let value = palisade_proto::record_to_json(&bytes).context("the collector sent no record")?;
+                writeln!(out, "{value}")?;
+            } else {
+                let record = Record::decode(bytes).context("the collector sent no record")?;
+                show(&mut out, &record, is_terminal)?;
+            }
+        }
+        out.flush()?;
+    }
+    Ok(())
+}
+
+const HEADS: &[&str] = &["TIME", "NODE", "NAMESPACE", "POD", "CONTAINER", "VERDICT", "EXECUTABLE", "DETAIL"];
+const WIDTHS: &[usize] = &[23, 12, 10, 14, 12, 17, 28, 0];
+
+fn show(out: &mut impl std::io::Write, record: &Record, colour: bool) -> Result<()> {
+    let container = record.container.clone().unwrap_or_default();
+    let (verdict, executable, detail) = describe(record);
+    let paint = match verdict.split(' ').next() {
+        Some("denied") if colour => "\u{1b}[31m",
+        Some("audited") if colour => "\u{1b}[33m",
+        _ => "",
+    };
+    let name = if container.name.is_empty() {
+        match container.class.as_str() {
+            "sandbox" => "(sandbox)".to_owned(),
+            _ => container.id.chars().take(12).collect(),
+        }
+    } else {
+        container.name
+    };
+    let cells = [
+        moment(record.time),
+        printable(&record.node),
+        printable(&container.namespace),
+        printable(&container.pod),
+        printable(&name),
+        verdict,
+        printable(&executable),
+        printable(&detail),
+    ];
+    write!(out, "{paint}")?;
+    line(out, WIDTHS, cells.iter().map(String::as_str))?;
+    if !paint.is_empty() {
+        write!(out, "\u{1b}[0m")?;
+    }
+    Ok(())
+}
+
+/// Verdict, executable and the rest, in words.
+fn describe(record: &Record) -> (String, String, String) {
+    match &record.event {
+        Some(Event::Exec(exec)) => {
+            let verdict = if exec.verdict == "denied" {
+                format!("denied ({})", exec.action)
+            } else {
+                exec.verdict.clone()
+            };
+            let mut detail = format!("[{}] {}", exec.origin, exec.arguments.join(" "));
+            if exec.verdict != "allowed" {
+                detail = format!("[{}] {}: {}", exec.origin, exec.reason, exec.arguments.join(" "));
+            }
+            if exec.arguments_truncated {
+                detail.push_str(" …");
+            }
+            (verdict, exec.executable.clone(), detail)
+        }
+        Some(Event::Fork(fork)) => {
+            let process = fork.process.clone().unwrap_or_default();
+            ("fork".to_owned(), process.parent_executable, format!("pid {} of {}", process.pid, process.parent_pid))
+        }
+        Some(Event::Exit(exit)) => {
+            let how =
+                if exit.signal == 0 { format!("status {}", exit.status) } else { format!("signal {}", exit.signal) };
+            let pid = exit.process.as_ref().map_or(0, |process| process.pid);
+            ("exit".to_owned(), exit.executable.clone(), format!("pid {pid} {how}"))
+        }
+        Some(Event::Gap(gap)) => {
+            ("GAP".to_owned(), String::new(), format!("{} records missing: {}", gap.count, gap.cause))
+        }
+        Some(Event::Coverage(coverage)) => {
+            let container = record.container.clone().unwrap_or_default();
+            let profiles = if container.profiles.is_empty() {
+                "no profile".to_owned()
+            } else {
+                format!("{} revision {}", container.profiles.join(", "), container.revision)
+            };
+            (coverage.change.clone(), String::new(), format!("{} by {profiles}, {} tier", container.mode, coverage.tier))
+        }
+        None => ("unknown".to_owned(), String::new(), "a kind that this build does not know".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_people_write_them() {
+        assert_eq!(parse_time("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
+        assert!(parse_time("15m").unwrap() > 1_600_000_000_000_000_000);
+        for wrong in ["yesterday", "m", "", "5"] {
+            assert!(parse_time(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! The collector's configuration: read whole and checked before anything is touched.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use serde::Deserialize;
+
+/// Largest message that is accepted, in bytes.
+pub const LARGEST_MESSAGE: usize = 8 << 20;
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// Loopback only, until there is TLS.
+    pub listen: SocketAddr,
+    pub store: PathBuf,
+    /// A segment of the log is closed when it is larger than this.
+    pub segment_bytes: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7443)),
+            store: PathBuf::from("/var/lib/palisade/store"),
+            segment_bytes: 64 << 20,
+        }
+    }
+}
+
+impl Config {
+    /// Reads `path`, or takes the defaults.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read or is not a configuration; the message has the place.
+    pub fn read(path: Option<&Path>) -> Result<Self> {
+        let Some(path) = path else { return Ok(Self::default()) };
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+        marked_yaml::from_yaml(0, &text)
+            .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
+            .context("the configuration is not valid; known fields are listen, store and segmentBytes")
+    }
+
+    /// # Errors
+    ///
+    /// When the values cannot be used together or at all.
+    pub fn validate(&self) -> Result<()> {
+        if !self.listen.ip().is_loopback() {
+            bail!(
+                "listen: {} is not a loopback address; without TLS records are only taken from this machine, \
+                 so write 127.0.0.1:{}",
+                self.listen,
+                self.listen.port()
+            );
+        }
+        if self.segment_bytes < 1 << 16 {
+            bail!("segmentBytes: {} is too small; write at least 65536", self.segment_bytes);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! The collector: one process that agents stream to and analysts ask.
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod filter;
+mod ingest;
+mod log;
+mod query;
+mod store;
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use palisade_proto::v1::{delivery_server::DeliveryServer, query_server::QueryServer};
+use tokio::{net::TcpListener, sync::watch};
+use tokio_stream::wrappers::TcpListenerStream;
+
+use crate::{config::Config, ingest::Ingest, query::Queries, store::Store};
+
+/// Takes audit records from agents, keeps them on disk, and answers queries.
+///
+/// Exit codes: 0 after SIGTERM or SIGINT, 1 when it cannot start or its store fails.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file; absent means all defaults
+    #[arg(long, env = "PALISADE_COLLECTOR_CONFIG")]
+    config: Option<PathBuf>,
+    /// Address to listen on, instead of the configured one (loopback only, until TLS)
+    #[arg(long)]
+    listen: Option<SocketAddr>,
+    /// Folder of the store, instead of the configured one
+    #[arg(long)]
+    store: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("PALISADE_LOG").unwrap_or_else(|_| "info".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match start(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("palisade-collector: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: Arguments) -> Result<()> {
+    let mut config = Config::read(arguments.config.as_deref())?;
+    if let Some(listen) = arguments.listen {
+        config.listen = listen;
+    }
+    if let Some(store) = arguments.store {
+        config.store = store;
+    }
+    config.validate()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the asynchronous runtime")?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let store = Arc::new(Store::open(&config.store, config.segment_bytes)?);
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", config.listen))?;
+    tracing::info!(
+        listen = %listener.local_addr()?,
+        store = %config.store.display(),
+        records = store.end().records,
+        "collecting"
+    );
+    let (stop, stopped) = watch::channel(false);
+    let server = tonic::transport::Server::builder()
+        .add_service(
+            DeliveryServer::new(Ingest::new(Arc::clone(&store), stopped.clone()))
+                .max_decoding_message_size(config::LARGEST_MESSAGE),
+        )
+        .add_service(QueryServer::new(Queries::new(Arc::clone(&store), stopped.clone())));
+    let serving = server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+        let mut stopped = stopped;
+        let _sender_gone = stopped.wait_for(|stop| *stop).await;
+    });
+    let signals = async {
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            result = tokio::signal::ctrl_c() => result?,
+        }
+        tracing::info!("stopping");
+        stop.send_replace(true);
+        Ok::<(), std::io::Error>(())
+    };
+    let (served, signalled) = tokio::join!(serving, signals);
+    signalled?;
+    served.context("serving failed")
+}

@@ -1,0 +1,183 @@
+//! The attacks, what each looks like to the kernel, and how one is carried out and checked.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, bail, ensure};
+use serde_json::Value;
+
+use crate::{
+    cri::{Pod, Runtime, WORKLOAD_IMAGE},
+    events,
+    node::Node,
+};
+
+/// Exit codes of the fixture.
+pub const PAYLOAD_RAN: i32 = 42;
+const EPERM: i32 = 1;
+const KILLED: i32 = 137;
+
+/// One way to run what is not allowed, and the record that a denial must leave.
+pub struct Attack {
+    pub name: &'static str,
+    pub executable: &'static str,
+    pub origin: &'static str,
+    pub reason: &'static str,
+}
+
+const fn attack(
+    name: &'static str,
+    executable: &'static str,
+    origin: &'static str,
+    reason: &'static str,
+) -> Attack {
+    Attack { name, executable, origin, reason }
+}
+
+pub const ATTACKS: &[Attack] = &[
+    attack("third", "/usr/bin/third", "image", "no-rule"),
+    attack("script", "/usr/bin/script", "image", "no-rule"),
+    attack("copy", "/tmp/attack/workload", "drift", "no-rule"),
+    attack("copy-over", "/usr/bin/workload", "drift", "origin-not-allowed"),
+    attack("rename", "/usr/bin/workload", "drift", "origin-not-allowed"),
+    attack("hardlink", "/usr/bin/workload", "drift", "origin-not-allowed"),
+    attack("symlink", "/usr/bin/third", "image", "no-rule"),
+    attack("chroot", "/tmp/attack/usr/bin/workload", "drift", "no-rule"),
+    attack("userns-tmpfs", "/workload", "memory", "no-rule"),
+    attack("userns-overlay", "/workload", "unknown", "origin-unknown"),
+    attack("userns-bind", "/tmp/attack/workload", "drift", "no-rule"),
+    attack("memfd", "memfd:workload", "memory", "path-outside-its-filesystem"),
+    attack("dev-shm", "/workload", "memory", "no-rule"),
+    attack("proc-fd", "/usr/bin/third", "image", "no-rule"),
+    attack("deep", "", "drift", "path-too-deep"),
+    attack("long", "", "drift", "path-too-long"),
+];
+
+/// The profile of the scenarios: two programs of the image.
+pub fn profile(app: &str, mode: &str) -> String {
+    format!(
+        "apiVersion: palisade.dev/v1alpha1\nkind: Profile\nmetadata: {{name: {app}, namespace: scenarios}}\nspec:\n  \
+         selector:\n    podSelector: {{matchLabels: {{app: {app}}}}}\n    containers: [{{image: \"palisade.test/*\"}}]\n  \
+         mode: {mode}\n  exec:\n    allow:\n      - path: /usr/bin/workload\n      - path: /usr/bin/att*er\n"
+    )
+}
+
+/// A word that nobody used before.
+pub fn nonce(name: &str) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    format!("{name}-{now:x}")
+}
+
+/// What is expected of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Refused with EPERM, recorded as denied.
+    Refused,
+    /// Killed, recorded as denied.
+    Killed,
+    /// Runs, recorded as audited.
+    Audited,
+    /// Runs, recorded as allowed.
+    Allowed,
+}
+
+/// Starts a fresh container, waits for its policy, attacks, and checks exit code and record.
+pub async fn carry_out(
+    node: &Node,
+    runtime: &Runtime,
+    pod: &Pod,
+    attack: &Attack,
+    mode: &str,
+    expect: Expect,
+) -> Result<()> {
+    let name = format!("c-{}-{mode}", attack.name);
+    let container = runtime.container(pod, &name, WORKLOAD_IMAGE, &[]).await?;
+    let result = attack_container(node, runtime, &container, &name, attack, mode, expect).await;
+    runtime.remove_container(&container).await?;
+    result
+}
+
+async fn attack_container(
+    node: &Node,
+    runtime: &Runtime,
+    container: &str,
+    name: &str,
+    attack: &Attack,
+    mode: &str,
+    expect: Expect,
+) -> Result<()> {
+    events::in_mode(node, container, mode).await?;
+    let nonce = nonce(attack.name);
+    let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", attack.name, &nonce]).await?;
+    let wanted = match expect {
+        Expect::Refused => EPERM,
+        Expect::Killed => KILLED,
+        Expect::Audited | Expect::Allowed => PAYLOAD_RAN,
+    };
+    ensure!(ended.code == wanted, "exit code {} instead of {wanted}: {}", ended.code, ended.stderr.trim());
+    let record = events::exactly_one(node, &nonce).await?;
+    check(&record, name, container, attack, expect, &nonce)
+}
+
+fn check(
+    record: &Value,
+    name: &str,
+    container: &str,
+    attack: &Attack,
+    expect: Expect,
+    nonce: &str,
+) -> Result<()> {
+    let exec = &record["exec"];
+    let (verdict, action) = match expect {
+        Expect::Refused => ("denied", "refused"),
+        Expect::Killed => ("denied", "killed"),
+        Expect::Audited => ("audited", "none"),
+        Expect::Allowed => ("allowed", "none"),
+    };
+    let mut wrong = Vec::new();
+    let mut same = |what: &str, found: &Value, wanted: &str| {
+        if found != wanted {
+            wrong.push(format!("{what} is {found}, not {wanted:?}"));
+        }
+    };
+    same("verdict", &exec["verdict"], verdict);
+    same("action", &exec["action"], action);
+    // A script that runs is named by its interpreter.
+    let runs = matches!(expect, Expect::Audited | Expect::Allowed);
+    let named = if attack.name == "script" && runs { "/usr/bin/workload" } else { attack.executable };
+    if !named.is_empty() {
+        same("executable", &exec["executable"], named);
+    }
+    same("origin", &exec["origin"], attack.origin);
+    if verdict != "allowed" {
+        same("reason", &exec["reason"], attack.reason);
+    }
+    let about = &record["container"];
+    same("container id", &about["id"], container);
+    same("container name", &about["name"], name);
+    same("namespace", &about["namespace"], "scenarios");
+    same("image", &about["image"], WORKLOAD_IMAGE);
+    same("node", &record["node"], "test-node");
+    let digest = about["image_digest"].as_str().unwrap_or_default();
+    if !digest.starts_with("sha256:") || digest.len() != 71 {
+        wrong.push(format!("image digest is {digest:?}"));
+    }
+    if about["labels"]["app"].as_str().is_none_or(str::is_empty) {
+        wrong.push("the pod's labels are missing".to_owned());
+    }
+    if exec["arguments"].as_array().and_then(|list| list.last()).is_none_or(|last| last != nonce) {
+        wrong.push(format!("arguments are {}", exec["arguments"]));
+    }
+    let count = exec["arguments"].as_array().map_or(0, Vec::len) as u64;
+    if exec["argument_count"] != count || exec["arguments_truncated"] != false {
+        wrong.push(format!("argument count is {} for {count} arguments", exec["argument_count"]));
+    }
+    for (what, value) in [("pid", &exec["process"]["pid"]), ("parent", &exec["process"]["parent_pid"])] {
+        if value.as_u64().unwrap_or(0) == 0 {
+            wrong.push(format!("{what} is missing"));
+        }
+    }
+    if !wrong.is_empty() {
+        bail!("{}; the record: {record}", wrong.join("; "));
+    }
+    Ok(())
+}

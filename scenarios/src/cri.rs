@@ -1,0 +1,185 @@
+//! Driving the container runtime as a kubelet does.
+
+use std::{collections::HashMap, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use hyper_util::rt::TokioIo;
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
+    ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    runtime_service_client::RuntimeServiceClient,
+};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+/// Namespace of all pods here.
+pub const NAMESPACE: &str = "scenarios";
+pub const WORKLOAD_IMAGE: &str = "palisade.test/workload:1";
+
+/// Longest time that one step may take, under emulation.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+/// The runtime.
+#[derive(Clone)]
+pub struct Runtime {
+    client: RuntimeServiceClient<Channel>,
+}
+
+/// A pod sandbox.
+pub struct Pod {
+    pub id: String,
+    config: PodSandboxConfig,
+}
+
+/// How a command in a container ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Runtime {
+    pub fn connect(socket: &Path) -> Self {
+        let path = socket.to_owned();
+        let channel = Endpoint::from_static("http://runtime").timeout(DEADLINE).connect_with_connector_lazy(
+            tower::service_fn(move |_: Uri| {
+                let path = path.clone();
+                async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
+            }),
+        );
+        Self { client: RuntimeServiceClient::new(channel) }
+    }
+
+    /// Starts a pod in the host's network, with the label `app`.
+    pub async fn pod(&self, name: &str, app: &str, handler: &str) -> Result<Pod> {
+        let config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: NAMESPACE.to_owned(),
+                attempt: 0,
+            }),
+            labels: HashMap::from([("app".to_owned(), app.to_owned())]),
+            log_directory: String::new(),
+            linux: Some(LinuxPodSandboxConfig {
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(NamespaceOption {
+                        network: NamespaceMode::Node as i32,
+                        pid: NamespaceMode::Container as i32,
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let request =
+            RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
+        let answer =
+            self.client.clone().run_pod_sandbox(request).await.with_context(|| format!("starting pod {name}"))?;
+        Ok(Pod { id: answer.into_inner().pod_sandbox_id, config })
+    }
+
+    /// Creates and starts a container. Empty `command` means the image's own.
+    pub async fn container(&self, pod: &Pod, name: &str, image: &str, command: &[&str]) -> Result<String> {
+        let words: Vec<String> = command.iter().map(|word| (*word).to_owned()).collect();
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
+            image: Some(ImageSpec { image: image.to_owned(), ..Default::default() }),
+            command: words,
+            ..Default::default()
+        };
+        let mut client = self.client.clone();
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        let id = client
+            .create_container(request)
+            .await
+            .with_context(|| format!("creating container {name}"))?
+            .into_inner()
+            .container_id;
+        client
+            .start_container(StartContainerRequest { container_id: id.clone() })
+            .await
+            .with_context(|| format!("starting container {name}"))?;
+        Ok(id)
+    }
+
+    /// Runs a command in a container, as `kubectl exec` does.
+    pub async fn exec(&self, container: &str, command: &[&str]) -> Result<Ended> {
+        let request = ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
+            timeout: DEADLINE.as_secs() as i64,
+        };
+        let answer = self
+            .client
+            .clone()
+            .exec_sync(request)
+            .await
+            .with_context(|| format!("executing {command:?}"))?
+            .into_inner();
+        Ok(Ended {
+            code: answer.exit_code,
+            stdout: String::from_utf8_lossy(&answer.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&answer.stderr).into_owned(),
+        })
+    }
+
+    /// Whether a container runs, and its exit code if not.
+    pub async fn state(&self, container: &str) -> Result<(bool, i32)> {
+        let request = ContainerStatusRequest { container_id: container.to_owned(), verbose: false };
+        let status =
+            self.client.clone().container_status(request).await?.into_inner().status.context("no status")?;
+        Ok((status.state == ContainerState::ContainerRunning as i32, status.exit_code))
+    }
+
+    /// Stops and removes a container.
+    pub async fn remove_container(&self, container: &str) -> Result<()> {
+        let mut client = self.client.clone();
+        client
+            .stop_container(StopContainerRequest { container_id: container.to_owned(), timeout: 0 })
+            .await
+            .context("stopping a container")?;
+        client
+            .remove_container(RemoveContainerRequest { container_id: container.to_owned() })
+            .await
+            .context("removing a container")?;
+        Ok(())
+    }
+
+    /// Stops and removes a pod with all its containers.
+    pub async fn remove_pod(&self, pod: &Pod) -> Result<()> {
+        let mut client = self.client.clone();
+        client
+            .stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() })
+            .await
+            .context("stopping a pod")?;
+        client
+            .remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() })
+            .await
+            .context("removing a pod")?;
+        Ok(())
+    }
+}
+
+/// Asks `attempt` again until it answers, or fails with what `what` describes.
+pub async fn until<T>(what: &str, mut attempt: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
+    let begun = std::time::Instant::now();
+    loop {
+        if let Some(found) = attempt().await? {
+            return Ok(found);
+        }
+        if begun.elapsed() > DEADLINE {
+            bail!("waited {} s in vain for: {what}", DEADLINE.as_secs());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}

@@ -1,0 +1,59 @@
+//! Reading records back out of the collector's store, as an analyst does.
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use crate::{cri::until, node::Node};
+
+/// Every stored record that `arguments` select.
+pub fn query(node: &Node, arguments: &[&str]) -> Result<Vec<Value>> {
+    let mut words = vec!["events", "--json"];
+    words.extend(arguments);
+    node.palisade(&words)?
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("not JSON: {line}")))
+        .collect()
+}
+
+/// Execs whose arguments hold the word "payload" and `nonce`: what an attack tried, not its preparation.
+pub fn payloads(node: &Node, nonce: &str) -> Result<Vec<Value>> {
+    let records = query(node, &["--kind", "exec"])?;
+    Ok(records.into_iter().filter(|record| has_argument(record, "payload") && has_argument(record, nonce)).collect())
+}
+
+/// Whether an exec has `word` among its arguments.
+pub fn has_argument(record: &Value, word: &str) -> bool {
+    record["exec"]["arguments"]
+        .as_array()
+        .is_some_and(|arguments| arguments.iter().any(|argument| argument == word))
+}
+
+/// Waits until the agent has delivered everything that was made before this call: a marker that is executed in the
+/// same container has arrived.
+pub async fn exactly_one(node: &Node, nonce: &str) -> Result<Value> {
+    let mut found =
+        until(&format!("a record of {nonce}"), async || {
+            let found = payloads(node, nonce)?;
+            Ok((!found.is_empty()).then_some(found))
+        })
+        .await?;
+    if found.len() != 1 {
+        bail!("{} records of one act: {found:?}", found.len());
+    }
+    found.pop().context("no record")
+}
+
+/// Waits until the container is in `mode`.
+pub async fn in_mode(node: &Node, container: &str, mode: &str) -> Result<Value> {
+    until(&format!("{container} is in mode {mode}"), async || {
+        let records = node.palisade(&["coverage", "--json"])?;
+        for line in records.lines() {
+            let record: Value = serde_json::from_str(line)?;
+            if record["container"]["id"] == container && record["container"]["mode"] == mode {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
+    })
+    .await
+}

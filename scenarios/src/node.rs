@@ -1,0 +1,152 @@
+//! Palisade on this node: a collector and an agent in a folder of their own.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::net::TcpStream;
+
+use crate::cri::until;
+
+/// A running collector, and an agent when one was started.
+pub struct Node {
+    pub folder: tempfile::TempDir,
+    pub collector_address: SocketAddr,
+    collector: Child,
+    agent: Option<Child>,
+    cri: PathBuf,
+}
+
+/// How to start the agent.
+#[derive(Clone, Default)]
+pub struct AgentOptions {
+    /// Program to start instead of the one on the PATH.
+    pub program: Option<PathBuf>,
+    /// Folder of objects for a test build of the agent.
+    pub objects: Option<PathBuf>,
+}
+
+impl Node {
+    /// Starts a collector with an empty store.
+    pub async fn start(cri: &Path) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        std::fs::create_dir(folder.path().join("profiles"))?;
+        // Free at this moment; nothing else on a test node opens ports.
+        let collector_address = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?.local_addr()?;
+        let log = std::fs::File::create(folder.path().join("collector.log"))?;
+        let collector = Command::new("palisade-collector")
+            .args(["--listen", &collector_address.to_string(), "--store"])
+            .arg(folder.path().join("store"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .context("cannot start palisade-collector")?;
+        let mut node =
+            Self { folder, collector_address, collector, agent: None, cri: cri.to_owned() };
+        until("the collector listens", async || {
+            if let Some(status) = node.collector.try_wait()? {
+                bail!("the collector ended with {status}: {}", node.log("collector"));
+            }
+            Ok(TcpStream::connect(node.collector_address).await.ok())
+        })
+        .await?;
+        Ok(node)
+    }
+
+    /// Writes a profile; the agent takes it within a second.
+    pub fn write_profile(&self, name: &str, text: &str) -> Result<()> {
+        std::fs::write(self.folder.path().join("profiles").join(name), text)?;
+        Ok(())
+    }
+
+    /// Starts the agent and waits until it is in force. Returns the tier.
+    pub async fn start_agent(&mut self, options: &AgentOptions) -> Result<String> {
+        let folder = self.folder.path();
+        let config = folder.join("agent.yaml");
+        std::fs::write(
+            &config,
+            format!(
+                "node: test-node\ncollector: http://{}\nprofiles: {}\ncri: [{}]\n",
+                self.collector_address,
+                folder.join("profiles").display(),
+                self.cri.display()
+            ),
+        )?;
+        let log = std::fs::File::create(folder.join("agent.log"))?;
+        let program = options.program.clone().unwrap_or_else(|| PathBuf::from("palisade-agent"));
+        let mut command = Command::new(&program);
+        command.arg("--config").arg(&config).arg("run").env("NO_COLOR", "1");
+        if let Some(objects) = &options.objects {
+            command.env("PALISADE_TEST_OBJECTS", objects);
+        }
+        let agent = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        self.agent = Some(agent);
+        until("the agent is in force", async || {
+            let log = self.log("agent");
+            if let Some(status) = self.agent.as_mut().and_then(|agent| agent.try_wait().ok().flatten()) {
+                bail!("the agent ended with {status}: {log}");
+            }
+            let line = log.lines().find(|line| line.contains("in force"));
+            Ok(line.map(|line| if line.contains("fallback") { "fallback" } else { "full" }.to_owned()))
+        })
+        .await
+    }
+
+    /// Stops the agent with SIGTERM and waits for it.
+    pub fn stop_agent(&mut self) -> Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            kill_process(Pid::from_child(&agent), Signal::TERM)?;
+            let status = agent.wait()?;
+            if !status.success() {
+                bail!("the agent ended with {status}: {}", self.log("agent"));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn agent_pid(&self) -> Option<u32> {
+        self.agent.as_ref().map(Child::id)
+    }
+
+    pub fn collector_pid(&self) -> u32 {
+        self.collector.id()
+    }
+
+    /// The log of "agent" or "collector".
+    pub fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.folder.path().join(format!("{name}.log"))).unwrap_or_default()
+    }
+
+    /// Runs `palisade` against this collector and returns what it prints.
+    pub fn palisade(&self, arguments: &[&str]) -> Result<String> {
+        let output = Command::new("palisade")
+            .args(arguments)
+            .args(["--collector", &format!("http://{}", self.collector_address)])
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start palisade")?;
+        if !output.status.success() {
+            bail!("palisade {arguments:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        for child in self.agent.iter_mut().chain(std::iter::once(&mut self.collector)) {
+            let _gone_already = child.kill();
+            let _reaped = child.wait();
+        }
+    }
+}

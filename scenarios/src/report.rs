@@ -1,0 +1,54 @@
+//! What passed and what failed.
+
+use std::{process::ExitCode, time::Instant};
+
+use anyhow::Result;
+
+/// Collects outcomes and prints each as it comes.
+pub struct Report {
+    passed: u32,
+    failed: u32,
+    quiet: bool,
+}
+
+impl Report {
+    pub fn new() -> Self {
+        Self { passed: 0, failed: 0, quiet: false }
+    }
+
+    /// Counts, but prints nothing: for runs that are meant to fail.
+    pub fn quiet() -> Self {
+        Self { quiet: true, ..Self::new() }
+    }
+
+    /// Runs one case.
+    pub async fn case(&mut self, name: &str, work: impl Future<Output = Result<()>>) {
+        let begun = Instant::now();
+        let result = work.await;
+        let seconds = begun.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => {
+                self.passed += 1;
+                if !self.quiet {
+                    println!("ok   {name} ({seconds:.1} s)");
+                }
+            }
+            Err(error) => {
+                self.failed += 1;
+                if !self.quiet {
+                    println!("FAIL {name} ({seconds:.1} s): {error:#}");
+                }
+            }
+        }
+    }
+
+    pub fn failed(&self) -> u32 {
+        self.failed
+    }
+
+    /// The closing line, and the exit code.
+    pub fn close(self) -> ExitCode {
+        println!("{} passed, {} failed", self.passed, self.failed);
+        if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}

@@ -1,0 +1,36 @@
+//! The check that every kernel gets: one allow, one denial, the right origin.
+
+use std::{path::Path, process::ExitCode};
+
+use anyhow::Result;
+
+use crate::{
+    attacks::{ATTACKS, Attack, Expect, carry_out, profile},
+    cri::Runtime,
+    node::{AgentOptions, Node},
+    report::Report,
+};
+
+pub async fn run(cri: &Path) -> Result<ExitCode> {
+    let mut report = Report::new();
+    let runtime = Runtime::connect(cri);
+    let mut node = Node::start(cri).await?;
+    node.write_profile("enforce.yaml", &profile("enforce", "enforce"))?;
+    let tier = node.start_agent(&AgentOptions::default()).await?;
+    println!("tier: {tier}");
+    let denied = if tier == "full" { Expect::Refused } else { Expect::Killed };
+    let pod = runtime.pod("pod-smoke", "enforce", "").await?;
+    let allowed = Attack { name: "none", executable: "/usr/bin/workload", origin: "image", reason: "rule" };
+    let case = carry_out(&node, &runtime, &pod, &allowed, "enforce", Expect::Allowed);
+    report.case("an allowed program runs, origin image", case).await;
+    for attack in ATTACKS.iter().filter(|attack| matches!(attack.name, "copy-over" | "third")) {
+        let name = format!("{} is denied, origin {}", attack.name, attack.origin);
+        report.case(&name, carry_out(&node, &runtime, &pod, attack, "enforce", denied)).await;
+    }
+    runtime.remove_pod(&pod).await?;
+    report.case("the agent stops cleanly", async { node.stop_agent() }).await;
+    if report.failed() > 0 {
+        println!("--- the agent's log\n{}", node.log("agent"));
+    }
+    Ok(report.close())
+}
