@@ -63,6 +63,9 @@ fn classify(slot: u64, dentry: KernelPtr) -> u8 {
             && root.magic == file.magic
             && root.user_namespace == file.user_namespace;
         if same {
+            if cfg!(feature = "plant-drift-is-image") {
+                return origin::IMAGE;
+            }
             return if file.magic == OVERLAYFS { overlay_origin(dentry) } else { origin::UNKNOWN };
         }
     }

@@ -1,4 +1,160 @@
-use std::{path::Path, process::ExitCode};
-pub async fn run(_cri: &Path, _count: u64, _repeats: u32) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("later")
+//! What the agent costs per exec: base, agent, base in one boot, outside and inside a container.
+//!
+//! Under the instruction clock a nanosecond is an instruction, so the numbers repeat on a noisy machine.
+
+use std::{
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde::Serialize;
+
+use crate::{
+    attacks::profile,
+    cri::{Runtime, WORKLOAD_IMAGE, until},
+    events,
+    node::{AgentOptions, Node},
+};
+
+/// One repeat. Times in nanoseconds per exec.
+#[derive(Serialize)]
+struct Repeat {
+    outside_before: f64,
+    outside_agent: f64,
+    outside_after: f64,
+    inside_before: f64,
+    inside_agent: f64,
+    inside_after: f64,
+    /// On-processor time from the loop's start to the last acknowledgement.
+    agent_per_exec: f64,
+    collector_per_exec: f64,
+    records: u64,
+    rss_kib: u64,
+    maps_kib: u64,
+}
+
+/// Nanoseconds per exec of a loop outside any container.
+fn outside(count: u64) -> Result<f64> {
+    let program = "/palisade/bin/palisade-fixture";
+    let output = Command::new(program).args(["loop", program, &count.to_string()]).output()?;
+    per_exec(&String::from_utf8_lossy(&output.stdout), count)
+}
+
+async fn inside(runtime: &Runtime, container: &str, count: u64) -> Result<f64> {
+    let words = ["/usr/bin/attacker", "loop", "/usr/bin/workload", &count.to_string()];
+    let ended = runtime.exec(container, &words).await?;
+    ensure!(ended.code == 0, "the loop ended with {}: {}", ended.code, ended.stderr);
+    per_exec(&ended.stdout, count)
+}
+
+fn per_exec(output: &str, count: u64) -> Result<f64> {
+    let total: u64 = output.trim().parse().with_context(|| format!("the loop printed {output:?}"))?;
+    Ok(total as f64 / count as f64)
+}
+
+/// Nanoseconds that a process was on a processor, over all threads.
+fn on_processor(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        sum += text.split(' ').next().and_then(|word| word.parse::<u64>().ok()).context("schedstat")?;
+    }
+    Ok(sum)
+}
+
+fn rss_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.trim().split(' ').next()?.parse().ok())
+        .context("VmRSS")
+}
+
+/// Kernel memory of all maps that a process holds.
+fn maps_kib(pid: u32) -> Result<u64> {
+    let mut bytes = 0;
+    let mut seen = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        let text = std::fs::read_to_string(entry?.path())?;
+        let field = |name: &str| {
+            text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+        };
+        if let (Some(id), Some(locked)) = (field("map_id:"), field("memlock:"))
+            && seen.insert(id)
+        {
+            bytes += locked;
+        }
+    }
+    Ok(bytes / 1024)
+}
+
+pub async fn run(cri: &Path, count: u64, repeats: u32) -> Result<ExitCode> {
+    let runtime = Runtime::connect(cri);
+    let pod = runtime.pod("pod-bench", "enforce", "").await?;
+    let container = runtime.container(&pod, "c-bench", WORKLOAD_IMAGE, &[]).await?;
+    let mut done = Vec::new();
+    for repeat in 0..=repeats {
+        let found = measure(cri, &runtime, &container, count).await?;
+        // The first repeat after boot warms caches and is left out.
+        if repeat > 0 {
+            done.push(found);
+        }
+        eprintln!("repeat {repeat} of {repeats} is done");
+    }
+    runtime.remove_pod(&pod).await?;
+    println!("{}", serde_json::to_string(&done)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64) -> Result<Repeat> {
+    let outside_before = outside(count)?;
+    let inside_before = inside(runtime, container, count).await?;
+    let mut node = Node::start(cri).await?;
+    node.write_profile("enforce.yaml", &profile("enforce", "enforce"))?;
+    node.start_agent(&AgentOptions::default()).await?;
+    events::in_mode(&node, container, "enforce").await?;
+    let outside_agent = outside(count)?;
+    let (agent, collector) = (node.agent_pid().context("no agent")?, node.collector_pid());
+    let begun = (on_processor(agent)?, on_processor(collector)?);
+    let inside_agent = inside(runtime, container, count).await?;
+    // The last acknowledgement: the agent's queue is empty when the store has every exec of the loop. Asking costs
+    // the collector, so its share is taken before.
+    let log_size = || -> Result<u64> {
+        Ok(std::fs::metadata(node.folder.path().join("store/segment-000000000000.log"))?.len())
+    };
+    let mut size = 0;
+    until("the log stops growing", async || {
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        let now = log_size()?;
+        let still = now == size;
+        size = now;
+        Ok(still.then_some(()))
+    })
+    .await?;
+    let ended = (on_processor(agent)?, on_processor(collector)?);
+    let (rss_kib, maps_kib) = (rss_kib(agent)?, maps_kib(agent)?);
+    let records = events::query(&node, &["--kind", "exec", "--executable", "/usr/bin/workload"])?;
+    let captured = records
+        .iter()
+        .filter(|record| record["exec"]["arguments"].as_array().is_some_and(|words| words.len() == 2))
+        .count() as u64;
+    let gaps = events::query(&node, &["--kind", "gap"])?;
+    ensure!(captured == count && gaps.is_empty(), "invalid: {captured} of {count} execs captured, gaps {gaps:?}");
+    node.stop_agent()?;
+    let outside_after = outside(count)?;
+    let inside_after = inside(runtime, container, count).await?;
+    Ok(Repeat {
+        outside_before,
+        outside_agent,
+        outside_after,
+        inside_before,
+        inside_agent,
+        inside_after,
+        agent_per_exec: (ended.0 - begun.0) as f64 / count as f64,
+        collector_per_exec: (ended.1 - begun.1) as f64 / count as f64,
+        records: captured,
+        rss_kib,
+        maps_kib,
+    })
 }

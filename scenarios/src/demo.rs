@@ -35,7 +35,6 @@ spec:
 ";
 
 struct Scene<'a> {
-    node: &'a Node,
     runtime: &'a Runtime,
     surprises: u32,
 }
@@ -61,7 +60,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     let job = runtime.container(&batch, "job", WORKLOAD_IMAGE, &[]).await?;
     events::in_mode(&node, &container, "enforce").await?;
     events::in_mode(&node, &job, "enforce").await?;
-    let mut scene = Scene { node: &node, runtime: &runtime, surprises: 0 };
+    let mut scene = Scene { runtime: &runtime, surprises: 0 };
     scene.behave(&container, &nonce).await?;
     scene.attack(&container, &job, &nonce).await?;
     let surprises = scene.surprises;

@@ -39,7 +39,7 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
         }
         runtime.remove_pod(&pod).await?;
     }
-    if only.is_empty() && std::path::Path::new("/opt/runc-next").exists() {
+    if only.is_empty() && Path::new("/opt/runc-next").exists() {
         report.case("enforce: the next runc starts and enters", next_runc(&node, &runtime)).await;
     }
     report.case("the agent stops cleanly", async { node.stop_agent() }).await;

@@ -17,6 +17,8 @@ mkdir -p /palisade /host
 mount -t ext4 -o ro /dev/vdb /palisade
 mount --bind /palisade/host /host
 ip link set lo up
+echo "127.0.0.1 localhost palisade-guest" > /etc/hosts
+: > /etc/resolv.conf
 hostname palisade-guest
 stty -F /dev/ttyS0 raw -echo 2>/dev/null
 export PATH=/palisade/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb

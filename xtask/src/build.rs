@@ -19,9 +19,6 @@ pub struct Options {
     /// Optimise; leaves the programs' debug messages out
     #[arg(long)]
     pub release: bool,
-    /// Plant one bug in the verdict (for testing the tests): see agent-ebpf/Cargo.toml
-    #[arg(long, hide = true)]
-    pub plant: Option<String>,
 }
 
 /// The target of all binaries: statically linked, so that they run in any guest and image.
@@ -40,17 +37,42 @@ const VARIANTS: &[(&str, &str, &[&str])] =
 /// Builds everything and returns the folder of the binaries.
 pub fn run(options: &Options) -> Result<PathBuf> {
     setup::run()?;
-    let objects = shell::step("build the eBPF programs", || ebpf(options))?;
-    shell::step("build the binaries", || binaries(options, &objects))
+    let objects = shell::step("build the eBPF programs", || ebpf(None, "plain"))?;
+    shell::step("build the binaries", || binaries(options, &objects, PACKAGES, &[]))
 }
 
-fn ebpf(options: &Options) -> Result<PathBuf> {
-    let name = options.plant.as_deref().unwrap_or("plain");
+/// Bugs that can be planted in the verdict, as features of the eBPF crate. For testing the tests.
+const BUGS: &[&str] = &[
+    "plant-origin-ignored",
+    "plant-failed-walk-allowed",
+    "plant-enforce-is-audit",
+    "plant-drift-is-image",
+    "plant-latch-stays",
+];
+
+/// Builds an agent that loads its objects from a folder, and objects with one bug each. Returns both.
+pub fn planted() -> Result<(PathBuf, PathBuf)> {
+    let all = paths::target().join("ebpf/planted");
+    shell::step("build programs with planted bugs", || {
+        for bug in BUGS {
+            ebpf(Some(bug), &format!("planted/{bug}"))?;
+        }
+        Ok(())
+    })?;
+    let plain = paths::target().join("ebpf/plain");
+    let options = Options { release: true };
+    let folder = shell::step("build the agent for planted bugs", || {
+        binaries(&options, &plain, &["palisade-agent"], &["palisade-agent/test-objects"])
+    })?;
+    Ok((folder.join("palisade-agent"), all))
+}
+
+fn ebpf(bug: Option<&str>, name: &str) -> Result<PathBuf> {
     let output = paths::target().join("ebpf").join(name);
     std::fs::create_dir_all(&output).with_context(|| format!("cannot create {}", output.display()))?;
     for (variant, cpu, features) in VARIANTS {
         let mut features: Vec<String> = features.iter().map(|&feature| feature.to_owned()).collect();
-        features.extend(options.plant.iter().map(|bug| format!("plant-{bug}")));
+        features.extend(bug.map(str::to_owned));
         let flags = format!(
             "-C linker={} -C link-arg=--btf -C debuginfo=2 -C target-cpu={cpu}",
             setup::bpf_linker()?.display()
@@ -78,7 +100,7 @@ fn ebpf(options: &Options) -> Result<PathBuf> {
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env_remove("RUSTUP_TOOLCHAIN")
             .env_remove("RUSTC_WRAPPER");
-        shell::quiet(&mut command, &format!("ebpf-{name}-{variant}"))?;
+        shell::quiet(&mut command, &format!("ebpf-{}-{variant}", name.replace('/', "-")))?;
         let built = build.join("bpfel-unknown-none/release/palisade-ebpf");
         let object = output.join(format!("{variant}.o"));
         copy_if_changed(&built, &object)?;
@@ -95,21 +117,28 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
     std::fs::write(to, new).with_context(|| format!("cannot write {}", to.display()))
 }
 
-fn binaries(options: &Options, objects: &Path) -> Result<PathBuf> {
+fn binaries(options: &Options, objects: &Path, packages: &[&str], features: &[&str]) -> Result<PathBuf> {
     let mut command = Command::new("cargo");
     command.arg("build").args(["--target", TARGET]);
-    for package in PACKAGES {
+    for package in packages {
         command.args(["--package", package]);
+    }
+    // A build with features has a folder of its own, so that it never stands in for the plain one.
+    let mut target = paths::target();
+    if !features.is_empty() {
+        command.args(["--features", &features.join(",")]);
+        target = target.join("test-build");
     }
     if options.release {
         command.arg("--release");
     }
     command
         .current_dir(paths::repository())
+        .env("CARGO_TARGET_DIR", &target)
         .env("PALISADE_EBPF_OBJECTS", objects)
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     shell::quiet(&mut command, "binaries")?;
     let profile = if options.release { "release" } else { "debug" };
-    Ok(paths::target().join(TARGET).join(profile))
+    Ok(target.join(TARGET).join(profile))
 }

@@ -1,3 +1,40 @@
-#[derive(clap::Args)]
-pub struct Options {}
-pub fn run(_: &Options) -> anyhow::Result<std::process::ExitCode> { anyhow::bail!("later") }
+//! `cargo xtask demo`: natively in whatever tier this kernel has, or in a virtual machine.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::{build, images, kernels::Kernel, native::Containerd, vm::Machine};
+
+#[derive(Args)]
+pub struct Options {
+    /// In a virtual machine, where the kernel has the full tier
+    #[arg(long)]
+    vm: bool,
+    /// The virtual machine's kernel
+    #[arg(long, default_value = "6.12", requires = "vm")]
+    kernel: Kernel,
+}
+
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let binaries = build::run(&build::Options { release: true })?;
+    if options.vm {
+        let machine = Machine {
+            kernel: options.kernel,
+            smp: 2,
+            icount: false,
+            append: "",
+            deadline: Duration::from_secs(900),
+            containerd: true,
+            binaries: &binaries,
+            host: None,
+            extra: &[],
+        };
+        let outcome = machine.run(&["palisade-scenarios".to_owned(), "demo".to_owned()], true)?;
+        return Ok(ExitCode::from(outcome.code));
+    }
+    let containerd = Containerd::start(&images::make(&binaries)?)?;
+    let (code, _) = containerd.run(&binaries, &["palisade-scenarios", "demo"])?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}

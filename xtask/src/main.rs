@@ -7,6 +7,7 @@ mod demo;
 mod images;
 mod kernels;
 mod matrix;
+mod native;
 mod paths;
 mod rootfs;
 mod setup;

@@ -1,7 +1,6 @@
 //! Running programs, and saying what takes how long.
 
 use std::{
-    ffi::OsStr,
     fs::File,
     io::Write as _,
     path::PathBuf,
@@ -13,13 +12,6 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::paths;
-
-/// A command from words.
-pub fn command<S: AsRef<OsStr>>(words: &[S]) -> Command {
-    let mut command = Command::new(&words[0]);
-    command.args(&words[1..]).stdin(Stdio::null());
-    command
-}
 
 /// Runs `command` and returns what it printed.
 pub fn read(command: &mut Command) -> Result<String> {

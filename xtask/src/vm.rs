@@ -51,6 +51,8 @@ pub struct Machine<'a> {
     pub binaries: &'a Path,
     /// Folder whose files stand under /host.
     pub host: Option<&'a Path>,
+    /// Further files or folders, by where they stand under /palisade.
+    pub extra: &'a [(&'a str, &'a Path)],
 }
 
 /// What came of the command.
@@ -59,11 +61,10 @@ pub struct Outcome {
     pub output: String,
     /// The guest's `uname -r`.
     pub release: String,
-    pub took: Duration,
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let binaries = build::run(&build::Options { release: true, plant: None })?;
+    let binaries = build::run(&build::Options { release: true })?;
     let here = std::env::current_dir()?;
     let machine = Machine {
         kernel: options.kernel,
@@ -74,6 +75,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         containerd: true,
         binaries: &binaries,
         host: Some(&here),
+        extra: &[],
     };
     let outcome = machine.run(&options.command, true)?;
     Ok(ExitCode::from(outcome.code))
@@ -156,7 +158,7 @@ impl Machine<'_> {
             complaints.read_to_string(&mut said)?;
             bail!("the guest ended without an exit code; its console ends with:\n{}\n{said}", tail(&output));
         };
-        Ok(Outcome { code, output, release: bootable.release, took: begun.elapsed() })
+        Ok(Outcome { code, output, release: bootable.release })
     }
 
     /// The second disk: binaries, the command, and the host's files.
@@ -169,6 +171,9 @@ impl Machine<'_> {
             if from.exists() {
                 std::fs::copy(&from, root.join("bin").join(name))?;
             }
+        }
+        for (target, from) in self.extra {
+            shell::read(Command::new("cp").arg("-a").arg(from).arg(root.join(target)))?;
         }
         if self.containerd {
             std::fs::write(root.join("start-containerd"), "")?;
@@ -223,7 +228,8 @@ fn copy_host(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-fn copy(console: &mut impl std::io::Read, stream: bool) -> Result<Vec<u8>> {
+/// Reads everything, and passes it on to standard output with `stream`.
+pub fn copy(console: &mut impl std::io::Read, stream: bool) -> Result<Vec<u8>> {
     let mut all = Vec::new();
     let mut buffer = [0; 4096];
     loop {

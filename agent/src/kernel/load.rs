@@ -140,7 +140,7 @@ impl Kernel {
         };
         let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
         let Sizes { slots, processes, rules, glob_states, ring_bytes } = options.sizes;
-        let object = if features.fetch_add { FETCH_ADD } else { LANES };
+        let object = object(features)?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
             .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
@@ -155,7 +155,7 @@ impl Kernel {
             .map_max_entries("RULES", rules)
             .map_max_entries("GLOB_STATES", glob_states)
             .map_max_entries("RECORDS", ring_bytes)
-            .load(object)
+            .load(&object)
             .map_err(|error| LoadError::Other(anyhow::Error::new(error).context("cannot create the maps")))?;
         let mut programs = Vec::new();
         for name in TRACEPOINTS.iter().chain(ON_DEMAND) {
@@ -270,6 +270,16 @@ impl Kernel {
         }
         Some(sum)
     }
+}
+
+/// The object for this kernel.
+fn object(features: &Features) -> anyhow::Result<std::borrow::Cow<'static, [u8]>> {
+    #[cfg(feature = "test-objects")]
+    if let Some(folder) = std::env::var_os("PALISADE_TEST_OBJECTS") {
+        let name = if features.fetch_add { "fetch-add.o" } else { "lanes.o" };
+        return Ok(std::fs::read(Path::new(&folder).join(name))?.into());
+    }
+    Ok(if features.fetch_add { FETCH_ADD } else { LANES }.into())
 }
 
 fn raw_tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut RawTracePoint> {

@@ -1,0 +1,135 @@
+//! The native tier: containerd on this machine's own kernel, in folders of its own, apart from any that runs here.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{images::Image, paths, shell};
+
+/// A private containerd with the test images.
+pub struct Containerd {
+    child: Child,
+    pub socket: PathBuf,
+    state: tempfile::TempDir,
+}
+
+impl Containerd {
+    /// Starts it and imports what is not imported yet.
+    pub fn start(images: &[Image]) -> Result<Self> {
+        if !rustix::process::geteuid().is_root() {
+            bail!("containers are started natively, which needs root; `--vm` does it in a virtual machine");
+        }
+        let state = tempfile::Builder::new().prefix("palisade-").tempdir_in("/run")?;
+        let root = paths::cache("containerd")?;
+        let socket = state.path().join("containerd.sock");
+        let config = state.path().join("config.toml");
+        std::fs::write(
+            &config,
+            format!(
+                "version = 2\nroot = {root:?}\nstate = {:?}\n[grpc]\n  address = {socket:?}\n\
+                 [plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"palisade.test/pause:1\"\n  \
+                 [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n    runtime_type = \"io.containerd.runc.v2\"\n",
+                state.path().join("state")
+            ),
+        )?;
+        let log = std::fs::File::create(state.path().join("log"))?;
+        let child = Command::new("containerd")
+            .arg("--config")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start containerd")?;
+        let mut containerd = Self { child, socket, state };
+        let begun = Instant::now();
+        while shell::read(&mut containerd.ctr(&["version"])).is_err() {
+            if begun.elapsed() > Duration::from_secs(60) || containerd.child.try_wait()?.is_some() {
+                let log = std::fs::read_to_string(containerd.state.path().join("log")).unwrap_or_default();
+                bail!("containerd does not answer:\n{log}");
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let present = containerd.root_marker(&root);
+        for image in images {
+            let id = image.archive.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+            let marker = present.join(&id);
+            if !marker.exists() {
+                let archive = image.archive.display().to_string();
+                shell::read(&mut containerd.ctr(&["images", "import", &archive]))
+                    .with_context(|| format!("importing {}", image.name))?;
+                std::fs::create_dir_all(&present)?;
+                for other in std::fs::read_dir(&present)?.flatten() {
+                    if std::fs::read_to_string(other.path()).is_ok_and(|name| name == image.name) {
+                        std::fs::remove_file(other.path())?;
+                    }
+                }
+                std::fs::write(marker, image.name)?;
+            }
+        }
+        Ok(containerd)
+    }
+
+    fn root_marker(&self, root: &Path) -> PathBuf {
+        root.join("palisade-imported")
+    }
+
+    fn ctr(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(&self.socket).args(["--namespace", "k8s.io", "--connect-timeout", "2s"]).args(words);
+        command
+    }
+
+    /// Runs one of Palisade's binaries against it, on this terminal, and returns its exit code.
+    pub fn run(&self, binaries: &Path, words: &[&str]) -> Result<(i32, String)> {
+        let path = format!("{}:{}", binaries.display(), std::env::var("PATH").unwrap_or_default());
+        let mut child = Command::new(binaries.join(words[0]))
+            .args(&words[1..])
+            .arg("--cri")
+            .arg(&self.socket)
+            .env("PATH", path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", words[0]))?;
+        let mut stdout = child.stdout.take().context("no output")?;
+        let output = crate::vm::copy(&mut stdout, true)?;
+        let status = child.wait()?;
+        Ok((status.code().unwrap_or(1), String::from_utf8_lossy(&output).into_owned()))
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Containers of an interrupted run; their shims outlive containerd otherwise.
+        if let Ok(listed) = shell::read(&mut self.ctr(&["tasks", "ls", "-q"])) {
+            for task in listed.lines() {
+                let _best_effort = shell::read(&mut self.ctr(&["tasks", "kill", "--signal", "SIGKILL", task]));
+                let _as_above = shell::read(&mut self.ctr(&["tasks", "delete", "--force", task]));
+            }
+        }
+        if let Ok(listed) = shell::read(&mut self.ctr(&["containers", "ls", "-q"])) {
+            for container in listed.lines() {
+                let _as_above = shell::read(&mut self.ctr(&["containers", "rm", container]));
+            }
+        }
+        let _gone_already = rustix::process::kill_process(
+            rustix::process::Pid::from_child(&self.child),
+            rustix::process::Signal::TERM,
+        );
+        let _reaped = self.child.wait();
+        // What the shims left mounted in the state folder.
+        if let Ok(mounts) = std::fs::read_to_string("/proc/self/mounts") {
+            let prefix = self.state.path().display().to_string();
+            for line in mounts.lines().rev() {
+                if let Some(place) = line.split(' ').nth(1).filter(|place| place.starts_with(&prefix)) {
+                    let _best_effort = rustix::mount::unmount(place, rustix::mount::UnmountFlags::DETACH);
+                }
+            }
+        }
+    }
+}
