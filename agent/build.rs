@@ -8,11 +8,16 @@ fn main() {
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/ebpf/plain"),
         PathBuf::from,
     );
-    for (variable, file) in [("PALISADE_OBJECT_FETCH_ADD", "fetch-add.o"), ("PALISADE_OBJECT_LANES", "lanes.o")] {
+    for (variable, file) in
+        [("PALISADE_OBJECT_FETCH_ADD", "fetch-add.o"), ("PALISADE_OBJECT_LANES", "lanes.o")]
+    {
         let path = folder.join(file);
         println!("cargo:rerun-if-changed={}", path.display());
         if !path.exists() {
-            println!("cargo:error=there is no eBPF object at {}; run `cargo xtask build` first", path.display());
+            println!(
+                "cargo:error=there is no eBPF object at {}; run `cargo xtask build` first",
+                path.display()
+            );
         }
         println!("cargo:rustc-env={variable}={}", path.display());
     }

@@ -364,7 +364,8 @@ mod tests {
         let mut bytes = vec![0_u8; size_of::<SmallExec>()];
         bytes[0] = codes::kind::EXEC as u8;
         bytes[2] = ABI_VERSION as u8;
-        let path_length = core::mem::offset_of!(ExecHead, exec) + core::mem::offset_of!(ExecPart, path_length);
+        let path_length =
+            core::mem::offset_of!(ExecHead, exec) + core::mem::offset_of!(ExecPart, path_length);
         bytes[path_length] = SMALL_PATH as u8 + 1;
         assert_eq!(
             decode(&bytes).err(),

@@ -149,15 +149,41 @@ pub unsafe fn describe_context(task: KernelPtr, part: *mut ContextPart) {
         (&raw mut (*part).cgroup).write(bpf_get_current_cgroup_id());
         // Five sets of 64 bits lie together: inheritable, permitted, effective, bounding, ambient.
         copy(&raw mut (*part).capabilities_inheritable, 5 * 8, cred, offset!(cred_cap_inheritable));
-        (&raw mut (*part).mount_namespace).write(namespace(nsproxy, offset!(nsproxy_mnt), offset!(mnt_namespace_inum)));
-        (&raw mut (*part).pid_namespace).write(namespace(nsproxy, offset!(nsproxy_pid), offset!(pid_namespace_inum)));
-        (&raw mut (*part).network_namespace).write(namespace(nsproxy, offset!(nsproxy_net), offset!(net_inum)));
-        (&raw mut (*part).uts_namespace).write(namespace(nsproxy, offset!(nsproxy_uts), offset!(uts_namespace_inum)));
-        (&raw mut (*part).ipc_namespace).write(namespace(nsproxy, offset!(nsproxy_ipc), offset!(ipc_namespace_inum)));
-        (&raw mut (*part).cgroup_namespace)
-            .write(namespace(nsproxy, offset!(nsproxy_cgroup), offset!(cgroup_namespace_inum)));
-        (&raw mut (*part).user_namespace)
-            .write(namespace(cred, offset!(cred_user_ns), offset!(user_namespace_inum)));
+        (&raw mut (*part).mount_namespace).write(namespace(
+            nsproxy,
+            offset!(nsproxy_mnt),
+            offset!(mnt_namespace_inum),
+        ));
+        (&raw mut (*part).pid_namespace).write(namespace(
+            nsproxy,
+            offset!(nsproxy_pid),
+            offset!(pid_namespace_inum),
+        ));
+        (&raw mut (*part).network_namespace).write(namespace(
+            nsproxy,
+            offset!(nsproxy_net),
+            offset!(net_inum),
+        ));
+        (&raw mut (*part).uts_namespace).write(namespace(
+            nsproxy,
+            offset!(nsproxy_uts),
+            offset!(uts_namespace_inum),
+        ));
+        (&raw mut (*part).ipc_namespace).write(namespace(
+            nsproxy,
+            offset!(nsproxy_ipc),
+            offset!(ipc_namespace_inum),
+        ));
+        (&raw mut (*part).cgroup_namespace).write(namespace(
+            nsproxy,
+            offset!(nsproxy_cgroup),
+            offset!(cgroup_namespace_inum),
+        ));
+        (&raw mut (*part).user_namespace).write(namespace(
+            cred,
+            offset!(cred_user_ns),
+            offset!(user_namespace_inum),
+        ));
         (&raw mut (*part).reserved).write(0);
         copy(&raw mut (*part).tty, 16, tty, offset!(tty_name));
     }

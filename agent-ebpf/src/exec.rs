@@ -181,9 +181,7 @@ pub extern "C" fn palisade_is_runtime_step(slot: u64) -> u64 {
     if cfg!(feature = "plant-latch-stays") {
         return 1;
     }
-    if hosts_root
-        && context::mount_namespace(KernelPtr::current_task()) == setting!(host_mount_namespace)
-    {
+    if hosts_root && context::mount_namespace(KernelPtr::current_task()) == setting!(host_mount_namespace) {
         return 1;
     }
     if !hosts_root {
@@ -404,11 +402,21 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
         let length = copy_path(&raw mut (*scratch).path, (*executable).start, &raw mut (*place).path);
         let failure = (*executable).failure as u8;
         let cut = matches!(failure, reason::PATH_TOO_LONG | reason::PATH_TOO_DEEP);
-        note(&raw mut (*scratch).path_length, length, scratch, if cut { exec_flags::PATH_TRUNCATED } else { 0 });
+        note(
+            &raw mut (*scratch).path_length,
+            length,
+            scratch,
+            if cut { exec_flags::PATH_TRUNCATED } else { 0 },
+        );
         let working_directory = &raw const (*scratch).working_directory;
         let length = copy_path(&raw mut (*scratch).cwd, (*working_directory).start, &raw mut (*place).cwd);
         let cut = (*working_directory).failure != 0;
-        note(&raw mut (*scratch).cwd_length, length, scratch, if cut { exec_flags::CWD_TRUNCATED } else { 0 });
+        note(
+            &raw mut (*scratch).cwd_length,
+            length,
+            scratch,
+            if cut { exec_flags::CWD_TRUNCATED } else { 0 },
+        );
         let argv = &raw mut (*place).argv;
         let source = &raw mut (*scratch).argv_source;
         match kind {

@@ -9,9 +9,7 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     codes,
-    maps::{
-        GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy,
-    },
+    maps::{GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy},
     offsets::KernelOffsets,
 };
 

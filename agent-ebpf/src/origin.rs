@@ -86,7 +86,8 @@ fn classify(slot: u64, dentry: KernelPtr) -> u8 {
 /// What [`overlay_origin`] says of the current working directory.
 #[inline(always)]
 pub fn of_working_directory() -> u8 {
-    match KernelPtr::current_task().follow(offset!(task_fs)).and_then(|fs| fs.follow(offset!(fs_pwd_dentry))) {
+    match KernelPtr::current_task().follow(offset!(task_fs)).and_then(|fs| fs.follow(offset!(fs_pwd_dentry)))
+    {
         Some(dentry) => overlay_origin(dentry),
         None => origin::UNKNOWN,
     }

@@ -30,25 +30,13 @@ pub fn current() -> Option<Process> {
         return Some(*process);
     }
     let slot = containers::current_slot()?;
-    Some(Process {
-        slot,
-        entering: 0,
-        pending_verdict: 0,
-        pending_reason: 0,
-        reserved: [0; 5],
-    })
+    Some(Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] })
 }
 
 /// Gives the process `pid` to `slot`.
 #[inline(always)]
 pub fn adopt(pid: u32, slot: u64, entering: u8) {
-    let process = Process {
-        slot,
-        entering,
-        pending_verdict: 0,
-        pending_reason: 0,
-        reserved: [0; 5],
-    };
+    let process = Process { slot, entering, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] };
     if PROCESSES.insert(pid, process, u64::from(BPF_ANY)).is_err() {
         count::error(error::PROCESS_MAP_FULL);
     }

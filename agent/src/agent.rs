@@ -112,7 +112,10 @@ pub async fn run(config: Config) -> Result<()> {
         "in force"
     );
     if let Some(reason) = &agent.kernel.tier_reason {
-        tracing::warn!(reason, "fallback tier: a denied program is killed before its first instruction, not refused");
+        tracing::warn!(
+            reason,
+            "fallback tier: a denied program is killed before its first instruction, not refused"
+        );
     }
     let result = agent.work(identities).await;
     agent.drain(Duration::from_secs(config.drain_seconds)).await;
@@ -154,7 +157,11 @@ impl Agent {
                 continue;
             }
             if let Err(error) = self.take_over(&found) {
-                tracing::error!(container = found.id, error = format!("{error:#}"), "a container is not covered");
+                tracing::error!(
+                    container = found.id,
+                    error = format!("{error:#}"),
+                    "a container is not covered"
+                );
             }
         }
     }
@@ -239,7 +246,8 @@ impl Agent {
                 container.in_force_since = self.source.now();
             }
             Err(error) => tracing::error!(
-                container = container.id, error = format!("{error:#}"),
+                container = container.id,
+                error = format!("{error:#}"),
                 "its policy is not in force; it stays under what it was under"
             ),
         }
@@ -304,8 +312,14 @@ impl Agent {
             }
         }
         self.report_losses();
-        let ended: Vec<u64> =
-            self.kernel.maps.slots().iter().filter(|(_, slot)| slot.ended != 0).map(|(slot, _)| *slot).collect();
+        let ended: Vec<u64> = self
+            .kernel
+            .maps
+            .slots()
+            .iter()
+            .filter(|(_, slot)| slot.ended != 0)
+            .map(|(slot, _)| *slot)
+            .collect();
         for slot in ended {
             // A process that was moved out of the cgroup keeps its slot.
             if !self.kernel.maps.has_processes(slot) {
@@ -358,7 +372,10 @@ impl Agent {
         let unidentified =
             self.containers.values().filter(|container| container.mode == UNIDENTIFIED).count();
         if tokio::time::timeout(deadline, self.queue.drained()).await.is_err() {
-            tracing::error!(records = self.queue.counts().0, "the collector did not take these in time; they are lost");
+            tracing::error!(
+                records = self.queue.counts().0,
+                "the collector did not take these in time; they are lost"
+            );
         }
         tracing::info!(
             delivered = self.queue.counts().1,
@@ -380,6 +397,7 @@ fn node_name(config: &Config) -> Result<String> {
 }
 
 fn boot_id() -> Result<String> {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read the boot's id")?;
+    let id =
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read the boot's id")?;
     Ok(id.trim().to_owned())
 }

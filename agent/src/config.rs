@@ -121,12 +121,12 @@ impl Config {
     ///
     /// When the values cannot be used together or at all.
     pub fn validate(&self) -> Result<()> {
-        let uri: Uri = self
-            .collector
-            .parse()
-            .with_context(|| format!("collector: {:?} is not an address; write http://127.0.0.1:7443", self.collector))?;
+        let uri: Uri = self.collector.parse().with_context(|| {
+            format!("collector: {:?} is not an address; write http://127.0.0.1:7443", self.collector)
+        })?;
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-        let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+        let loopback =
+            host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
         if uri.scheme_str() != Some("http") || !loopback {
             bail!(
                 "collector: {} is not http on a loopback address; without TLS records only go to this machine, \

@@ -99,7 +99,8 @@ async fn examine(config: &Config) -> Report {
     check(
         "atomic fetch-add",
         true,
-        if features.fetch_add { "one counter per container" } else { "not there: a counter per processor" }.to_owned(),
+        if features.fetch_add { "one counter per container" } else { "not there: a counter per processor" }
+            .to_owned(),
         "",
     );
     let root = config.cgroups.clone().map_or_else(cgroups::mount_point, Ok);
@@ -145,7 +146,9 @@ async fn examine(config: &Config) -> Report {
         "programs",
         loaded.is_ok(),
         match &loaded {
-            Ok(kernel) => format!("{} pass the verifier, origins proven on a scratch overlay", kernel.programs.len()),
+            Ok(kernel) => {
+                format!("{} pass the verifier, origins proven on a scratch overlay", kernel.programs.len())
+            }
             Err(error) => error.to_string(),
         },
         "see the message; a kernel that is not in docs/kernels.md may need a newer build",
@@ -185,7 +188,9 @@ fn promises(tier: Option<Tier>, reason: Option<&str>, runtime: bool) -> Vec<Prom
             full,
             match tier {
                 Some(Tier::Full) => "a denied exec returns EPERM",
-                Some(Tier::Fallback) => reason.unwrap_or("a denied exec is killed before its first instruction"),
+                Some(Tier::Fallback) => {
+                    reason.unwrap_or("a denied exec is killed before its first instruction")
+                }
                 None => "the programs do not load",
             },
         ),
@@ -202,12 +207,20 @@ fn promises(tier: Option<Tier>, reason: Option<&str>, runtime: bool) -> Vec<Prom
         say(
             "named by what it is",
             loaded,
-            if loaded { "path inside the superblock, origin by overlay layer" } else { "the programs do not load" },
+            if loaded {
+                "path inside the superblock, origin by overlay layer"
+            } else {
+                "the programs do not load"
+            },
         ),
         say(
             "containers have names",
             runtime,
-            if runtime { "the runtime answers" } else { "no runtime answers, so every container stays unidentified" },
+            if runtime {
+                "the runtime answers"
+            } else {
+                "no runtime answers, so every container stays unidentified"
+            },
         ),
         say("in force while the agent is away", false, "this build does not pin its programs"),
     ]
@@ -223,7 +236,12 @@ fn print(report: &Report) {
     }
     println!("\npromises on this node");
     for promise in &report.promises {
-        println!("  {} {:<38} {}", if promise.holds { "yes " } else { "no  " }, promise.promise, promise.because);
+        println!(
+            "  {} {:<38} {}",
+            if promise.holds { "yes " } else { "no  " },
+            promise.promise,
+            promise.because
+        );
     }
     println!(
         "\ntier: {}",

@@ -91,10 +91,7 @@ mod tests {
             true
         });
         said.sort();
-        assert_eq!(
-            said,
-            [(1, "queue-full".to_owned(), 2, 30, 60), (1, "ring-full".to_owned(), 5, 10, 60)]
-        );
+        assert_eq!(said, [(1, "queue-full".to_owned(), 2, 30, 60), (1, "ring-full".to_owned(), 5, 10, 60)]);
         losses.lost_in_kernel(1, 5, 70);
         losses.report(80, |_, _| panic!("nothing is open"));
     }

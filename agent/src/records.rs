@@ -246,8 +246,12 @@ mod tests {
     fn a_spliced_container_block_is_read_back() {
         let source = Source::new("n".to_owned(), "b".to_owned());
         let container = v1::Container { id: "c1".to_owned(), ..Default::default() };
-        let bytes =
-            source.encode(9, None, &container.encode_to_vec().into(), Event::Gap(v1::Gap { count: 3, ..Default::default() }));
+        let bytes = source.encode(
+            9,
+            None,
+            &container.encode_to_vec().into(),
+            Event::Gap(v1::Gap { count: 3, ..Default::default() }),
+        );
         let record = v1::Record::decode(bytes).unwrap();
         assert_eq!(record.container.unwrap().id, "c1");
         assert_eq!(record.slot, 9);

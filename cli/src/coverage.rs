@@ -26,9 +26,9 @@ pub(crate) struct Options {
 
 pub(crate) async fn run(options: Options) -> Result<()> {
     let address = options.collector.collector;
-    let mut client = QueryClient::connect(address.clone())
-        .await
-        .with_context(|| format!("cannot reach the collector at {address}; give its address with --collector"))?;
+    let mut client = QueryClient::connect(address.clone()).await.with_context(|| {
+        format!("cannot reach the collector at {address}; give its address with --collector")
+    })?;
     let request = CoverageRequest { ended: options.ended };
     let answer = client.coverage(request).await.context("the collector refuses the query")?.into_inner();
     let mut out = std::io::stdout().lock();
@@ -41,7 +41,18 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let rows: Vec<Vec<String>> = answer.containers.iter().map(row).collect();
     table::print(
         &mut out,
-        &["NODE", "NAMESPACE", "POD", "CONTAINER", "MODE", "PROFILES", "REVISION", "TIER", "IN FORCE SINCE", "FIRST EXEC"],
+        &[
+            "NODE",
+            "NAMESPACE",
+            "POD",
+            "CONTAINER",
+            "MODE",
+            "PROFILES",
+            "REVISION",
+            "TIER",
+            "IN FORCE SINCE",
+            "FIRST EXEC",
+        ],
         &rows,
     )
 }

@@ -101,9 +101,9 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         last: options.last.unwrap_or(0),
     };
     let address = options.collector.collector;
-    let mut client = QueryClient::connect(address.clone())
-        .await
-        .with_context(|| format!("cannot reach the collector at {address}; give its address with --collector"))?;
+    let mut client = QueryClient::connect(address.clone()).await.with_context(|| {
+        format!("cannot reach the collector at {address}; give its address with --collector")
+    })?;
     let mut answers = client.events(request).await.context("the collector refuses the query")?.into_inner();
     let mut out = std::io::stdout().lock();
     let is_terminal = out.is_terminal();
@@ -182,11 +182,18 @@ fn describe(record: &Record) -> (String, String, String) {
         }
         Some(Event::Fork(fork)) => {
             let process = fork.process.clone().unwrap_or_default();
-            ("fork".to_owned(), process.parent_executable, format!("pid {} of {}", process.pid, process.parent_pid))
+            (
+                "fork".to_owned(),
+                process.parent_executable,
+                format!("pid {} of {}", process.pid, process.parent_pid),
+            )
         }
         Some(Event::Exit(exit)) => {
-            let how =
-                if exit.signal == 0 { format!("status {}", exit.status) } else { format!("signal {}", exit.signal) };
+            let how = if exit.signal == 0 {
+                format!("status {}", exit.status)
+            } else {
+                format!("signal {}", exit.signal)
+            };
             let pid = exit.process.as_ref().map_or(0, |process| process.pid);
             ("exit".to_owned(), exit.executable.clone(), format!("pid {pid} {how}"))
         }
@@ -200,7 +207,11 @@ fn describe(record: &Record) -> (String, String, String) {
             } else {
                 format!("{} revision {}", container.profiles.join(", "), container.revision)
             };
-            (coverage.change.clone(), String::new(), format!("{} by {profiles}, {} tier", container.mode, coverage.tier))
+            (
+                coverage.change.clone(),
+                String::new(),
+                format!("{} by {profiles}, {} tier", container.mode, coverage.tier),
+            )
         }
         None => ("unknown".to_owned(), String::new(), "a kind that this build does not know".to_owned()),
     }

@@ -72,7 +72,9 @@ fn main() -> ExitCode {
     start(Arguments::parse()).unwrap_or_else(|error| {
         // A reader that went away, as `head` does, is not a fault.
         if error.chain().any(|cause| {
-            cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+            cause
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
         }) {
             return ExitCode::SUCCESS;
         }
@@ -92,7 +94,9 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
         Command::Events(options) => ask()?.block_on(events::run(options)).map(|()| ExitCode::SUCCESS),
         Command::Coverage(options) => ask()?.block_on(coverage::run(options)).map(|()| ExitCode::SUCCESS),
         Command::Profile(Profile::Lint { files, json }) => profile::lint(&files, json),
-        Command::Profile(Profile::Init { from_events }) => profile::init(&from_events).map(|()| ExitCode::SUCCESS),
+        Command::Profile(Profile::Init { from_events }) => {
+            profile::init(&from_events).map(|()| ExitCode::SUCCESS)
+        }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "palisade", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

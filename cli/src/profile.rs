@@ -62,7 +62,10 @@ pub(crate) fn init(from_events: &Path) -> Result<()> {
     let mut observations = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let value: Value = serde_json::from_str(line).with_context(|| {
-            format!("{name}:{}: this is not a JSON record; give the output of `palisade events --json`", number + 1)
+            format!(
+                "{name}:{}: this is not a JSON record; give the output of `palisade events --json`",
+                number + 1
+            )
         })?;
         observations.extend(observation(&value));
     }
@@ -77,7 +80,8 @@ pub(crate) fn init(from_events: &Path) -> Result<()> {
 fn observation(record: &Value) -> Option<Observation> {
     let exec = record.get("exec").filter(|exec| !exec.is_null())?;
     let container = record.get("container")?;
-    let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let text =
+        |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     if !container.get("identified").and_then(Value::as_bool).unwrap_or(false)
         || text(container, "class") == "sandbox"
         || text(exec, "verdict") == "denied"

@@ -22,7 +22,11 @@ pub(crate) fn print(out: &mut impl Write, heads: &[&str], rows: &[Vec<String>]) 
 }
 
 /// Prints one row in columns of fixed widths; what is longer pushes the rest.
-pub(crate) fn line<'a>(out: &mut impl Write, widths: &[usize], cells: impl Iterator<Item = &'a str>) -> Result<()> {
+pub(crate) fn line<'a>(
+    out: &mut impl Write,
+    widths: &[usize],
+    cells: impl Iterator<Item = &'a str>,
+) -> Result<()> {
     let text: Vec<String> = cells.zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
     writeln!(out, "{}", text.join("  ").trim_end())?;
     Ok(())

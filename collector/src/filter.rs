@@ -17,10 +17,10 @@ pub fn kind(record: &Record) -> &'static str {
 
 /// Whether `record` is asked for.
 pub fn matches(request: &EventsRequest, record: &Record) -> bool {
-    let EventsRequest { node, namespace, pod, container, executable, verdicts, kinds, since, until, .. } = request;
-    let text = |pattern: &str, text: &str| {
-        pattern.is_empty() || text_matches(pattern.as_bytes(), text.as_bytes())
-    };
+    let EventsRequest { node, namespace, pod, container, executable, verdicts, kinds, since, until, .. } =
+        request;
+    let text =
+        |pattern: &str, text: &str| pattern.is_empty() || text_matches(pattern.as_bytes(), text.as_bytes());
     let of = |field: fn(&palisade_proto::v1::Container) -> &str| record.container.as_ref().map_or("", field);
     let (path, verdict) = match &record.event {
         Some(Event::Exec(exec)) => (exec.executable.as_str(), exec.verdict.as_str()),
@@ -30,7 +30,8 @@ pub fn matches(request: &EventsRequest, record: &Record) -> bool {
     text(node, &record.node)
         && text(namespace, of(|container| &container.namespace))
         && text(pod, of(|container| &container.pod))
-        && (text(container, of(|container| &container.name)) || text(container, of(|container| &container.id)))
+        && (text(container, of(|container| &container.name))
+            || text(container, of(|container| &container.id)))
         && text(executable, path)
         && (verdicts.is_empty() || verdicts.iter().any(|wanted| wanted == verdict))
         && (kinds.is_empty() || kinds.iter().any(|wanted| wanted == kind(record)))

@@ -111,24 +111,24 @@ fn named(hello: &Hello) -> Result<StreamName, Status> {
 async fn append(store: &Arc<Store>, name: StreamName, batch: Batch) -> Result<Acknowledgement, Status> {
     let (node, boot, epoch) = name;
     let received = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-    let entry = Entry {
-        node,
-        boot,
-        epoch,
-        first_position: batch.first_position,
-        received,
-        records: batch.records,
-    };
+    let entry =
+        Entry { node, boot, epoch, first_position: batch.first_position, received, records: batch.records };
     let store = Arc::clone(store);
     let appended = tokio::task::spawn_blocking(move || store.append(entry))
         .await
         .map_err(|error| Status::internal(format!("appending failed: {error}")))?
         .map_err(|error| {
-            tracing::error!(error = format!("{error:#}"), "the store takes nothing; agents keep what they have");
+            tracing::error!(
+                error = format!("{error:#}"),
+                "the store takes nothing; agents keep what they have"
+            );
             Status::resource_exhausted(format!("the store takes nothing: {error:#}"))
         })?;
     if appended.hole > 0 {
-        tracing::warn!(records = appended.hole, "records that were acknowledged before are not in this store");
+        tracing::warn!(
+            records = appended.hole,
+            "records that were acknowledged before are not in this store"
+        );
     }
     Ok(Acknowledgement { next_position: appended.next_position })
 }

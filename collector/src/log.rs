@@ -112,9 +112,7 @@ pub fn read(bytes: &Bytes) -> Result<Read, FormatError> {
 fn decode(mut bytes: Bytes) -> Result<Entry, FormatError> {
     let node = text(&mut bytes)?;
     let boot = text(&mut bytes)?;
-    let number = |bytes: &mut Bytes| {
-        bytes.try_get_u64_le().map_err(|_| FormatError::Lengths)
-    };
+    let number = |bytes: &mut Bytes| bytes.try_get_u64_le().map_err(|_| FormatError::Lengths);
     let epoch = number(&mut bytes)?;
     let first_position = number(&mut bytes)?;
     let received = number(&mut bytes)?;

@@ -55,7 +55,10 @@ impl Query for Queries {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn coverage(&self, request: Request<CoverageRequest>) -> Result<Response<CoverageResponse>, Status> {
+    async fn coverage(
+        &self,
+        request: Request<CoverageRequest>,
+    ) -> Result<Response<CoverageResponse>, Status> {
         let ended = request.into_inner().ended;
         let store = Arc::clone(&self.store);
         let latest = tokio::task::spawn_blocking(move || {
@@ -73,9 +76,7 @@ impl Query for Queries {
         })
         .await
         .map_err(|error| Status::internal(error.to_string()))??;
-        let has_ended = |record: &Record| {
-            matches!(&record.event, Some(Event::Coverage(coverage)) if coverage.change == "ended")
-        };
+        let has_ended = |record: &Record| matches!(&record.event, Some(Event::Coverage(coverage)) if coverage.change == "ended");
         let containers = latest.into_values().filter(|record| ended || !has_ended(record)).collect();
         Ok(Response::new(CoverageResponse { containers }))
     }

@@ -192,20 +192,24 @@ impl Store {
                 continue;
             }
             let mut head = [0; log::ENTRY_HEAD];
-            file.read_exact_at(&mut head, offset).with_context(|| format!("cannot read {}", path.display()))?;
+            file.read_exact_at(&mut head, offset)
+                .with_context(|| format!("cannot read {}", path.display()))?;
             let size = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
             if size > log::LARGEST_PAYLOAD {
                 bail!("{} at byte {offset}: an entry claims {size} bytes", path.display());
             }
             let mut bytes = vec![0; log::ENTRY_HEAD + size];
-            file.read_exact_at(&mut bytes, offset).with_context(|| format!("cannot read {}", path.display()))?;
+            file.read_exact_at(&mut bytes, offset)
+                .with_context(|| format!("cannot read {}", path.display()))?;
             return match log::read(&bytes.into()) {
                 Ok(Read::Entry(entry, size)) => {
                     place.offset = offset + size as u64;
                     place.records += entry.records.len() as u64;
                     Ok(Some(entry))
                 }
-                Ok(Read::End | Read::Torn) => bail!("{} at byte {offset}: the log is cut off", path.display()),
+                Ok(Read::End | Read::Torn) => {
+                    bail!("{} at byte {offset}: the log is cut off", path.display())
+                }
                 Err(error) => bail!("{} at byte {offset}: {error}", path.display()),
             };
         }
@@ -232,7 +236,9 @@ fn segments(folder: &Path) -> Result<Vec<u64>> {
 fn create_segment(folder: &Path, number: u64) -> Result<()> {
     let path = segment_path(folder, number);
     let mut file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
-    file.write_all(log::MAGIC).and_then(|()| file.sync_all()).with_context(|| format!("cannot write {}", path.display()))?;
+    file.write_all(log::MAGIC)
+        .and_then(|()| file.sync_all())
+        .with_context(|| format!("cannot write {}", path.display()))?;
     File::open(folder).and_then(|folder| folder.sync_all()).context("cannot sync the store's folder")
 }
 
@@ -244,7 +250,8 @@ fn open_for_append(folder: &Path, number: u64) -> Result<File> {
 /// Reads a whole segment; cuts a torn end off when it is the last one.
 fn scan(folder: &Path, number: u64, records: u64, last: bool, mut take: impl FnMut(Entry)) -> Result<Place> {
     let path = segment_path(folder, number);
-    let bytes: Bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?.into();
+    let bytes: Bytes =
+        std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?.into();
     let mut place = Place { segment: number, offset: log::MAGIC.len() as u64, records };
     if !bytes.starts_with(log::MAGIC) {
         if last && log::MAGIC.starts_with(&bytes) {

@@ -226,7 +226,9 @@ impl Reader<'_> {
         }
         let namespace = self.optional_text(metadata, "metadata", "namespace");
         let scope = match kind.as_str() {
-            "Profile" => Scope::Namespace(namespace.map_or_else(|| "default".to_owned(), |node| node.as_str().to_owned())),
+            "Profile" => Scope::Namespace(
+                namespace.map_or_else(|| "default".to_owned(), |node| node.as_str().to_owned()),
+            ),
             "ClusterProfile" => {
                 if let Some(namespace) = namespace {
                     self.problem(
@@ -356,7 +358,12 @@ impl Reader<'_> {
         match scalar {
             Some(text) if !text.as_str().is_empty() => scalar,
             _ => {
-                self.problem(node.span(), field, "must be a text", "write one value, in quotes if it has special characters");
+                self.problem(
+                    node.span(),
+                    field,
+                    "must be a text",
+                    "write one value, in quotes if it has special characters",
+                );
                 None
             }
         }
@@ -369,7 +376,12 @@ impl Reader<'_> {
         name: &str,
     ) -> Option<&'n MarkedMappingNode> {
         let Some(node) = mapping.get_node(name) else {
-            self.problem(mapping.span(), &join(field, name), "is missing", format!("add \"{name}:\" and its fields"));
+            self.problem(
+                mapping.span(),
+                &join(field, name),
+                "is missing",
+                format!("add \"{name}:\" and its fields"),
+            );
             return None;
         };
         self.mapping(node, &join(field, name))
@@ -390,7 +402,12 @@ impl Reader<'_> {
                 None
             }
             other => {
-                self.problem(mode.span(), "spec.mode", format!("{other:?} is not a mode"), "write audit or enforce");
+                self.problem(
+                    mode.span(),
+                    "spec.mode",
+                    format!("{other:?} is not a mode"),
+                    "write audit or enforce",
+                );
                 None
             }
         }
@@ -445,7 +462,12 @@ impl Reader<'_> {
         let mapping = self.mapping(node, field)?;
         self.known(mapping, field, &["allow"]);
         let Some(node) = mapping.get_node("allow") else {
-            self.problem(mapping.span(), "spec.exec.allow", "is missing", "list what may run; [] allows nothing");
+            self.problem(
+                mapping.span(),
+                "spec.exec.allow",
+                "is missing",
+                "list what may run; [] allows nothing",
+            );
             return None;
         };
         let field = "spec.exec.allow";
@@ -494,7 +516,10 @@ impl Reader<'_> {
         let found = Origin::ALL.into_iter().find(|origin| origin.as_str() == text.as_str());
         if found.is_none() {
             let (message, remedy) = if text.as_str().starts_with("volume:") {
-                ("this build cannot tell volumes apart".to_owned(), "remove the rule, or use a build that can")
+                (
+                    "this build cannot tell volumes apart".to_owned(),
+                    "remove the rule, or use a build that can",
+                )
             } else {
                 (format!("{:?} is not an origin", text.as_str()), "write image, drift, memory or host")
             };
@@ -530,7 +555,8 @@ fn generic(field: &str) -> String {
 }
 
 fn is_dns_label(name: &str) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+    let allowed =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
     !name.is_empty() && name.len() <= 253 && name.bytes().all(allowed)
 }
 

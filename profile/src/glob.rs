@@ -109,7 +109,9 @@ impl Pattern {
                 ("**", true) => pieces.push(Piece::Rest),
                 ("**", false) => pieces.push(Piece::Components),
                 (text, last) => {
-                    pieces.extend(text.bytes().map(|byte| if byte == b'*' { Piece::Star } else { Piece::Byte(byte) }));
+                    pieces.extend(
+                        text.bytes().map(|byte| if byte == b'*' { Piece::Star } else { Piece::Byte(byte) }),
+                    );
                     if !last {
                         pieces.push(Piece::Byte(b'/'));
                     }

@@ -87,7 +87,8 @@ fn automaton(patterns: &[(&Pattern, u32)]) -> Option<Vec<GlobState>> {
             if let Some(number) = numbers.get(&next) {
                 return Some(*number);
             }
-            let number = u16::try_from(sets.len()).ok().filter(|number| usize::from(*number) < MOST_GLOB_STATES)?;
+            let number =
+                u16::try_from(sets.len()).ok().filter(|number| usize::from(*number) < MOST_GLOB_STATES)?;
             numbers.insert(next.clone(), number);
             sets.push(next);
             Some(number)

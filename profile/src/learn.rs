@@ -58,7 +58,11 @@ pub fn draft(observations: &[Observation]) -> String {
         let app = labels.get("app").or_else(|| labels.get("app.kubernetes.io/name")).unwrap_or(container);
         let name = name_of(&[app, container]);
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "# Drafted from {} executables that were recorded. Read it before you enforce it.", paths.len());
+        let _ = writeln!(
+            text,
+            "# Drafted from {} executables that were recorded. Read it before you enforce it.",
+            paths.len()
+        );
         for image in images {
             let _ = writeln!(text, "# image: {}", one_line(image));
         }
@@ -86,7 +90,8 @@ pub fn draft(observations: &[Observation]) -> String {
             let _ = writeln!(text, "      - path: {}", quoted(path));
         }
         for (path, origin) in paths.iter().filter(|(_, origin)| origin != "image") {
-            let _ = writeln!(text, "      # seen with origin {}, decide: {}", one_line(origin), one_line(path));
+            let _ =
+                writeln!(text, "      # seen with origin {}, decide: {}", one_line(origin), one_line(path));
         }
     }
     text
@@ -121,7 +126,9 @@ fn name_of(parts: &[&String]) -> String {
         .map(|part| {
             part.to_lowercase()
                 .chars()
-                .map(|character| if character.is_ascii_lowercase() || character.is_ascii_digit() { character } else { '-' })
+                .map(|character| {
+                    if character.is_ascii_lowercase() || character.is_ascii_digit() { character } else { '-' }
+                })
                 .collect()
         })
         .collect();

@@ -104,14 +104,16 @@ mod tests {
 
     #[test]
     fn a_profile_takes_the_place_of_a_cluster_profile() {
-        let profiles = [profile("ClusterProfile", "a", "enforce", "/a"), profile("Profile", "b", "audit", "/b")];
+        let profiles =
+            [profile("ClusterProfile", "a", "enforce", "/a"), profile("Profile", "b", "audit", "/b")];
         assert_eq!(unite(&profiles, &facts("shop")).unwrap().profiles, ["shop/b"]);
         assert_eq!(unite(&profiles, &facts("other")).unwrap().profiles, ["a"]);
     }
 
     #[test]
     fn a_revision_is_named_by_its_content() {
-        let name = |path| unite(&[profile("Profile", "a", "audit", path)], &facts("shop")).unwrap().revision_name();
+        let name =
+            |path| unite(&[profile("Profile", "a", "audit", path)], &facts("shop")).unwrap().revision_name();
         assert_eq!(name("/a"), name("/a"));
         assert_ne!(name("/a"), name("/b"));
     }

@@ -8,13 +8,20 @@ use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, Serialize
 
 /// Package `palisade.v1`.
 #[expect(clippy::all, reason = "generated")]
-#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::allow_attributes, reason = "generated")]
+#[allow(
+    unused_qualifications,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    clippy::allow_attributes,
+    reason = "generated"
+)]
 pub mod v1 {
     tonic::include_proto!("palisade.v1");
 }
 
 static RECORD: LazyLock<Option<MessageDescriptor>> = LazyLock::new(|| {
-    let pool = DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..]).ok()?;
+    let pool =
+        DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..]).ok()?;
     pool.get_message_by_name("palisade.v1.Record")
 });
 
@@ -31,7 +38,9 @@ pub fn record_to_json(bytes: &[u8]) -> Result<serde_json::Value, prost::DecodeEr
         .use_proto_field_name(true)
         .stringify_64_bit_integers(false)
         .skip_default_fields(false);
-    Ok(message.serialize_with_options(serde_json::value::Serializer, &options).unwrap_or(serde_json::Value::Null))
+    Ok(message
+        .serialize_with_options(serde_json::value::Serializer, &options)
+        .unwrap_or(serde_json::Value::Null))
 }
 
 #[cfg(test)]

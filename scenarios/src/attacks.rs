@@ -46,7 +46,7 @@ pub const ATTACKS: &[Attack] = &[
     attack("userns-overlay", "/workload", "unknown", "origin-unknown"),
     attack("userns-bind", "/tmp/attack/workload", "drift", "no-rule"),
     attack("memfd", "memfd:workload", "memory", "path-outside-its-filesystem"),
-    attack("dev-shm", "/workload", "memory", "no-rule"),
+    attack("tmpfs", "/workload", "memory", "no-rule"),
     attack("proc-fd", "/usr/bin/third", "image", "no-rule"),
     attack("deep", "", "drift", "path-too-deep"),
     attack("long", "", "drift", "path-too-long"),

@@ -77,9 +77,8 @@ fn maps_kib(pid: u32) -> Result<u64> {
     let mut seen = std::collections::BTreeSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
         let text = std::fs::read_to_string(entry?.path())?;
-        let field = |name: &str| {
-            text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
-        };
+        let field =
+            |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
         if let (Some(id), Some(locked)) = (field("map_id:"), field("memlock:"))
             && seen.insert(id)
         {
@@ -115,7 +114,8 @@ async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64) -> 
     node.start_agent(&AgentOptions::default()).await?;
     events::in_mode(&node, container, "enforce").await?;
     let outside_agent = outside(count)?;
-    let (agent, collector) = (node.agent_pid().context("no agent")?, node.collector_pid());
+    let (agent, collector) =
+        (node.agent_pid().context("no agent")?, node.collector_pid().context("no collector")?);
     let begun = (on_processor(agent)?, on_processor(collector)?);
     let inside_agent = inside(runtime, container, count).await?;
     // The last acknowledgement: the agent's queue is empty when the store has every exec of the loop. Asking costs
@@ -140,7 +140,10 @@ async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64) -> 
         .filter(|record| record["exec"]["arguments"].as_array().is_some_and(|words| words.len() == 2))
         .count() as u64;
     let gaps = events::query(&node, &["--kind", "gap"])?;
-    ensure!(captured == count && gaps.is_empty(), "invalid: {captured} of {count} execs captured, gaps {gaps:?}");
+    ensure!(
+        captured == count && gaps.is_empty(),
+        "invalid: {captured} of {count} execs captured, gaps {gaps:?}"
+    );
     node.stop_agent()?;
     let outside_after = outside(count)?;
     let inside_after = inside(runtime, container, count).await?;

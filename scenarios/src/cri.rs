@@ -79,8 +79,12 @@ impl Runtime {
         };
         let request =
             RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
-        let answer =
-            self.client.clone().run_pod_sandbox(request).await.with_context(|| format!("starting pod {name}"))?;
+        let answer = self
+            .client
+            .clone()
+            .run_pod_sandbox(request)
+            .await
+            .with_context(|| format!("starting pod {name}"))?;
         Ok(Pod { id: answer.into_inner().pod_sandbox_id, config })
     }
 

@@ -50,7 +50,9 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     if tier == "full" {
         println!("tier: full. A denied program is refused with EPERM.");
     } else {
-        println!("tier: fallback. This kernel takes no LSM programs: a denied program is killed before its first");
+        println!(
+            "tier: fallback. This kernel takes no LSM programs: a denied program is killed before its first"
+        );
         println!("instruction instead of being refused. `cargo xtask demo --vm` shows the full tier.");
     }
     println!("\n-- the profile of the service\n{PROFILE}");
@@ -79,7 +81,10 @@ impl Scene<'_> {
         println!("-- what behaves");
         let page = until("nginx answers", async || Ok(fetch().ok())).await?;
         self.say("GET / from nginx", page.trim(), page.contains("guarded by Palisade"));
-        let ended = self.runtime.exec(container, &["/usr/bin/wget", "-qO-", &format!("http://{ADDRESS}/?{nonce}")]).await?;
+        let ended = self
+            .runtime
+            .exec(container, &["/usr/bin/wget", "-qO-", &format!("http://{ADDRESS}/?{nonce}")])
+            .await?;
         self.say("kubectl exec … wget (an allowed program)", &outcome(ended.code), ended.code == 0);
         Ok(())
     }
@@ -88,10 +93,15 @@ impl Scene<'_> {
         println!("\n-- what attacks");
         let shell = |script: String| ["/usr/bin/sh".to_owned(), "-c".to_owned(), script];
         for (what, script) in [
-            ("drop a program into /tmp and run it", format!("cp /usr/bin/busybox /tmp/miner; exec /tmp/miner id {nonce}")),
+            (
+                "drop a program into /tmp and run it",
+                format!("cp /usr/bin/busybox /tmp/miner; exec /tmp/miner id {nonce}"),
+            ),
             (
                 "put another program in the place of nginx and run it",
-                format!("cp /usr/bin/busybox /usr/sbin/new; mv /usr/sbin/new /usr/sbin/nginx; exec /usr/sbin/nginx {nonce}"),
+                format!(
+                    "cp /usr/bin/busybox /usr/sbin/new; mv /usr/sbin/new /usr/sbin/nginx; exec /usr/sbin/nginx {nonce}"
+                ),
             ),
         ] {
             let words = shell(script);
@@ -114,7 +124,13 @@ impl Scene<'_> {
     }
 }
 
-async fn finish(node: &mut Node, runtime: &Runtime, pods: [&Pod; 2], nonce: &str, mut surprises: u32) -> Result<ExitCode> {
+async fn finish(
+    node: &mut Node,
+    runtime: &Runtime,
+    pods: [&Pod; 2],
+    nonce: &str,
+    mut surprises: u32,
+) -> Result<ExitCode> {
     // Six attacks, each with the nonce.
     let denied = until("the records of the attacks", async || {
         let denied = events::query(node, &["--verdict", "denied"])?;

@@ -18,7 +18,10 @@ pub fn query(node: &Node, arguments: &[&str]) -> Result<Vec<Value>> {
 /// Execs whose arguments hold the word "payload" and `nonce`: what an attack tried, not its preparation.
 pub fn payloads(node: &Node, nonce: &str) -> Result<Vec<Value>> {
     let records = query(node, &["--kind", "exec"])?;
-    Ok(records.into_iter().filter(|record| has_argument(record, "payload") && has_argument(record, nonce)).collect())
+    Ok(records
+        .into_iter()
+        .filter(|record| has_argument(record, "payload") && has_argument(record, nonce))
+        .collect())
 }
 
 /// Whether an exec has `word` among its arguments.
@@ -31,12 +34,11 @@ pub fn has_argument(record: &Value, word: &str) -> bool {
 /// Waits until the agent has delivered everything that was made before this call: a marker that is executed in the
 /// same container has arrived.
 pub async fn exactly_one(node: &Node, nonce: &str) -> Result<Value> {
-    let mut found =
-        until(&format!("a record of {nonce}"), async || {
-            let found = payloads(node, nonce)?;
-            Ok((!found.is_empty()).then_some(found))
-        })
-        .await?;
+    let mut found = until(&format!("a record of {nonce}"), async || {
+        let found = payloads(node, nonce)?;
+        Ok((!found.is_empty()).then_some(found))
+    })
+    .await?;
     if found.len() != 1 {
         bail!("{} records of one act: {found:?}", found.len());
     }

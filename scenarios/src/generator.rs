@@ -39,7 +39,14 @@ async fn generate(
             pod,
             "c-generator",
             WORKLOAD_IMAGE,
-            &["/usr/bin/attacker", "generate", "/usr/bin/workload", &nonce, &count.to_string(), &rate.to_string()],
+            &[
+                "/usr/bin/attacker",
+                "generate",
+                "/usr/bin/workload",
+                &nonce,
+                &count.to_string(),
+                &rate.to_string(),
+            ],
         )
         .await?;
     let code = until("the generator ends", async || {
@@ -75,8 +82,14 @@ async fn generate(
         }
     }
     let made = ended["coverage"]["records_made"].as_u64().unwrap_or(0);
-    println!("     {numbered} of {count} execs stored, {gaps} records missing and counted, {all} of {made} records stored");
-    ensure!(numbered as usize == numbers.len(), "{} execs were stored twice", numbered as usize - numbers.len());
+    println!(
+        "     {numbered} of {count} execs stored, {gaps} records missing and counted, {all} of {made} records stored"
+    );
+    ensure!(
+        numbered as usize == numbers.len(),
+        "{} execs were stored twice",
+        numbered as usize - numbers.len()
+    );
     ensure!(all + gaps == made, "{made} records were made, {all} are stored and {gaps} counted as missing");
     ensure!(numbered + gaps >= count, "{} execs are neither stored nor counted", count - numbered - gaps);
     ensure!(gaps * 1000 <= count, "more than 0.1 % are missing");

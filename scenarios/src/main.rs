@@ -9,6 +9,7 @@ mod cri;
 mod demo;
 mod events;
 mod exec;
+mod faults;
 mod generator;
 mod node;
 mod planted;
@@ -51,6 +52,8 @@ enum Command {
         #[arg(long, default_value_t = 500.0)]
         rate: f64,
     },
+    /// Wrong configuration, no rights, no BTF, full disks, a collector that goes away: what is said, and how soon
+    Faults,
     /// The exec scenario must fail against programs with a planted bug
     Planted {
         /// Folder with one folder of objects per bug
@@ -87,6 +90,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Smoke => smoke::run(&cri).await,
             Command::Exec { only } => exec::run(&cri, &only).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
+            Command::Faults => faults::run(&cri).await,
             Command::Planted { objects } => planted::run(&cri, &objects).await,
             Command::Demo => demo::run(&cri).await,
             Command::BenchExec { count, repeats } => bench::run(&cri, count, repeats).await,

@@ -16,7 +16,7 @@ use crate::cri::until;
 pub struct Node {
     pub folder: tempfile::TempDir,
     pub collector_address: SocketAddr,
-    collector: Child,
+    collector: Option<Child>,
     agent: Option<Child>,
     cri: PathBuf,
 }
@@ -33,29 +33,51 @@ pub struct AgentOptions {
 impl Node {
     /// Starts a collector with an empty store.
     pub async fn start(cri: &Path) -> Result<Self> {
+        let mut node = Self::without_collector(cri)?;
+        node.start_collector().await?;
+        Ok(node)
+    }
+
+    /// A node whose collector is not there yet.
+    pub fn without_collector(cri: &Path) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         std::fs::create_dir(folder.path().join("profiles"))?;
+        std::fs::create_dir(folder.path().join("store"))?;
         // Free at this moment; nothing else on a test node opens ports.
-        let collector_address = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?.local_addr()?;
-        let log = std::fs::File::create(folder.path().join("collector.log"))?;
+        let collector_address =
+            TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?.local_addr()?;
+        Ok(Self { folder, collector_address, collector: None, agent: None, cri: cri.to_owned() })
+    }
+
+    /// Starts the collector on what is in the store.
+    pub async fn start_collector(&mut self) -> Result<()> {
+        let log = std::fs::File::create(self.folder.path().join("collector.log"))?;
         let collector = Command::new("palisade-collector")
-            .args(["--listen", &collector_address.to_string(), "--store"])
-            .arg(folder.path().join("store"))
+            .args(["--listen", &self.collector_address.to_string(), "--store"])
+            .arg(self.folder.path().join("store"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .context("cannot start palisade-collector")?;
-        let mut node =
-            Self { folder, collector_address, collector, agent: None, cri: cri.to_owned() };
+        self.collector = Some(collector);
         until("the collector listens", async || {
-            if let Some(status) = node.collector.try_wait()? {
-                bail!("the collector ended with {status}: {}", node.log("collector"));
+            if let Some(status) = self.collector.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+                bail!("the collector ended with {status}: {}", self.log("collector"));
             }
-            Ok(TcpStream::connect(node.collector_address).await.ok())
+            Ok(TcpStream::connect(self.collector_address).await.ok())
         })
         .await?;
-        Ok(node)
+        Ok(())
+    }
+
+    /// Kills the collector with SIGKILL.
+    pub fn kill_collector(&mut self) -> Result<()> {
+        if let Some(mut collector) = self.collector.take() {
+            collector.kill()?;
+            collector.wait()?;
+        }
+        Ok(())
     }
 
     /// Writes a profile; the agent takes it within a second.
@@ -118,8 +140,8 @@ impl Node {
         self.agent.as_ref().map(Child::id)
     }
 
-    pub fn collector_pid(&self) -> u32 {
-        self.collector.id()
+    pub fn collector_pid(&self) -> Option<u32> {
+        self.collector.as_ref().map(Child::id)
     }
 
     /// The log of "agent" or "collector".
@@ -144,7 +166,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        for child in self.agent.iter_mut().chain(std::iter::once(&mut self.collector)) {
+        for child in self.agent.iter_mut().chain(&mut self.collector) {
             let _gone_already = child.kill();
             let _reaped = child.wait();
         }

@@ -48,7 +48,11 @@ fn exec(options: &Exec) -> Result<ExitCode> {
         extra: &[],
     };
     let words: Vec<String> = [
-        "palisade-scenarios", "bench-exec", "--count", &options.count.to_string(), "--repeats",
+        "palisade-scenarios",
+        "bench-exec",
+        "--count",
+        &options.count.to_string(),
+        "--repeats",
         &options.repeats.to_string(),
     ]
     .map(str::to_owned)
@@ -95,8 +99,11 @@ fn exec(options: &Exec) -> Result<ExitCode> {
                        "most": values.last().map(|v| v / unit)})
             })
             .collect();
-        println!("{}", json!({"bench": "exec", "kernel": outcome.release, "count": options.count, "rows": rows,
-                              "repeats": repeats}));
+        println!(
+            "{}",
+            json!({"bench": "exec", "kernel": outcome.release, "count": options.count, "rows": rows,
+                              "repeats": repeats})
+        );
     } else {
         println!("kernel {}, {} execs a loop, {} repeats", outcome.release, options.count, repeats.len());
         println!("{:<34} {:>10} {:>10} {:>10}", "", "median", "least", "most");

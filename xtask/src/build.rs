@@ -31,8 +31,7 @@ pub const BINARIES: &[&str] =
     &["palisade-agent", "palisade-collector", "palisade", "palisade-scenarios", "palisade-fixture"];
 
 /// The two forms of the object: kernels before 5.12 have no atomic fetch-add.
-const VARIANTS: &[(&str, &str, &[&str])] =
-    &[("fetch-add", "v3", &["fetch-add"]), ("lanes", "v2", &[])];
+const VARIANTS: &[(&str, &str, &[&str])] = &[("fetch-add", "v3", &["fetch-add"]), ("lanes", "v2", &[])];
 
 /// Builds everything and returns the folder of the binaries.
 pub fn run(options: &Options) -> Result<PathBuf> {

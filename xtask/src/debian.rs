@@ -39,8 +39,9 @@ impl Index {
             std::fs::create_dir_all(index.root.join("lists/partial"))?;
             std::fs::create_dir_all(index.root.join("archives/partial"))?;
             std::fs::write(index.root.join("sources.list"), sources()?)?;
-            let updated =
-                shell::step("fetch Debian's package lists", || shell::quiet(index.apt("apt-get").arg("update"), "lists"));
+            let updated = shell::step("fetch Debian's package lists", || {
+                shell::quiet(index.apt("apt-get").arg("update"), "lists")
+            });
             match updated {
                 Ok(()) => std::fs::write(&stamp, "")?,
                 Err(error) if stamp.exists() => eprintln!("using the older package lists: {error:#}"),
@@ -88,7 +89,9 @@ impl Index {
                 let fields: Vec<&str> = line.split('|').map(str::trim).collect();
                 let source = fields.get(2)?;
                 let of_suite = source.split_whitespace().any(|word| {
-                    word.split('/').next().is_some_and(|found| found == suite || found == format!("{suite}-security"))
+                    word.split('/')
+                        .next()
+                        .is_some_and(|found| found == suite || found == format!("{suite}-security"))
                 });
                 of_suite.then(|| Package { name: name.to_owned(), version: fields[1].to_owned() })
             })
@@ -132,7 +135,11 @@ impl Index {
 
     /// Lines for a sources list of one suite, as mmdebstrap takes them.
     pub fn sources_of(suite: &str) -> Result<String> {
-        Ok(sources()?.lines().filter(|line| line.contains(&format!(" {suite} "))).map(|line| format!("{line}\n")).collect())
+        Ok(sources()?
+            .lines()
+            .filter(|line| line.contains(&format!(" {suite} ")))
+            .map(|line| format!("{line}\n"))
+            .collect())
     }
 }
 

@@ -25,9 +25,7 @@ pub struct Image {
 pub fn make(binaries: &Path) -> Result<Vec<Image>> {
     let fixture = binaries.join("palisade-fixture");
     let mut images = Vec::new();
-    images.push(image("palisade.test/pause:1", &["/pause"], |root| {
-        install(&fixture, &root.join("pause"))
-    })?);
+    images.push(image("palisade.test/pause:1", &["/pause"], |root| install(&fixture, &root.join("pause")))?);
     images.push(image("palisade.test/workload:1", &["/usr/bin/workload", "sleep"], |root| {
         base(root)?;
         // Distinct files, so that each is judged by itself.
@@ -50,7 +48,10 @@ pub fn make(binaries: &Path) -> Result<Vec<Image>> {
         }
         std::fs::write(root.join("var/www/index.html"), "guarded by Palisade\n")?;
         std::fs::write(root.join("etc/nginx/nginx.conf"), NGINX)?;
-        std::fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nwww-data:x:33:33::/var/www:/bin/sh\n")?;
+        std::fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0::/:/bin/sh\nwww-data:x:33:33::/var/www:/bin/sh\n",
+        )?;
         std::fs::write(root.join("etc/group"), "root:x:0:\nwww-data:x:33:\n")?;
         Ok(())
     })?);
@@ -63,9 +64,8 @@ const NGINX: &str = "user www-data;\nworker_processes 1;\nerror_log stderr;\npid
 
 /// Debian's nginx with the libraries it needs, unpacked once.
 fn nginx_files() -> Result<PathBuf> {
-    const PACKAGES: &[&str] = &[
-        "nginx", "nginx-common", "libc6", "libcrypt1", "libpcre2-8-0", "libssl3t64", "zlib1g", "libzstd1",
-    ];
+    const PACKAGES: &[&str] =
+        &["nginx", "nginx-common", "libc6", "libcrypt1", "libpcre2-8-0", "libssl3t64", "zlib1g", "libzstd1"];
     let recipe = paths::fingerprint(&[PACKAGES.join(" ").as_bytes()]);
     let folder = paths::cache("nginx")?.join(recipe);
     let files = folder.join("files");
@@ -138,7 +138,8 @@ fn image(name: &'static str, command: &[&str], fill: impl FnOnce(&Path) -> Resul
         "layers": [descriptor("layer.v1.tar", &layer)],
     }))?;
     let mut entry = descriptor("manifest.v1+json", &manifest);
-    entry["annotations"] = json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name});
+    entry["annotations"] =
+        json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name});
     let index = serde_json::to_vec(&json!({"schemaVersion": 2, "manifests": [entry]}))?;
     let archive = paths::cache("images")?.join(format!("{}.tar", digest(&manifest)));
     if !archive.exists() {

@@ -9,7 +9,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{debian::{Index, Package}, paths, shell};
+use crate::{
+    debian::{Index, Package},
+    paths, shell,
+};
 
 /// A supported kernel line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -159,16 +162,20 @@ fn make_initramfs(unpacked: &Path, release: &str, output: &Path) -> Result<()> {
     for folder in ["bin", "dev", "proc", "root", "modules.d"] {
         std::fs::create_dir(root.path().join(folder))?;
     }
-    std::fs::copy("/bin/busybox", root.path().join("bin/busybox")).context("busybox-static is not installed")?;
+    std::fs::copy("/bin/busybox", root.path().join("bin/busybox"))
+        .context("busybox-static is not installed")?;
     let init = root.path().join("init");
     std::fs::write(&init, INIT)?;
     shell::read(Command::new("chmod").arg("755").arg(&init))?;
     let mut order = Vec::new();
     for module in MODULES {
         // A module that is built in, or that this kernel does not have, prints no file.
-        let shown = shell::read(
-            Command::new("modprobe").arg("-d").arg(unpacked).args(["-S", release, "--show-depends", module]),
-        )
+        let shown = shell::read(Command::new("modprobe").arg("-d").arg(unpacked).args([
+            "-S",
+            release,
+            "--show-depends",
+            module,
+        ]))
         .unwrap_or_default();
         for file in shown.lines().filter_map(|line| line.strip_prefix("insmod ")) {
             let path = PathBuf::from(file.trim());

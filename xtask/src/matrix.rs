@@ -12,14 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde_json::Value;
 
-use crate::{
-    build, images,
-    kernels::Kernel,
-    native::Containerd,
-    paths,
-    test::Tally,
-    vm::Machine,
-};
+use crate::{build, images, kernels::Kernel, native::Containerd, paths, test::Tally, vm::Machine};
 
 #[derive(Args)]
 pub struct Options {
@@ -117,7 +110,8 @@ fn tally_smoke(output: &str, code: impl Into<i32>) -> Result<()> {
 
 fn row(output: &str) -> Result<Row> {
     let json = output.split(MARK).nth(1).context("the doctor said nothing")?;
-    let value: Value = serde_json::from_str(json.trim()).with_context(|| format!("the doctor's report: {json}"))?;
+    let value: Value =
+        serde_json::from_str(json.trim()).with_context(|| format!("the doctor's report: {json}"))?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let programs = value["programs"]
         .as_array()

@@ -32,6 +32,7 @@ impl Containerd {
             format!(
                 "version = 2\nroot = {root:?}\nstate = {:?}\n[grpc]\n  address = {socket:?}\n\
                  [plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"palisade.test/pause:1\"\n  \
+                 restrict_oom_score_adj = true\n  \
                  [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n    runtime_type = \"io.containerd.runc.v2\"\n",
                 state.path().join("state")
             ),
@@ -56,7 +57,8 @@ impl Containerd {
         }
         let present = containerd.root_marker(&root);
         for image in images {
-            let id = image.archive.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+            let id =
+                image.archive.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
             let marker = present.join(&id);
             if !marker.exists() {
                 let archive = image.archive.display().to_string();
@@ -80,7 +82,11 @@ impl Containerd {
 
     fn ctr(&self, words: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(&self.socket).args(["--namespace", "k8s.io", "--connect-timeout", "2s"]).args(words);
+        command
+            .arg("--address")
+            .arg(&self.socket)
+            .args(["--namespace", "k8s.io", "--connect-timeout", "2s"])
+            .args(words);
         command
     }
 
@@ -108,7 +114,8 @@ impl Drop for Containerd {
         // Containers of an interrupted run; their shims outlive containerd otherwise.
         if let Ok(listed) = shell::read(&mut self.ctr(&["tasks", "ls", "-q"])) {
             for task in listed.lines() {
-                let _best_effort = shell::read(&mut self.ctr(&["tasks", "kill", "--signal", "SIGKILL", task]));
+                let _best_effort =
+                    shell::read(&mut self.ctr(&["tasks", "kill", "--signal", "SIGKILL", task]));
                 let _as_above = shell::read(&mut self.ctr(&["tasks", "delete", "--force", task]));
             }
         }

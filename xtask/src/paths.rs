@@ -22,12 +22,15 @@ pub fn cache(part: &str) -> Result<PathBuf> {
         Some(path) => PathBuf::from(path),
         None => match std::env::var_os("XDG_CACHE_HOME") {
             Some(path) => PathBuf::from(path).join("palisade"),
-            None => PathBuf::from(std::env::var_os("HOME").context("neither PALISADE_CACHE nor HOME is set")?)
-                .join(".cache/palisade"),
+            None => {
+                PathBuf::from(std::env::var_os("HOME").context("neither PALISADE_CACHE nor HOME is set")?)
+                    .join(".cache/palisade")
+            }
         },
     };
     let path = root.join(part);
-    std::fs::create_dir_all(&path).with_context(|| format!("cannot create the cache folder {}", path.display()))?;
+    std::fs::create_dir_all(&path)
+        .with_context(|| format!("cannot create the cache folder {}", path.display()))?;
     Ok(path)
 }
 

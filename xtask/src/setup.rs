@@ -101,8 +101,10 @@ fn install(wanted: &[&str]) -> Result<()> {
     }
     let words = wanted.join(" ");
     if !rustix::process::geteuid().is_root() || !Path::new("/usr/bin/apt-get").exists() {
-        bail!("these Debian packages are needed and cannot be installed from here: {words}\n\
-               as root: apt-get install --no-install-recommends {words}");
+        bail!(
+            "these Debian packages are needed and cannot be installed from here: {words}\n\
+               as root: apt-get install --no-install-recommends {words}"
+        );
     }
     shell::step(&format!("install {words}"), || {
         let apt = |arguments: &[&str], log| {

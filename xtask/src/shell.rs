@@ -20,7 +20,11 @@ pub fn read(command: &mut Command) -> Result<String> {
         .output()
         .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     if !output.status.success() {
-        bail!("{command:?} ended with {}:\n{}", output.status, String::from_utf8_lossy(&output.stderr).trim_end());
+        bail!(
+            "{command:?} ended with {}:\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -64,14 +68,18 @@ pub fn quiet(command: &mut Command, log: &str) -> Result<()> {
     let text = String::from_utf8_lossy(&text);
     let tail: Vec<&str> = text.lines().rev().take(40).collect();
     let tail: Vec<&str> = tail.into_iter().rev().collect();
-    bail!("{} ended with {status}; the end of {}:\n{}", command.get_program().display(), path.display(), tail.join("\n"))
+    bail!(
+        "{} ended with {status}; the end of {}:\n{}",
+        command.get_program().display(),
+        path.display(),
+        tail.join("\n")
+    )
 }
 
 /// Runs `command` on this terminal.
 pub fn loud(command: &mut Command) -> Result<()> {
-    let status = command
-        .status()
-        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
+    let status =
+        command.status().with_context(|| format!("cannot start {}", command.get_program().display()))?;
     if !status.success() {
         bail!("{command:?} ended with {status}");
     }

@@ -133,13 +133,28 @@ fn unit(tally: &mut Tally) {
     tally.case("cargo fmt", || shell::loud(&mut cargo(&["fmt", "--all", "--check"])));
     tally.case("cargo clippy", || {
         shell::loud(&mut cargo(&[
-            "clippy", "--quiet", "--workspace", "--exclude", "palisade-ebpf", "--all-targets", "--features",
-            "palisade-abi/user", "--", "-D", "warnings",
+            "clippy",
+            "--quiet",
+            "--workspace",
+            "--exclude",
+            "palisade-ebpf",
+            "--all-targets",
+            "--features",
+            "palisade-abi/user",
+            "--",
+            "-D",
+            "warnings",
         ]))
     });
     let begun = Instant::now();
     let output = cargo(&[
-        "test", "--workspace", "--exclude", "palisade-ebpf", "--features", "palisade-abi/user", "--no-fail-fast",
+        "test",
+        "--workspace",
+        "--exclude",
+        "palisade-ebpf",
+        "--features",
+        "palisade-abi/user",
+        "--no-fail-fast",
     ])
     .output();
     let result = output.context("cannot start cargo").map(|output| {
@@ -200,7 +215,11 @@ fn scenarios(binaries: &Path, tally: &mut Tally) {
     let begun = Instant::now();
     tally.add("exec on 6.12", begun, in_machine(binaries, &[], &["palisade-scenarios", "exec"], 25));
     let begun = Instant::now();
-    tally.add("generator on 6.12", begun, in_machine(binaries, &[], &["palisade-scenarios", "generator"], 15));
+    tally.add(
+        "generator on 6.12",
+        begun,
+        in_machine(binaries, &[], &["palisade-scenarios", "generator"], 15),
+    );
 }
 
 fn planted(binaries: &Path, tally: &mut Tally) {

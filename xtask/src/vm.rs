@@ -92,7 +92,17 @@ impl Machine<'_> {
         let exit_file = work.path().join("exit");
         let begun = Instant::now();
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35", "-m", "3072"]);
+        qemu.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-M",
+            "q35",
+            "-m",
+            "3072",
+        ]);
         // The sandbox that has no KVM has no nested one either: always emulate, never take the host's CPU model.
         qemu.args(["-cpu", "max"]);
         if self.icount {
@@ -202,7 +212,9 @@ impl Machine<'_> {
 fn copy_host(from: &Path, to: &Path) -> Result<()> {
     const MOST_MEGABYTES: u64 = 512;
     let listed = shell::read(
-        Command::new("git").args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(from),
+        Command::new("git")
+            .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+            .current_dir(from),
     );
     let files = match listed {
         Ok(listed) => listed,

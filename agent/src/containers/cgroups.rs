@@ -70,7 +70,8 @@ pub fn scan(root: &Path) -> Vec<Found> {
                 open.push(entry.path());
                 continue;
             };
-            let mut container = Found { slot: 0, id: id.to_owned(), cgroups: Vec::new(), processes: Vec::new() };
+            let mut container =
+                Found { slot: 0, id: id.to_owned(), cgroups: Vec::new(), processes: Vec::new() };
             if let Some(slot) = cgroup_id(&entry.path()) {
                 container.slot = slot;
                 collect(&entry.path(), &mut container);

@@ -28,12 +28,13 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 pub fn connect(socket: &Path) -> Channel {
     let path: PathBuf = socket.to_owned();
     // The URI is demanded by the interface and not used: the connector knows the socket.
-    Endpoint::from_static("http://runtime").connect_timeout(DEADLINE).timeout(DEADLINE).connect_with_connector_lazy(
-        tower::service_fn(move |_: Uri| {
+    Endpoint::from_static("http://runtime")
+        .connect_timeout(DEADLINE)
+        .timeout(DEADLINE)
+        .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
             let path = path.clone();
             async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-        }),
-    )
+        }))
 }
 
 /// Name and version of the runtime at `socket`.
@@ -79,7 +80,8 @@ async fn ask(channel: Channel, id: &str) -> Result<Option<Identity>> {
     };
     let pod = sandbox(&mut runtime, &container.pod_sandbox_id).await?.unwrap_or_default();
     let spec = container.image.unwrap_or_default();
-    let image = if spec.user_specified_image.is_empty() { spec.image.clone() } else { spec.user_specified_image };
+    let image =
+        if spec.user_specified_image.is_empty() { spec.image.clone() } else { spec.user_specified_image };
     let (name, digest) = image_names(channel, &container.image_ref, &image).await?;
     Ok(Some(Identity {
         facts: ContainerFacts {
@@ -126,7 +128,8 @@ async fn image_names(channel: Channel, reference: &str, named: &str) -> Result<(
         image: Some(ImageSpec { image: reference.to_owned(), ..Default::default() }),
         verbose: false,
     };
-    let image = ImageServiceClient::new(channel).image_status(request).await?.into_inner().image.unwrap_or_default();
+    let image =
+        ImageServiceClient::new(channel).image_status(request).await?.into_inner().image.unwrap_or_default();
     let is_id = named.starts_with("sha256:") || named.is_empty();
     let name = if is_id { image.repo_tags.first().map_or(named, String::as_str) } else { named };
     let digest = image

@@ -19,7 +19,9 @@ pub enum BtfError {
     Missing { path: PathBuf, source: std::io::Error },
     #[error("{path} is not BTF: {message}")]
     Malformed { path: PathBuf, message: String },
-    #[error("this kernel's {structure} has no member {member} of {size} bytes ({found}); this build does not support it")]
+    #[error(
+        "this kernel's {structure} has no member {member} of {size} bytes ({found}); this build does not support it"
+    )]
     Field { structure: &'static str, member: &'static str, size: u32, found: String },
 }
 
@@ -54,7 +56,8 @@ impl Layout {
     /// When there is no BTF, or a required field is missing or has another size.
     pub fn of_running_kernel() -> Result<Self, BtfError> {
         let base = read(Path::new(VMLINUX), None)?;
-        let split = if Path::new(OVERLAY).exists() { Some(read(Path::new(OVERLAY), Some(&base))?) } else { None };
+        let split =
+            if Path::new(OVERLAY).exists() { Some(read(Path::new(OVERLAY), Some(&base))?) } else { None };
         Self::resolve(&base, split.as_ref())
     }
 
@@ -96,13 +99,18 @@ impl Layout {
             source = OverlayLayout::Inferred;
         }
         let pt_regs_size = structure(base, "pt_regs").map_or(0, |regs| regs.size() as u32);
-        Ok(Self { offsets, have_task_pt_regs: has_helper(base, "BPF_FUNC_task_pt_regs"), pt_regs_size, absent, overlay: source })
+        Ok(Self {
+            offsets,
+            have_task_pt_regs: has_helper(base, "BPF_FUNC_task_pt_regs"),
+            pt_regs_size,
+            absent,
+            overlay: source,
+        })
     }
 }
 
 fn read(path: &Path, base: Option<&Btf>) -> Result<Btf, BtfError> {
-    let bytes =
-        std::fs::read(path).map_err(|source| BtfError::Missing { path: path.to_owned(), source })?;
+    let bytes = std::fs::read(path).map_err(|source| BtfError::Missing { path: path.to_owned(), source })?;
     let parsed = match base {
         None => Btf::from_bytes(&bytes),
         Some(base) => Btf::from_split_bytes(&bytes, base),

@@ -8,7 +8,10 @@ use aya::{
     maps::{Map, RingBuf},
     programs::{Lsm, Program, RawTracePoint},
 };
-use palisade_abi::{maps::{HOST_ROOT, Settings}, offsets::ABSENT};
+use palisade_abi::{
+    maps::{HOST_ROOT, Settings},
+    offsets::ABSENT,
+};
 use palisade_profile::document::Mode;
 use thiserror::Error;
 
@@ -62,7 +65,9 @@ fn host_process() -> &'static Path {
 /// Why the programs do not run.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    #[error("the agent needs root on the host (or CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_CHROOT and CAP_SYS_PTRACE)")]
+    #[error(
+        "the agent needs root on the host (or CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_CHROOT and CAP_SYS_PTRACE)"
+    )]
     NotPermitted,
     #[error(transparent)]
     Btf(#[from] BtfError),
@@ -179,8 +184,7 @@ impl Kernel {
         let records = ring(&mut ebpf, "RECORDS")?;
         let control = ring(&mut ebpf, "CONTROL")?;
         let maps = Maps::take(&mut ebpf, hash_key)?;
-        let mut kernel =
-            Self { ebpf, maps, records, control, tier, tier_reason, layout, programs, btf };
+        let mut kernel = Self { ebpf, maps, records, control, tier, tier_reason, layout, programs, btf };
         // Before anything is attached, so that no decision is taken without it.
         kernel.learn_root(HOST_ROOT, &host.join("root"))?;
         if kernel.layout.offsets.ovl_inode_upper == ABSENT {
@@ -261,8 +265,11 @@ impl Kernel {
                 _ => continue,
             };
             use std::os::fd::AsRawFd as _;
-            let text =
-                std::fs::read_to_string(format!("/proc/self/fdinfo/{}", std::os::fd::AsFd::as_fd(fd).as_raw_fd())).ok()?;
+            let text = std::fs::read_to_string(format!(
+                "/proc/self/fdinfo/{}",
+                std::os::fd::AsFd::as_fd(fd).as_raw_fd()
+            ))
+            .ok()?;
             sum += text
                 .lines()
                 .find_map(|line| line.strip_prefix("recursion_misses:"))
@@ -304,7 +311,10 @@ fn refused(name: &str, error: &aya::programs::ProgramError) -> LoadError {
     LoadError::Program { name: name.to_owned(), message }
 }
 
-fn report(name: &str, info: Result<aya::programs::ProgramInfo, aya::programs::ProgramError>) -> ProgramReport {
+fn report(
+    name: &str,
+    info: Result<aya::programs::ProgramInfo, aya::programs::ProgramError>,
+) -> ProgramReport {
     let info = info.ok();
     ProgramReport {
         name: name.to_owned(),

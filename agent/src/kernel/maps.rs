@@ -56,7 +56,8 @@ pub struct Maps {
 
 impl Maps {
     pub(super) fn take(ebpf: &mut Ebpf, hash_key: [u64; 2]) -> Result<Self> {
-        let mut take = |name: &str| ebpf.take_map(name).with_context(|| format!("the object has no map {name}"));
+        let mut take =
+            |name: &str| ebpf.take_map(name).with_context(|| format!("the object has no map {name}"));
         let slot_lanes = take("SLOT_LANES").ok().map(PerCpuHashMap::try_from).transpose()?;
         Ok(Self {
             slots: take("SLOTS")?.try_into()?,
@@ -180,8 +181,7 @@ impl Maps {
 
     /// Gives a running process to a slot, as workload.
     pub fn add_process(&mut self, pid: u32, slot: u64) -> Result<()> {
-        let value =
-            Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] };
+        let value = Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] };
         match self.processes.insert(pid, value, BPF_NOEXIST) {
             Ok(()) => Ok(()),
             Err(_) if self.processes.get(&pid, 0).is_ok() => Ok(()),

@@ -71,8 +71,13 @@ fn security_modules() -> Option<Vec<String>> {
 /// Loads `r0 = 0; *(u64 *)(r10 - 8) = 0; r1 = 1; r1 = atomic_fetch_add(r10 - 8, r1); exit`.
 fn has_fetch_add() -> bool {
     // Encoding of `struct bpf_insn`: opcode, registers (source << 4 | destination), offset, immediate.
-    let instructions: [(u8, u8, i16, i32); 5] =
-        [(0xb7, 0x00, 0, 0), (0x7a, 0x0a, -8, 0), (0xb7, 0x01, 0, 1), (0xdb, 0x1a, -8, 0x01), (0x95, 0x00, 0, 0)];
+    let instructions: [(u8, u8, i16, i32); 5] = [
+        (0xb7, 0x00, 0, 0),
+        (0x7a, 0x0a, -8, 0),
+        (0xb7, 0x01, 0, 1),
+        (0xdb, 0x1a, -8, 0x01),
+        (0x95, 0x00, 0, 0),
+    ];
     let code: Vec<u8> = instructions
         .iter()
         .flat_map(|(opcode, registers, offset, immediate)| {

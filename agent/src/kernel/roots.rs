@@ -56,10 +56,7 @@ pub(super) fn prove_overlay(program: &RawTracePoint) -> Result<()> {
         for folder in ["lower/of-image", "upper/of-container", "work", "merged"] {
             std::fs::create_dir_all(base.join(folder))?;
         }
-        let options = format!(
-            "lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work",
-            base.display()
-        );
+        let options = format!("lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work", base.display());
         let merged = base.join("merged");
         let options = std::ffi::CString::new(options)?;
         mount("overlay", &merged, "overlay", MountFlags::empty(), options.as_c_str())

@@ -151,8 +151,9 @@ fn prepare(attack: &str, nonce: &str) -> io::Result<i32> {
             execute(Path::new(ALLOWED), &payload)
         }
         "memfd" => execute_memfd(&fs::read(THIRD)?, &payload)?,
-        "dev-shm" => {
-            let path = Path::new("/dev/shm/workload");
+        "tmpfs" => {
+            // The one tmpfs of an ordinary container that programs may run from.
+            let path = Path::new("/dev/workload");
             install(&fs::read(ALLOWED)?, path)?;
             execute(path, &payload)
         }
@@ -216,7 +217,8 @@ fn enter_user_namespace() -> io::Result<()> {
 }
 
 fn mount(source: &str, target: &str, kind: &str, options: &str) -> io::Result<()> {
-    let [source, target, kind, options] = [source, target, kind, options].map(|text| c_string(Path::new(text)));
+    let [source, target, kind, options] =
+        [source, target, kind, options].map(|text| c_string(Path::new(text)));
     // SAFETY: all strings are terminated and live until the call returns.
     checked(unsafe {
         libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, options.as_ptr().cast())
