@@ -59,10 +59,14 @@ pub fn check(bprm: Address) -> bool {
         unsafe { (*scratch).action = action::REFUSED };
         palisade_report(task);
     } else if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+        // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then.
+        let interpreter = context::palisade_pointer(bprm, u64::from(offset!(binprm_interp)));
+        let first = interpreter == context::palisade_pointer(bprm, u64::from(offset!(binprm_filename)));
         // SAFETY: the pointers come from map lookups. One exec of a process runs at a time: the kernel holds
         // `cred_guard_mutex` from before the first pass until after the tracepoint.
         unsafe {
-            if verdict > (&raw const (*entry).pending_verdict).read_volatile() {
+            let pending = (&raw const (*entry).pending_verdict).read_volatile();
+            if first || verdict > pending {
                 (&raw mut (*entry).pending_verdict).write_volatile(verdict);
                 (&raw mut (*entry).pending_reason).write_volatile((*scratch).reason);
             }

@@ -33,7 +33,7 @@ pub(crate) struct Collector {
 #[derive(Subcommand)]
 enum Command {
     /// Show recorded events: a table on a terminal, with --json one object a line
-    Events(events::Options),
+    Events(Box<events::Options>),
     /// Show which container is under which profile, revision and mode
     Coverage(coverage::Options),
     /// Check and draft profiles
@@ -91,7 +91,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             .context("cannot start the asynchronous runtime")
     };
     match arguments.command {
-        Command::Events(options) => ask()?.block_on(events::run(options)).map(|()| ExitCode::SUCCESS),
+        Command::Events(options) => ask()?.block_on(events::run(*options)).map(|()| ExitCode::SUCCESS),
         Command::Coverage(options) => ask()?.block_on(coverage::run(options)).map(|()| ExitCode::SUCCESS),
         Command::Profile(Profile::Lint { files, json }) => profile::lint(&files, json),
         Command::Profile(Profile::Init { from_events }) => {

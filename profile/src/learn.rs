@@ -37,7 +37,8 @@ const PER_POD_LABELS: &[&str] = &[
 #[must_use]
 pub fn draft(observations: &[Observation]) -> String {
     type Workload = (String, BTreeMap<String, String>, String);
-    let mut workloads: BTreeMap<Workload, (BTreeSet<String>, BTreeSet<(String, String)>)> = BTreeMap::new();
+    type Seen = (BTreeSet<String>, BTreeSet<(String, String)>);
+    let mut workloads: BTreeMap<Workload, Seen> = BTreeMap::new();
     for seen in observations {
         let labels: BTreeMap<String, String> = seen
             .labels

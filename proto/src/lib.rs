@@ -13,6 +13,7 @@ use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, Serialize
     clippy::undocumented_unsafe_blocks,
     clippy::unwrap_used,
     clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
     reason = "generated"
 )]
 pub mod v1 {

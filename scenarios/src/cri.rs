@@ -121,7 +121,7 @@ impl Runtime {
         let request = ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|word| (*word).to_owned()).collect(),
-            timeout: DEADLINE.as_secs() as i64,
+            timeout: DEADLINE.as_secs().cast_signed(),
         };
         let answer = self
             .client
