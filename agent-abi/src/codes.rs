@@ -128,6 +128,8 @@ codes! {
         REVISION_MISSED = 18 => "revision-missed",
         GLOB_STATE_MISSED = 19 => "glob-state-missed",
         ORIGIN_READ = 20 => "origin-read",
+        ROOT_REFUSED = 21 => "root-refused",
+        CGROUP_DEEP = 22 => "cgroup-deep",
     }
 }
 

@@ -43,6 +43,9 @@ pub struct Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct SlotPolicy {
+    /// The slot itself. An update moves an entry to other memory, and the old one may be given to another slot while a
+    /// decision looks at it; this tells.
+    pub slot: u64,
     /// Key into `REVISIONS`; 0 means that no profile names the container.
     pub revision: u32,
     pub reserved: u32,
@@ -110,7 +113,9 @@ pub struct Process {
     pub pending_verdict: u8,
     /// The reason that belongs to it.
     pub pending_reason: u8,
-    pub reserved: [u8; 5],
+    /// Passes of the binary format loop of the exec in progress; 2 stands for more.
+    pub passes: u8,
+    pub reserved: [u8; 4],
 }
 
 /// Identity of a root filesystem: the superblock itself, since device numbers are reused at once.
@@ -143,7 +148,7 @@ macro_rules! sizes {
 sizes! {
     Settings = 32,
     Slot = 40,
-    SlotPolicy = 8,
+    SlotPolicy = 16,
     Revision = 16,
     RuleKey = 24,
     RuleValue = 4,

@@ -6,12 +6,12 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::{bpf_get_current_cgroup_id, bpf_ktime_get_boot_ns, bpf_probe_read_kernel_str_bytes},
+    helpers::{bpf_ktime_get_boot_ns, bpf_probe_read_kernel_str_bytes},
 };
 use palisade_abi::{
     ABI_VERSION,
     codes::{control, error},
-    maps::{RootIdentity, Slot},
+    maps::{HOST_ROOT, RootIdentity, Slot},
     record::{CGROUP_NAME, ControlRecord},
 };
 
@@ -26,18 +26,51 @@ use crate::{
 /// Hexadecimal digits of a container id; a power of two, and more than half of the longest name.
 const ID_DIGITS: u32 = 64;
 
+/// Deepest nesting of cgroups that is followed; the kernel's own default limit is not lower.
+const CGROUP_DEPTH: u32 = 64;
+
+/// The slot of cgroups nested deeper than that. It never has a policy, so the `unidentified` one holds.
+pub const TOO_DEEP: u64 = u64::MAX;
+
+/// The slot that the cgroup at `cgroup` belongs to: that of the nearest container above it. 0 when there is none.
+///
+/// Nested cgroups are not stored: a container can make as many as it likes, and must not fill a map with them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_slot_of_cgroup(cgroup: u64) -> u64 {
+    let mut current = KernelPtr(cgroup);
+    let mut depth = 0;
+    while depth < CGROUP_DEPTH {
+        let Some(cgroup_id) = id(current) else {
+            count::error(error::CGROUP_READ);
+            return 0;
+        };
+        if let Some(slot) = slot_of_cgroup(cgroup_id) {
+            return slot;
+        }
+        let Some(css) = current.follow(offset!(cgroup_parent_css)) else { return 0 };
+        let Some(parent) = css.follow(offset!(css_cgroup)) else { return 0 };
+        current = parent;
+        depth += 1;
+    }
+    count::error(error::CGROUP_DEEP);
+    TOO_DEEP
+}
+
 /// The slot of the current task's cgroup.
 #[inline(always)]
 pub fn current_slot() -> Option<u64> {
-    // SAFETY: the helper has no preconditions.
-    slot_of_cgroup(unsafe { bpf_get_current_cgroup_id() })
+    slot_of_task(KernelPtr::current_task())
 }
 
 /// The slot of the cgroup that `task` is in.
 #[inline(always)]
 pub fn slot_of_task(task: KernelPtr) -> Option<u64> {
     let cgroup = task.follow(offset!(task_cgroups))?.follow(offset!(css_set_default_cgroup))?;
-    slot_of_cgroup(id(cgroup)?)
+    match palisade_slot_of_cgroup(cgroup.0) {
+        0 => None,
+        slot => Some(slot),
+    }
 }
 
 #[inline(always)]
@@ -50,11 +83,6 @@ fn id(cgroup: KernelPtr) -> Option<u64> {
 fn is_unified(cgroup: KernelPtr) -> bool {
     cgroup.follow(offset!(cgroup_root)).and_then(|root| root.read::<u32>(offset!(cgroup_root_hierarchy)))
         == Some(0)
-}
-
-#[inline(always)]
-fn parent_id(cgroup: KernelPtr) -> Option<u64> {
-    id(cgroup.follow(offset!(cgroup_parent_css))?.follow(offset!(css_cgroup))?)
 }
 
 /// 1 for a lower-case hexadecimal digit, else 0.
@@ -105,10 +133,7 @@ pub fn cgroup_made(cgroup: Address) {
         count::error(error::CGROUP_READ);
         return;
     };
-    if let Some(slot) = parent_id(cgroup).and_then(slot_of_cgroup) {
-        if CGROUPS.insert(cgroup_id, slot, u64::from(BPF_ANY)).is_err() {
-            count::error(error::CGROUP_MAP_FULL);
-        }
+    if palisade_slot_of_cgroup(cgroup.0) != 0 {
         return;
     }
     let mut name = [0_u8; CGROUP_NAME];
@@ -175,14 +200,20 @@ pub fn task_attached(cgroup: Address, task: Address) {
     if !is_unified(cgroup) {
         return;
     }
-    let Some(slot) = id(cgroup).and_then(slot_of_cgroup) else { return };
+    let slot = palisade_slot_of_cgroup(cgroup.0);
+    if slot == 0 {
+        return;
+    }
     let Some(pid) = task.read::<u32>(offset!(task_tgid)) else {
         count::error(error::TASK_READ);
         return;
     };
     // SAFETY: only presence matters.
     if unsafe { PROCESSES.get(pid) }.is_none() {
-        processes::adopt(pid, slot, 1);
+        // One that is moved by a process of a container comes from inside, whatever became of its entry.
+        // SAFETY: as above.
+        let from_outside = unsafe { PROCESSES.get(processes::current_pid()) }.is_none();
+        processes::adopt(pid, slot, u8::from(from_outside));
     }
 }
 
@@ -207,6 +238,18 @@ pub fn first_root(slot: u64, root: RootIdentity) {
 
 #[inline(always)]
 fn store_root(slot: u64, root: RootIdentity, flags: u64) -> bool {
+    if slot != HOST_ROOT {
+        // SAFETY: the host's entry is written before any program is attached and never again.
+        let Some(host) = (unsafe { ROOTS.get(HOST_ROOT) }) else {
+            count::error(error::HOST_ROOT_MISSING);
+            return false;
+        };
+        // What was mounted from a user namespace may hold anything, and the host's own file system is no image.
+        if root.user_namespace != host.user_namespace || root.superblock == host.superblock {
+            count::error(error::ROOT_REFUSED);
+            return false;
+        }
+    }
     let stored = ROOTS.insert(slot, root, flags).is_ok();
     if !stored {
         count::error(error::ROOT_MAP_FULL);

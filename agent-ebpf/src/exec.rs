@@ -60,12 +60,16 @@ pub fn check(bprm: Address) -> bool {
         palisade_report(task);
     } else if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
         // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then.
+        // Read back from the map: the hook's own argument is a typed pointer, which global functions do not take.
+        // SAFETY: the memory belongs to this task until it is released.
+        let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
         let interpreter = context::palisade_pointer(bprm, u64::from(offset!(binprm_interp)));
         let first = interpreter == context::palisade_pointer(bprm, u64::from(offset!(binprm_filename)));
         // SAFETY: the pointers come from map lookups. One exec of a process runs at a time: the kernel holds
         // `cred_guard_mutex` from before the first pass until after the tracepoint.
         unsafe {
             let pending = (&raw const (*entry).pending_verdict).read_volatile();
+            (&raw mut (*entry).passes).write_volatile(if first { 1 } else { 2 });
             if first || verdict > pending {
                 (&raw mut (*entry).pending_verdict).write_volatile(verdict);
                 (&raw mut (*entry).pending_reason).write_volatile((*scratch).reason);
@@ -97,7 +101,8 @@ pub fn executed(bprm: Address) {
     let mut verdict = examine(task, scratch, bprm, &process);
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
-        if process.pending_verdict > verdict {
+        // Only a pass before the last one, that is a script's, can know better than this judgement.
+        if process.passes > 1 && process.pending_verdict > verdict {
             verdict = process.pending_verdict;
             (*scratch).verdict = verdict;
             (*scratch).reason = process.pending_reason;

@@ -71,6 +71,9 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
         return mismatch(reason::UNIDENTIFIED, setting!(unidentified) as u8, 0);
     };
     let number = policy.revision;
+    if policy.slot != slot {
+        return mismatch(reason::LOOKUP_MISSED, mode::ENFORCE, 0);
+    }
     if number == 0 {
         return allowed(reason::NO_PROFILE, 0, 0);
     }

@@ -30,13 +30,14 @@ pub fn current() -> Option<Process> {
         return Some(*process);
     }
     let slot = containers::current_slot()?;
-    Some(Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] })
+    Some(Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, passes: 0, reserved: [0; 4] })
 }
 
 /// Gives the process `pid` to `slot`.
 #[inline(always)]
 pub fn adopt(pid: u32, slot: u64, entering: u8) {
-    let process = Process { slot, entering, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] };
+    let process =
+        Process { slot, entering, pending_verdict: 0, pending_reason: 0, passes: 0, reserved: [0; 4] };
     if PROCESSES.insert(pid, process, u64::from(BPF_ANY)).is_err() {
         count::error(error::PROCESS_MAP_FULL);
     }
@@ -59,7 +60,15 @@ pub fn forked(parent: Address, child: Address) {
     let (slot, entering) = if let Some(known) = unsafe { PROCESSES.get(parent_pid) } {
         (known.slot, known.entering)
     } else {
-        let Some(slot) = containers::slot_of_task(child) else { return };
+        let Some(slot) = containers::slot_of_task(child) else {
+            // A process of the host with a number that a container's process had: an entry that outlived it must not
+            // put this one under a profile.
+            // SAFETY: only presence matters.
+            if unsafe { PROCESSES.get(pid) }.is_some() && PROCESSES.remove(pid).is_err() {
+                count::error(error::PROCESS_MAP_FULL);
+            }
+            return;
+        };
         // A child in the container's cgroup of a parent outside it entered by CLONE_INTO_CGROUP. If the parent
         // is inside, it lost its entry, and counts as workload.
         (slot, u8::from(containers::slot_of_task(parent).is_none()))

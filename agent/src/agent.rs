@@ -1,12 +1,17 @@
 //! The agent at work: one task that owns the kernel's maps, the containers, the profiles and the process table,
 //! and takes one event after the other.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
+use bytes::Bytes;
 use palisade_abi::{
     codes::control,
-    record::{ControlRecord, decode, decode_control},
+    record::{ControlRecord, Header, decode, decode_control},
 };
 use palisade_proto::v1::{self, record::Event};
 use tokio::{
@@ -19,12 +24,12 @@ use tonic::transport::Channel;
 
 use crate::{
     config::Config,
-    containers::{Container, Containers, Identity, NO_PROFILE, UNIDENTIFIED, cgroups, cri},
+    containers::{Container, Containers, Identity, NO_PROFILE, NOT_IN_FORCE, UNIDENTIFIED, cgroups, cri},
     delivery::{self, Queue},
     kernel::{self, Kernel},
     losses::Losses,
     policies::{Profiles, Revisions},
-    processes::Processes,
+    processes::{self, Processes},
     records::{self, Source},
 };
 
@@ -50,7 +55,14 @@ pub struct Agent {
     identified: mpsc::Sender<(u64, Identity)>,
     asking: std::collections::HashMap<u64, JoinHandle<()>>,
     cgroups: std::path::PathBuf,
-    undecodable: u64,
+    /// Slots whose policy could not be put in force; tried again.
+    pending: HashSet<u64>,
+    /// Changes of coverage that found no room in the queue.
+    unsaid: VecDeque<Bytes>,
+    /// Whether the ring may hold more than the last round took.
+    more: bool,
+    /// Evidence against the programs that was last reported.
+    evidence: Vec<(String, u64)>,
 }
 
 /// Runs until SIGTERM or SIGINT, then drains.
@@ -63,20 +75,20 @@ pub async fn run(config: Config) -> Result<()> {
         Some(path) => path.clone(),
         None => cgroups::mount_point()?,
     };
+    let mut profiles = Profiles::new(&config.profiles);
+    profiles.load()?;
     let features = kernel::features();
     let options = kernel::Options { unidentified: config.unidentified.mode(), sizes: config.sizes() };
     let mut kernel = Kernel::load(&options, &features)?;
     #[cfg(debug_assertions)]
     kernel.forward_logs();
     let source = Source::new(node_name(&config)?, boot_id()?);
-    let mut profiles = Profiles::new(&config.profiles);
-    profiles.refresh();
-    let runtimes: Vec<Channel> =
-        config.cri.iter().filter(|socket| socket.exists()).map(|socket| cri::connect(socket)).collect();
-    if runtimes.is_empty() {
+    // Connections are made when they are needed, so a runtime that starts later is found.
+    let runtimes: Vec<Channel> = config.cri.iter().map(|socket| cri::connect(socket)).collect();
+    if !config.cri.iter().any(|socket| socket.exists()) {
         tracing::error!(
             looked_for = ?config.cri,
-            "no container runtime answers; containers stay unidentified. Name its CRI socket in the configuration"
+            "no container runtime is there yet; containers stay unidentified. If it has another CRI socket, name it under cri:"
         );
     }
     let queue = Arc::new(Queue::new(config.queue.bytes));
@@ -102,7 +114,10 @@ pub async fn run(config: Config) -> Result<()> {
         identified,
         asking: std::collections::HashMap::new(),
         cgroups: cgroup_root,
-        undecodable: 0,
+        pending: HashSet::new(),
+        unsaid: VecDeque::new(),
+        more: false,
+        evidence: Vec::new(),
     };
     agent.find_running();
     tracing::info!(
@@ -146,6 +161,8 @@ impl Agent {
                 _ = ring.tick() => self.take_records(),
                 _ = housekeeping.tick() => self.keep_house(),
                 _ = scan.tick() => self.find_running(),
+                // What is left of a full ring, after everything else had its turn.
+                () = tokio::task::yield_now(), if self.more => self.take_records(),
             }
         }
     }
@@ -166,23 +183,39 @@ impl Agent {
         }
     }
 
+    /// Gives a running container's cgroup and processes to its slot, and learns its root. Every step may be
+    /// repeated: after a failure the next scan begins anew.
     fn take_over(&mut self, found: &cgroups::Found) -> Result<()> {
         let is_new = self.kernel.maps.add_slot(found.slot, 0)?;
-        if is_new {
-            for cgroup in &found.cgroups {
-                self.kernel.maps.add_cgroup(*cgroup, found.slot)?;
-            }
-            for process in &found.processes {
-                self.kernel.maps.add_process(*process, found.slot)?;
-            }
-            self.processes.seed(&found.processes);
-            // The first process of the container was set up by the runtime.
-            if let Some(first) = found.processes.iter().min() {
-                let root = std::path::PathBuf::from(format!("/proc/{first}/root"));
-                self.kernel.learn_root(found.slot, &root)?;
+        // The cgroup first: what forks from now on is found by it.
+        self.kernel.maps.add_cgroup(found.slot, found.slot)?;
+        let processes = found.members();
+        for process in &processes {
+            let entering = self.kernel.is_at_home(*process);
+            self.kernel.maps.add_process(*process, found.slot, entering)?;
+        }
+        // One that ended meanwhile must not leave its number to whoever gets it next.
+        let still = found.members();
+        for process in processes.iter().filter(|process| !still.contains(process)) {
+            self.kernel.maps.remove_process(*process);
+        }
+        self.processes.seed(&still);
+        if !self.kernel.maps.has_root(found.slot)
+            && let Some(first) = processes::oldest(&still)
+        {
+            // The oldest process was set up by the runtime; its start time cannot be forged, a number can be hit.
+            let root = std::path::PathBuf::from(format!("/proc/{first}/root"));
+            if let Err(error) = self.kernel.learn_root(found.slot, &root) {
+                tracing::warn!(
+                    container = found.id,
+                    error = format!("{error:#}"),
+                    "its root file system is not known yet, so the origin of its files is unknown"
+                );
             }
         }
-        self.begin(found.slot, found.id.clone(), is_new);
+        // A slot that the kernel made itself has a time of creation.
+        let found_running = is_new || self.kernel.maps.slot(found.slot).is_some_and(|slot| slot.created == 0);
+        self.begin(found.slot, found.id.clone(), found_running);
         Ok(())
     }
 
@@ -192,10 +225,9 @@ impl Agent {
             return;
         }
         self.containers.insert(slot, Container::new(id.clone(), found_running));
-        if !self.runtimes.is_empty() {
-            let task = tokio::spawn(cri::identify(self.runtimes.clone(), slot, id, self.identified.clone()));
-            self.asking.insert(slot, task);
-        }
+        self.tell_coverage(slot, "found", 0);
+        let task = tokio::spawn(cri::identify(self.runtimes.clone(), slot, id, self.identified.clone()));
+        self.asking.insert(slot, task);
     }
 
     fn take_control(&mut self) {
@@ -210,7 +242,8 @@ impl Agent {
                     let id = cgroups::container_id(&name).unwrap_or(&name).to_owned();
                     self.begin(record.slot, id, false);
                 }
-                control::CONTAINER_REMOVED => self.take_records(),
+                // The slot stays until its last process is gone; see `keep_house`.
+                control::CONTAINER_REMOVED => {}
                 other => tracing::error!(kind = other, "a control record of unknown kind"),
             }
         }
@@ -231,13 +264,19 @@ impl Agent {
 
     /// Puts a container under the policy that its profiles make.
     fn apply(&mut self, slot: u64, change: &str) {
+        // Records made before the change belong under what held then.
+        self.take_records();
         let Some(container) = self.containers.get_mut(&slot) else { return };
         let Some(identity) = &container.identity else { return };
         // The pause container runs nothing but itself and is no workload.
         let policy = if identity.sandbox { None } else { self.profiles.policy_for(&identity.facts) };
         match self.revisions.apply(&mut self.kernel.maps, slot, policy.as_ref()) {
             Ok(revision) => {
-                if change == "policy-changed" && revision == container.revision {
+                self.pending.remove(&slot);
+                if change == "policy-changed"
+                    && revision == container.revision
+                    && container.mode != UNIDENTIFIED
+                {
                     return;
                 }
                 container.revision = revision;
@@ -245,11 +284,16 @@ impl Agent {
                 container.profiles = policy.map(|policy| policy.profiles).unwrap_or_default();
                 container.in_force_since = self.source.now();
             }
-            Err(error) => tracing::error!(
-                container = container.id,
-                error = format!("{error:#}"),
-                "its policy is not in force; it stays under what it was under"
-            ),
+            Err(error) => {
+                if self.pending.insert(slot) {
+                    tracing::error!(
+                        container = container.id,
+                        error = format!("{error:#}"),
+                        "its policy is not in force; it stays under what it was under, and this is tried again"
+                    );
+                }
+                return;
+            }
         }
         container.encode();
         self.tell_coverage(slot, change, 0);
@@ -266,41 +310,55 @@ impl Agent {
             records_made,
         };
         let bytes = self.source.encode(slot, None, container.encoded(), Event::Coverage(coverage));
-        if self.queue.push(bytes, true).is_err() {
-            tracing::warn!(container = container.id, "no room to report a change of coverage");
+        self.unsaid.push_back(bytes);
+        self.say();
+    }
+
+    /// Queues what has waited for room, in order.
+    fn say(&mut self) {
+        while let Some(bytes) = self.unsaid.front() {
+            if self.queue.push(bytes.clone(), true).is_err() {
+                break;
+            }
+            self.unsaid.pop_front();
         }
         self.queue.flush();
     }
 
+    /// Takes one round of records out of the ring.
     fn take_records(&mut self) {
-        let Self { kernel, source, containers, processes, losses, queue, undecodable, .. } = self;
+        let Self { kernel, source, containers, processes, losses, queue, revisions, .. } = self;
         let unknown = Container::new(String::new(), false);
-        let mut flush = false;
-        loop {
-            let taken = kernel.records.drain(RING_ROUND, |bytes| {
-                let decoded = match decode(bytes) {
-                    Ok(decoded) => decoded,
-                    Err(error) => {
-                        *undecodable += 1;
-                        tracing::error!(%error, "a record cannot be read");
-                        return;
-                    }
-                };
-                let made = records::make(source, processes, decoded);
-                let slot = made.header.slot;
-                let container = containers.get(&slot).unwrap_or(&unknown);
-                let bytes = source.encode(slot, Some(&made.header), container.encoded(), made.event);
-                if queue.push(bytes, made.urgent).is_err() {
-                    losses.turned_away(slot, source.wall(made.header.time));
+        let taken = kernel.records.drain(RING_ROUND, |bytes| {
+            let decoded = match decode(bytes) {
+                Ok(decoded) => decoded,
+                Err(error) => {
+                    tracing::error!(%error, "a record cannot be read");
+                    losses.undecodable(claimed_slot(bytes), source.now());
+                    return;
                 }
-                flush = true;
-            });
-            if taken < RING_ROUND {
-                break;
+            };
+            let made = records::make(source, processes, |number| revisions.name(number), decoded);
+            let slot = made.header.slot;
+            let container = containers.get(&slot).unwrap_or(&unknown);
+            let bytes = source.encode(slot, Some(&made.header), container.encoded(), made.event);
+            if queue.push(bytes, made.urgent).is_err() {
+                losses.turned_away(slot, source.wall(made.header.time));
             }
-        }
-        if flush {
+        });
+        self.more = taken == RING_ROUND;
+        if taken > 0 {
             self.queue.flush();
+        }
+    }
+
+    /// Takes all that is in the ring now; bounded by the ring's size.
+    fn empty_ring(&mut self) {
+        self.more = true;
+        let mut rounds = 0;
+        while self.more && rounds < 16 {
+            self.take_records();
+            rounds += 1;
         }
     }
 
@@ -311,7 +369,14 @@ impl Agent {
                 self.apply(slot, "policy-changed");
             }
         }
+        for slot in std::mem::take(&mut self.pending) {
+            self.apply(slot, "policy-changed");
+        }
+        self.kernel.maps.reap();
+        self.report_first_execs();
         self.report_losses();
+        self.say();
+        self.report_evidence();
         let ended: Vec<u64> = self
             .kernel
             .maps
@@ -326,6 +391,36 @@ impl Agent {
                 self.end(slot);
             }
         }
+    }
+
+    /// Completes the attestation of containers whose workload has begun.
+    fn report_first_execs(&mut self) {
+        for (slot, value) in self.kernel.maps.slots() {
+            if value.first_exec == 0 {
+                continue;
+            }
+            if let Some(container) = self.containers.get_mut(&slot)
+                && !std::mem::replace(&mut container.first_exec_told, true)
+            {
+                self.tell_coverage(slot, "first-exec", 0);
+            }
+        }
+    }
+
+    /// Says what speaks against the programs: skipped runs, and errors inside them.
+    fn report_evidence(&mut self) {
+        let mut evidence: Vec<(String, u64)> =
+            self.kernel.maps.errors().into_iter().map(|(site, count)| (site.to_owned(), count)).collect();
+        let misses = self.kernel.recursion_misses();
+        if misses > 0 {
+            evidence.push(("recursion-misses".to_owned(), misses));
+        }
+        for (site, count) in &evidence {
+            if !self.evidence.iter().any(|(known, before)| known == site && before == count) {
+                tracing::warn!(site, count, "errors in the kernel programs");
+            }
+        }
+        self.evidence = evidence;
     }
 
     /// Turns what was lost since the last time into gap records.
@@ -345,13 +440,18 @@ impl Agent {
     }
 
     fn end(&mut self, slot: u64) {
-        self.take_records();
+        self.empty_ring();
         self.report_losses();
+        if self.losses.concerns(slot) {
+            // The loss must be reported under the container's name; there is no room now.
+            return;
+        }
         let made = self.kernel.maps.records_made(slot);
         self.tell_coverage(slot, "ended", made);
         if let Some(asking) = self.asking.remove(&slot) {
             asking.abort();
         }
+        self.pending.remove(&slot);
         self.revisions.release(&mut self.kernel.maps, slot);
         self.kernel.maps.remove_slot(slot);
         self.losses.forget(slot);
@@ -360,31 +460,43 @@ impl Agent {
 
     /// Takes the programs out of force, reads what is left in the ring, and waits until it is delivered.
     async fn drain(&mut self, deadline: Duration) {
+        self.report_evidence();
         self.kernel.detach();
-        self.take_records();
-        self.report_losses();
-        for (name, count) in self.kernel.maps.errors() {
-            tracing::warn!(site = name, count, "errors in the kernel programs");
+        self.empty_ring();
+        let slots: Vec<u64> = self.containers.keys().copied().collect();
+        for slot in slots {
+            let made = self.kernel.maps.records_made(slot);
+            if let Some(container) = self.containers.get_mut(&slot) {
+                container.mode = NOT_IN_FORCE;
+                container.encode();
+            }
+            self.tell_coverage(slot, "agent-stopped", made);
         }
-        if let Some(misses @ 1..) = self.kernel.recursion_misses() {
-            tracing::error!(misses, "the kernel skipped a program while it was running already");
-        }
-        let unidentified =
-            self.containers.values().filter(|container| container.mode == UNIDENTIFIED).count();
-        if tokio::time::timeout(deadline, self.queue.drained()).await.is_err() {
+        let emptied = async {
+            loop {
+                self.report_losses();
+                self.say();
+                self.queue.drained().await;
+                if self.losses.unsaid() == 0 && self.unsaid.is_empty() {
+                    break;
+                }
+            }
+        };
+        if tokio::time::timeout(deadline, emptied).await.is_err() {
             tracing::error!(
                 records = self.queue.counts().0,
+                uncounted = self.losses.unsaid(),
                 "the collector did not take these in time; they are lost"
             );
         }
-        tracing::info!(
-            delivered = self.queue.counts().1,
-            undecodable = self.undecodable,
-            unidentified,
-            processes = self.processes.len(),
-            "stopped"
-        );
+        tracing::info!(delivered = self.queue.counts().1, processes = self.processes.len(), "stopped");
     }
+}
+
+/// The slot that a record claims, of bytes that are not a record of this build.
+fn claimed_slot(bytes: &[u8]) -> u64 {
+    let at = std::mem::offset_of!(Header, slot);
+    bytes.get(at..at + 8).and_then(|slot| slot.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 fn node_name(config: &Config) -> Result<String> {

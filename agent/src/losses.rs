@@ -9,6 +9,7 @@ use palisade_proto::v1;
 enum Cause {
     RingFull,
     QueueFull,
+    Undecodable,
 }
 
 impl Cause {
@@ -16,6 +17,7 @@ impl Cause {
         match self {
             Self::RingFull => "ring-full",
             Self::QueueFull => "queue-full",
+            Self::Undecodable => "undecodable",
         }
     }
 }
@@ -38,11 +40,30 @@ pub struct Losses {
 impl Losses {
     /// The queue had no room for a record.
     pub fn turned_away(&mut self, slot: u64, time: u64) {
-        let loss = self.open.entry((slot, Cause::QueueFull)).or_default();
+        self.one(slot, Cause::QueueFull, time);
+    }
+
+    /// A record's bytes could not be read.
+    pub fn undecodable(&mut self, slot: u64, time: u64) {
+        self.one(slot, Cause::Undecodable, time);
+    }
+
+    fn one(&mut self, slot: u64, cause: Cause, time: u64) {
+        let loss = self.open.entry((slot, cause)).or_default();
         if loss.count == 0 {
             loss.from = time;
         }
         loss.count += 1;
+    }
+
+    /// Records that are lost and not yet reported.
+    pub fn unsaid(&self) -> u64 {
+        self.open.values().map(|loss| loss.count).sum()
+    }
+
+    /// Whether a loss of this slot is not yet reported.
+    pub fn concerns(&self, slot: u64) -> bool {
+        self.open.keys().any(|(open, _)| *open == slot)
     }
 
     /// The kernel's loss counter of a slot stands at `total`.

@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use anyhow::{Context as _, Result};
 use palisade_profile::{
     document::{self, Profile},
     image,
@@ -22,7 +23,7 @@ use crate::kernel::Maps;
 pub struct Profiles {
     folder: PathBuf,
     /// Last content of each file.
-    seen: BTreeMap<PathBuf, Vec<u8>>,
+    seen: Files,
     /// Last good profiles of each file.
     good: BTreeMap<PathBuf, Vec<Profile>>,
     /// Last listing error, so that it is reported once.
@@ -31,15 +32,31 @@ pub struct Profiles {
 
 impl Profiles {
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), seen: BTreeMap::new(), good: BTreeMap::new(), unreadable: None }
+        Self { folder: folder.to_owned(), seen: Files::new(), good: BTreeMap::new(), unreadable: None }
     }
 
-    /// Reads the directory; returns whether the profiles in force may have changed.
+    /// Reads the directory for the first time.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be listed. A file with a fault is reported and adds nothing.
+    pub fn load(&mut self) -> Result<()> {
+        let files = read_folder(&self.folder).with_context(|| {
+            format!(
+                "the profiles in {} cannot be read; name the folder under profiles:",
+                self.folder.display()
+            )
+        })?;
+        self.take(files);
+        Ok(())
+    }
+
+    /// Reads the directory again; returns whether the profiles in force may have changed.
     pub fn refresh(&mut self) -> bool {
-        let files = match read_folder(&self.folder) {
+        match read_folder(&self.folder) {
             Ok(files) => {
                 self.unreadable = None;
-                files
+                files != self.seen && self.take(files)
             }
             Err(error) => {
                 let message = error.to_string();
@@ -50,12 +67,12 @@ impl Profiles {
                     );
                     self.unreadable = Some(message);
                 }
-                return false;
+                false
             }
-        };
-        if files == self.seen {
-            return false;
         }
+    }
+
+    fn take(&mut self, files: Files) -> bool {
         let mut changed = false;
         self.good.retain(|path, _| {
             let kept = files.contains_key(path);
@@ -69,15 +86,15 @@ impl Profiles {
             if self.seen.get(path) == Some(content) {
                 continue;
             }
-            match document::parse(&path.display().to_string(), &String::from_utf8_lossy(content)) {
+            match self.check(path, content) {
                 Ok(profiles) => {
                     tracing::info!(file = %path.display(), profiles = profiles.len(), "profiles are read");
                     self.good.insert(path.clone(), profiles);
                     changed = true;
                 }
-                Err(problems) => {
-                    for problem in problems {
-                        tracing::error!(%problem, "a profile file has a fault");
+                Err(faults) => {
+                    for fault in faults {
+                        tracing::error!(fault, "a profile file has a fault");
                     }
                     let kept = self.good.contains_key(path);
                     tracing::error!(
@@ -92,6 +109,32 @@ impl Profiles {
         changed
     }
 
+    /// The profiles of one file, or everything that is wrong with it.
+    fn check(&self, path: &Path, content: &Result<Vec<u8>, String>) -> Result<Vec<Profile>, Vec<String>> {
+        let content = content.as_ref().map_err(|error| vec![format!("{}: {error}", path.display())])?;
+        let profiles = document::parse(&path.display().to_string(), &String::from_utf8_lossy(content))
+            .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
+        let mut faults: Vec<String> = Vec::new();
+        for profile in &profiles {
+            if let Err(error) = image::compile(&policy::alone(profile)) {
+                faults.push(format!("{}: {error}", path.display()));
+            }
+            let twin = self.good.iter().find(|(other, profiles)| {
+                *other != path
+                    && profiles.iter().any(|known| known.scope == profile.scope && known.name == profile.name)
+            });
+            if let Some((other, _)) = twin {
+                faults.push(format!(
+                    "{}: the profile {} is in {} already; remove one of the two",
+                    path.display(),
+                    profile.reference(),
+                    other.display()
+                ));
+            }
+        }
+        if faults.is_empty() { Ok(profiles) } else { Err(faults) }
+    }
+
     /// What holds for a container.
     pub fn policy_for(&self, facts: &ContainerFacts) -> Option<Policy> {
         let all: Vec<Profile> = self.good.values().flatten().cloned().collect();
@@ -99,14 +142,17 @@ impl Profiles {
     }
 }
 
-fn read_folder(folder: &Path) -> std::io::Result<BTreeMap<PathBuf, Vec<u8>>> {
-    let mut files = BTreeMap::new();
+/// Content of each profile file, or why it cannot be read.
+type Files = BTreeMap<PathBuf, Result<Vec<u8>, String>>;
+
+/// All files of the folder that are named as profiles. A file that is listed and cannot be read is not gone.
+fn read_folder(folder: &Path) -> std::io::Result<Files> {
+    let mut files = Files::new();
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         let is_yaml = path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
-        // Metadata of the target: mounted configuration is made of symbolic links.
-        if is_yaml && path.metadata().is_ok_and(|metadata| metadata.is_file()) {
-            let content = std::fs::read(&path)?;
+        if is_yaml && !path.is_dir() {
+            let content = std::fs::read(&path).map_err(|error| error.to_string());
             files.insert(path, content);
         }
     }
@@ -124,6 +170,8 @@ struct Revision {
 pub struct Revisions {
     by_name: HashMap<String, Revision>,
     of_slot: HashMap<u64, String>,
+    /// Names of all revisions of this run: a record may be read long after its revision is gone.
+    names: HashMap<u32, String>,
 }
 
 impl Revisions {
@@ -133,7 +181,7 @@ impl Revisions {
     /// # Errors
     ///
     /// When the policy cannot be compiled or a map is full; the slot stays under what it was under.
-    pub fn apply(&mut self, maps: &mut Maps, slot: u64, policy: Option<&Policy>) -> anyhow::Result<String> {
+    pub fn apply(&mut self, maps: &mut Maps, slot: u64, policy: Option<&Policy>) -> Result<String> {
         let Some(policy) = policy else {
             maps.set_policy(slot, 0)?;
             self.release(maps, slot);
@@ -148,6 +196,7 @@ impl Revisions {
             None => {
                 let number = maps.install(&image::compile(policy)?)?;
                 self.by_name.insert(name.clone(), Revision { number, slots: 0 });
+                self.names.insert(number, name.clone());
                 number
             }
         };
@@ -163,6 +212,11 @@ impl Revisions {
         Ok(name)
     }
 
+    /// The name of the revision that the kernel knows by `number`; empty for none.
+    pub fn name(&self, number: u32) -> String {
+        self.names.get(&number).cloned().unwrap_or_default()
+    }
+
     /// Forgets that a slot is under its revision.
     pub fn release(&mut self, maps: &mut Maps, slot: u64) {
         let Some(name) = self.of_slot.remove(&slot) else { return };
@@ -176,7 +230,7 @@ impl Revisions {
         if let Some(revision) = self.by_name.get(name)
             && revision.slots == 0
         {
-            maps.remove_revision(revision.number);
+            maps.retire(revision.number);
             self.by_name.remove(name);
         }
     }
@@ -203,6 +257,19 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         assert!(profiles.refresh());
         assert_eq!(profiles.policy_for(&ContainerFacts::default()), None);
+    }
+
+    #[test]
+    fn one_bad_file_does_not_touch_the_others_and_a_twin_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut profiles = Profiles::new(folder.path());
+        std::fs::write(folder.path().join("a.yaml"), GOOD).unwrap();
+        std::os::unix::fs::symlink("/nowhere", folder.path().join("b.yaml")).unwrap();
+        std::fs::write(folder.path().join("c.yaml"), GOOD.replace("/bin/a", "/bin/wider")).unwrap();
+        profiles.load().unwrap();
+        let policy = profiles.policy_for(&ContainerFacts::default()).unwrap();
+        assert_eq!(policy.exec.unwrap().len(), 1, "the twin in c.yaml must not widen the profile in a.yaml");
+        assert!(Profiles::new(&folder.path().join("none")).load().is_err());
     }
 
     #[test]

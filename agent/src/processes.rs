@@ -62,6 +62,11 @@ impl Processes {
     }
 }
 
+/// The process that has run longest.
+pub fn oldest(pids: &[u32]) -> Option<u32> {
+    pids.iter().filter_map(|pid| Some((from_procfs(*pid)?.0, *pid))).min().map(|(_, pid)| pid)
+}
+
 /// Start in nanoseconds since boot, and executable as procfs shows it.
 fn from_procfs(pid: u32) -> Option<(u64, String)> {
     let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;

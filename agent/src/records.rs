@@ -79,7 +79,12 @@ pub struct Made {
 }
 
 /// Turns a decoded record into an event, and keeps the process table up to date with it.
-pub fn make(source: &Source, processes: &mut Processes, decoded: Decoded<'_>) -> Made {
+pub fn make(
+    source: &Source,
+    processes: &mut Processes,
+    revision_name: impl Fn(u32) -> String,
+    decoded: Decoded<'_>,
+) -> Made {
     match decoded {
         Decoded::Fork(ForkRecord { header, process }) => {
             let parent_executable = processes.executable(parent_key(&process));
@@ -99,11 +104,19 @@ pub fn make(source: &Source, processes: &mut Processes, decoded: Decoded<'_>) ->
             };
             Made { header, event: Event::Exit(exit), urgent: false }
         }
-        Decoded::Exec(exec) => make_exec(source, processes, &exec),
+        Decoded::Exec(exec) => {
+            let decided_revision = revision_name(exec.head.exec.revision);
+            make_exec(source, processes, decided_revision, &exec)
+        }
     }
 }
 
-fn make_exec(source: &Source, processes: &mut Processes, record: &DecodedExec<'_>) -> Made {
+fn make_exec(
+    source: &Source,
+    processes: &mut Processes,
+    decided_revision: String,
+    record: &DecodedExec<'_>,
+) -> Made {
     let part = &record.head.exec;
     let context = &record.head.context;
     let process = &record.head.process;
@@ -150,6 +163,8 @@ fn make_exec(source: &Source, processes: &mut Processes, record: &DecodedExec<'_
         }),
         cgroup: context.cgroup,
         terminal: text(until_zero(&context.tty)),
+        decided_mode: codes::mode::name(part.mode).unwrap_or_default().to_owned(),
+        decided_revision,
     };
     Made {
         header: record.head.header,

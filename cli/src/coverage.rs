@@ -25,20 +25,21 @@ pub(crate) struct Options {
 }
 
 pub(crate) async fn run(options: Options) -> Result<()> {
-    let address = options.collector.collector;
-    let mut client = QueryClient::connect(address.clone()).await.with_context(|| {
-        format!("cannot reach the collector at {address}; give its address with --collector")
-    })?;
+    let mut client = QueryClient::new(options.collector.connect().await?);
     let request = CoverageRequest { ended: options.ended };
-    let answer = client.coverage(request).await.context("the collector refuses the query")?.into_inner();
+    let mut answers = client.coverage(request).await.context("the collector refuses the query")?.into_inner();
+    let mut containers = Vec::new();
+    while let Some(answer) = answers.message().await.context("the collector ended the answer")? {
+        containers.extend(answer.containers);
+    }
     let mut out = std::io::stdout().lock();
     if options.json {
-        for record in answer.containers {
+        for record in containers {
             writeln!(out, "{}", palisade_proto::record_to_json(&record.encode_to_vec())?)?;
         }
         return Ok(());
     }
-    let rows: Vec<Vec<String>> = answer.containers.iter().map(row).collect();
+    let rows: Vec<Vec<String>> = containers.iter().map(row).collect();
     table::print(
         &mut out,
         &[

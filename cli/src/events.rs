@@ -100,10 +100,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         follow: options.follow,
         last: options.last.unwrap_or(0),
     };
-    let address = options.collector.collector;
-    let mut client = QueryClient::connect(address.clone()).await.with_context(|| {
-        format!("cannot reach the collector at {address}; give its address with --collector")
-    })?;
+    let mut client = QueryClient::new(options.collector.connect().await?);
     let mut answers = client.events(request).await.context("the collector refuses the query")?.into_inner();
     let mut out = std::io::stdout().lock();
     let is_terminal = out.is_terminal();

@@ -30,6 +30,24 @@ pub(crate) struct Collector {
     collector: String,
 }
 
+impl Collector {
+    /// Connects; a collector that is gone or hangs is noticed.
+    pub(crate) async fn connect(&self) -> Result<tonic::transport::Channel> {
+        let patience = std::time::Duration::from_secs(10);
+        tonic::transport::Endpoint::from_shared(self.collector.clone())
+            .with_context(|| format!("--collector: {:?} is not an address", self.collector))?
+            .connect_timeout(patience)
+            .http2_keep_alive_interval(patience)
+            .keep_alive_timeout(patience)
+            .keep_alive_while_idle(true)
+            .connect()
+            .await
+            .with_context(|| {
+                format!("cannot reach the collector at {}; give its address with --collector", self.collector)
+            })
+    }
+}
+
 #[derive(Subcommand)]
 enum Command {
     /// Show recorded events: a table on a terminal, with --json one object a line

@@ -9,8 +9,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use palisade_profile::{
-    document,
+    document, image,
     learn::{self, Observation},
+    policy,
 };
 use serde_json::{Value, json};
 
@@ -33,7 +34,23 @@ pub(crate) fn lint(files: &[PathBuf], json: bool) -> Result<ExitCode> {
     for path in files {
         let (name, text) = read(path)?;
         match document::parse(&name, &text) {
-            Ok(found) => profiles += found.len(),
+            Ok(found) => {
+                profiles += found.len();
+                for profile in &found {
+                    if let Err(error) = image::compile(&policy::alone(profile)) {
+                        faults += 1;
+                        if json {
+                            writeln!(
+                                out,
+                                "{}",
+                                json!({"file": name, "field": "spec.exec.allow", "message": error.to_string()})
+                            )?;
+                        } else {
+                            writeln!(out, "{name}: {error}")?;
+                        }
+                    }
+                }
+            }
             Err(problems) => {
                 for problem in problems {
                     faults += 1;

@@ -109,6 +109,15 @@ pub fn read(bytes: &Bytes) -> Result<Read, FormatError> {
     Ok(Read::Entry(decode(payload)?, ENTRY_HEAD + length))
 }
 
+/// Whether the entry at the start of `bytes`, which cannot be read, is the last thing that was written: it claims to
+/// reach the end, or there is nothing but zeros.
+#[must_use]
+pub fn reaches_end(bytes: &Bytes) -> bool {
+    let claimed =
+        bytes.get(..4).map_or(0, |head| u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize);
+    bytes.iter().all(|byte| *byte == 0) || ENTRY_HEAD.saturating_add(claimed) >= bytes.len()
+}
+
 fn decode(mut bytes: Bytes) -> Result<Entry, FormatError> {
     let node = text(&mut bytes)?;
     let boot = text(&mut bytes)?;

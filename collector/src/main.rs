@@ -100,7 +100,20 @@ async fn serve(config: Config) -> Result<()> {
         stop.send_replace(true);
         Ok::<(), std::io::Error>(())
     };
-    let (served, signalled) = tokio::join!(serving, signals);
-    signalled?;
-    served.context("serving failed")
+    let mut serving = std::pin::pin!(serving);
+    tokio::select! {
+        served = &mut serving => return served.context("serving failed"),
+        signalled = signals => signalled?,
+    }
+    // Whoever does not read its answer must not keep the collector from stopping.
+    match tokio::time::timeout(STOP_DEADLINE, serving).await {
+        Ok(served) => served.context("serving failed"),
+        Err(_) => {
+            tracing::warn!("connections that do not end are dropped");
+            Ok(())
+        }
+    }
 }
+
+/// How long connections may take to end.
+const STOP_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);

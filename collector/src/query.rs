@@ -36,6 +36,7 @@ type Found = mpsc::Sender<Result<EventsResponse, Status>>;
 
 #[tonic::async_trait]
 impl Query for Queries {
+    type CoverageStream = Pin<Box<dyn Stream<Item = Result<CoverageResponse, Status>> + Send>>;
     type EventsStream = Pin<Box<dyn Stream<Item = Result<EventsResponse, Status>> + Send>>;
 
     async fn events(&self, request: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
@@ -46,10 +47,11 @@ impl Query for Queries {
         tokio::spawn(async move {
             let result = tokio::select! {
                 result = search(store, request, &found) => result,
-                _ = stopped.wait_for(|stop| *stop) => Ok(()),
+                // An answer that is cut off must not look complete.
+                _ = stopped.wait_for(|stop| *stop) => Err(Status::unavailable("the collector is stopping")),
             };
             if let Err(status) = result {
-                let _asker_gone = found.send(Err(status)).await;
+                let _asker_gone_or_slow = found.try_send(Err(status));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -58,17 +60,27 @@ impl Query for Queries {
     async fn coverage(
         &self,
         request: Request<CoverageRequest>,
-    ) -> Result<Response<CoverageResponse>, Status> {
+    ) -> Result<Response<Self::CoverageStream>, Status> {
         let ended = request.into_inner().ended;
         let store = Arc::clone(&self.store);
         let latest = tokio::task::spawn_blocking(move || {
-            let mut latest: BTreeMap<(String, String, u64), Record> = BTreeMap::new();
+            let mut latest: BTreeMap<(String, u64), Record> = BTreeMap::new();
+            let mut runs: BTreeMap<String, (String, u64)> = BTreeMap::new();
             let mut place = Place::default();
             while let Some(entry) = store.read(&mut place).map_err(failed)? {
+                // A later run of a node's agent says everything anew; what an earlier one said is void.
+                let run = (entry.boot.clone(), entry.epoch);
+                let known = runs.entry(entry.node.clone()).or_insert_with(|| run.clone());
+                if run.1 > known.1 {
+                    *known = run;
+                    latest.retain(|(node, _), record| *node != entry.node || has_ended(record));
+                } else if run.1 < known.1 {
+                    continue;
+                }
                 for record in entry.records {
                     let Ok(record) = Record::decode(record) else { continue };
                     if matches!(record.event, Some(Event::Coverage(_))) {
-                        latest.insert((record.node.clone(), record.boot.clone(), record.slot), record);
+                        latest.insert((record.node.clone(), record.slot), record);
                     }
                 }
             }
@@ -76,10 +88,16 @@ impl Query for Queries {
         })
         .await
         .map_err(|error| Status::internal(error.to_string()))??;
-        let has_ended = |record: &Record| matches!(&record.event, Some(Event::Coverage(coverage)) if coverage.change == "ended");
-        let containers = latest.into_values().filter(|record| ended || !has_ended(record)).collect();
-        Ok(Response::new(CoverageResponse { containers }))
+        let containers: Vec<Record> =
+            latest.into_values().filter(|record| ended || !has_ended(record)).collect();
+        let answers: Vec<Result<CoverageResponse, Status>> =
+            containers.chunks(PAGE).map(|page| Ok(CoverageResponse { containers: page.to_vec() })).collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(answers))))
     }
+}
+
+fn has_ended(record: &Record) -> bool {
+    matches!(&record.event, Some(Event::Coverage(coverage)) if coverage.change == "ended")
 }
 
 fn failed(error: anyhow::Error) -> Status {
@@ -87,13 +105,15 @@ fn failed(error: anyhow::Error) -> Status {
     Status::data_loss(format!("{error:#}"))
 }
 
-/// Most records in one answer.
+/// Most records in one answer, and most bytes of them: a record can be large, and a client's limit is 4 MiB.
 const PAGE: usize = 256;
+const PAGE_BYTES: usize = 1 << 20;
 
 async fn search(store: Arc<Store>, mut request: EventsRequest, found: &Found) -> Result<(), Status> {
     let mut ends = store.watch();
     let mut place = Place::default();
     let mut page: Vec<Bytes> = Vec::new();
+    let mut page_bytes = 0;
     let mut last: VecDeque<Bytes> = VecDeque::new();
     loop {
         ends.mark_unchanged();
@@ -120,9 +140,13 @@ async fn search(store: Arc<Store>, mut request: EventsRequest, found: &Found) ->
                     }
                     continue;
                 }
+                page_bytes += bytes.len();
                 page.push(bytes);
-                if page.len() >= PAGE && !send(found, &mut page).await {
-                    return Ok(());
+                if page.len() >= PAGE || page_bytes >= PAGE_BYTES {
+                    page_bytes = 0;
+                    if !send(found, &mut page).await {
+                        return Ok(());
+                    }
                 }
             }
         }
@@ -142,7 +166,17 @@ async fn search(store: Arc<Store>, mut request: EventsRequest, found: &Found) ->
 /// Sends what is on the page; false when nobody listens any more.
 async fn send(found: &Found, page: &mut Vec<Bytes>) -> bool {
     while !page.is_empty() {
-        let records = page.drain(..page.len().min(PAGE)).collect();
+        let mut bytes = 0;
+        let fits = page
+            .iter()
+            .take_while(|record| {
+                let fits = bytes == 0 || bytes + record.len() <= PAGE_BYTES;
+                bytes += record.len();
+                fits
+            })
+            .take(PAGE)
+            .count();
+        let records = page.drain(..fits).collect();
         if found.send(Ok(EventsResponse { records })).await.is_err() {
             return false;
         }

@@ -141,6 +141,9 @@ impl Store {
         let hole = entry.first_position.saturating_sub(expected);
         let next_position = entry.first_position + entry.records.len() as u64;
         let bytes = entry.encode();
+        if bytes.len() - log::ENTRY_HEAD > log::LARGEST_PAYLOAD {
+            bail!("a batch of {} records is larger than an entry of the log may be", entry.records.len());
+        }
         self.write(&mut writer, &bytes)?;
         writer.end.offset += bytes.len() as u64;
         writer.end.records += entry.records.len() as u64;
@@ -184,7 +187,15 @@ impl Store {
                 return Ok(None);
             }
             let path = segment_path(&self.folder, place.segment);
-            let file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                // Moved away by an operator, as the message about a damaged segment offers.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && place.segment < end.segment => {
+                    *place = Place { segment: place.segment + 1, offset: log::MAGIC.len() as u64, ..*place };
+                    continue;
+                }
+                Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+            };
             let length = file.metadata()?.len();
             let offset = place.offset.max(log::MAGIC.len() as u64);
             if place.segment < end.segment && offset >= length {
@@ -275,8 +286,22 @@ fn scan(folder: &Path, number: u64, records: u64, last: bool, mut take: impl FnM
                 return Ok(place);
             }
             Ok(Read::Torn) => bail!("{} at byte {}: the segment is cut off", path.display(), place.offset),
+            // A power cut can leave the length of an unfinished write without its bytes.
+            Err(error) if last && log::reaches_end(&bytes.slice(place.offset as usize..)) => {
+                let aside = path.with_extension("torn");
+                std::fs::write(&aside, &bytes[place.offset as usize..])
+                    .with_context(|| format!("cannot write {}", aside.display()))?;
+                tracing::error!(
+                    segment = %path.display(), at = place.offset, %error, kept = %aside.display(),
+                    "the last entry is damaged, as after a power cut, and is set aside"
+                );
+                let file = open_for_append(folder, number)?;
+                file.set_len(place.offset).and_then(|()| file.sync_all())?;
+                return Ok(place);
+            }
             Err(error) => bail!(
-                "{} at byte {}: {error}; the log was changed. Move the segment away to start without it",
+                "{} at byte {}: {error}; the log was changed after it was written. Restore the file, or move it away to \
+                 go on without its records",
                 path.display(),
                 place.offset
             ),
@@ -335,9 +360,28 @@ mod tests {
         let store = Store::open(folder.path(), 1 << 16).unwrap();
         assert_eq!(all(&store), ["a"]);
         drop(store);
+        // In the last entry this is what a power cut leaves; before it, somebody's doing.
+        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        store.append(batch(1, &["b"])).unwrap();
+        drop(store);
         file.write_all_at(b"X", whole - 1).unwrap();
         let error = Store::open(folder.path(), 1 << 16).err().unwrap().to_string();
         assert!(error.contains("segment-000000000000.log at byte 8"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_last_entry_is_set_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        store.append(batch(0, &["a"])).unwrap();
+        let whole = store.end().offset;
+        drop(store);
+        let file = OpenOptions::new().write(true).open(segment_path(folder.path(), 0)).unwrap();
+        file.set_len(whole + 4096).unwrap();
+        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        assert_eq!(all(&store), ["a"]);
+        assert_eq!(store.append(batch(1, &["b"])).unwrap().next_position, 2);
+        assert!(folder.path().join("segment-000000000000.torn").exists());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use marked_yaml::{
-    LoadError, Node, Span,
+    LoadError, LoaderOptions, Node, Span,
     types::{MarkedMappingNode, MarkedScalarNode},
 };
 use palisade_abi::codes::{mode, origin};
@@ -194,7 +194,11 @@ impl Reader<'_> {
     }
 
     fn document(&mut self, text: &str) -> Option<Profile> {
-        let root = match marked_yaml::parse_yaml(0, text) {
+        let root = match marked_yaml::parse_yaml_with_options(
+            0,
+            text,
+            LoaderOptions::default().error_on_duplicate_keys(true),
+        ) {
             Ok(root) => root,
             Err(error) => {
                 self.not_yaml(&error);
@@ -282,6 +286,12 @@ impl Reader<'_> {
             | LoadError::ScanError(marker, _) => Some(*marker),
             _ => None,
         };
+        if let LoadError::DuplicateKey(duplicate) = error {
+            let name = duplicate.key.as_str();
+            let message = format!("the field {name:?} stands twice");
+            self.problem(duplicate.key.span(), name, message, "keep one of the two");
+            return;
+        }
         self.problems.push(Problem {
             file: self.file.to_owned(),
             line: marker.map_or(0, |marker| marker.line()),
@@ -645,6 +655,12 @@ spec:
         let two = format!("{GOOD}---\n{}", GOOD.replace("mode: enforce", "mode: maybe"));
         let found = problems(&two);
         assert_eq!(found, ["web.yaml:21:9: spec.mode: \"maybe\" is not a mode; write audit or enforce"]);
+    }
+
+    #[test]
+    fn a_field_that_stands_twice_is_an_error() {
+        let found = problems(&GOOD.replace("  mode: enforce", "  mode: enforce\n  mode: audit"));
+        assert!(found[0].contains("stands twice") && found[0].starts_with("web.yaml:9:"), "{found:?}");
     }
 
     #[test]

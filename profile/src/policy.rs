@@ -47,6 +47,19 @@ pub fn unite(profiles: &[Profile], facts: &ContainerFacts) -> Option<Policy> {
     Some(Policy { profiles: names, mode, exec })
 }
 
+/// The policy that one profile makes by itself, to check that it can be compiled.
+#[must_use]
+pub fn alone(profile: &Profile) -> Policy {
+    let exec = profile.exec.as_ref().map(|rules| {
+        let mut union: BTreeMap<Pattern, BTreeSet<Origin>> = BTreeMap::new();
+        for rule in rules {
+            union.entry(rule.path.clone()).or_default().extend(&rule.from);
+        }
+        union
+    });
+    Policy { profiles: vec![profile.reference()], mode: profile.mode, exec }
+}
+
 impl Policy {
     /// Names the revision by its content: the first 12 hexadecimal digits of a SHA-256.
     #[must_use]

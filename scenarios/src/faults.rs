@@ -82,15 +82,22 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         })
         .await;
     report
+        .case("a folder of profiles that is not there is named", async {
+            let mut command = Command::new("palisade-agent");
+            command.args(["run", "--profiles", "/nowhere"]);
+            fails(&mut command, 1, &["/nowhere", "profiles:"])
+        })
+        .await;
+    report
         .case("without rights the agent says which it needs", async {
             let mut command = Command::new("palisade-agent");
-            command.args(["run", "--profiles", "/nowhere"]).uid(65534).gid(65534);
+            command.args(["run", "--profiles", "/"]).uid(65534).gid(65534);
             fails(&mut command, 1, &["needs root", "CAP_BPF"])
         })
         .await;
     report
         .case("without BTF the agent names file and kernel option", async {
-            let script = "mount -t tmpfs none /sys/kernel/btf && exec palisade-agent run";
+            let script = "mount -t tmpfs none /sys/kernel/btf && exec palisade-agent run --profiles /";
             let mut command = Command::new("unshare");
             command.args(["--mount", "sh", "-c", script]);
             fails(&mut command, 1, &["/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF"])
@@ -123,7 +130,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
             std::fs::write(at("bad.yaml"), profile("bad", "enforce").replace("- path: /usr", "- path: usr"))?;
             let mut command = Command::new("palisade");
             command.args(["profile", "lint"]).arg(at("bad.yaml"));
-            fails(&mut command, 1, &["bad.yaml:10:", "spec.exec.allow[0].path", "does not start with '/'"])
+            fails(&mut command, 1, &["bad.yaml:11:15", "spec.exec.allow[0].path", "does not start with '/'"])
         })
         .await;
     report.case("the agent works on without collector and profiles, and ends in time", alone(cri)).await;
@@ -135,12 +142,18 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
 /// No collector, a profile folder that does not exist: said, and SIGTERM still ends it.
 async fn alone(cri: &Path) -> Result<()> {
     let mut node = Node::without_collector(cri)?;
-    std::fs::remove_dir(node.folder.path().join("profiles"))?;
+    node.write_profile("broken.yaml", "apiVersion: [\n")?;
     node.start_agent(&AgentOptions::default()).await?;
+    std::fs::rename(node.folder.path().join("profiles"), node.folder.path().join("away"))?;
     until("the agent says what is missing", async || {
         let log = node.log("agent");
-        Ok((log.contains("profiles cannot be read") && log.contains("cannot reach the collector"))
-            .then_some(()))
+        let said = [
+            "broken.yaml",
+            "nothing of it is in force",
+            "profiles cannot be read",
+            "cannot reach the collector",
+        ];
+        Ok(said.iter().all(|word| log.contains(word)).then_some(()))
     })
     .await?;
     let begun = Instant::now();

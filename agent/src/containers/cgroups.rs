@@ -32,9 +32,16 @@ pub fn container_id(name: &str) -> Option<&str> {
 pub struct Found {
     pub slot: u64,
     pub id: String,
-    /// Its own cgroup and those below it.
-    pub cgroups: Vec<u64>,
-    pub processes: Vec<u32>,
+    pub folder: PathBuf,
+}
+
+impl Found {
+    /// The processes in its own cgroup and in those below it, as they are now.
+    pub fn members(&self) -> Vec<u32> {
+        let mut processes = Vec::new();
+        collect(&self.folder, &mut processes);
+        processes
+    }
 }
 
 /// The mount point of the unified hierarchy.
@@ -70,12 +77,8 @@ pub fn scan(root: &Path) -> Vec<Found> {
                 open.push(entry.path());
                 continue;
             };
-            let mut container =
-                Found { slot: 0, id: id.to_owned(), cgroups: Vec::new(), processes: Vec::new() };
             if let Some(slot) = cgroup_id(&entry.path()) {
-                container.slot = slot;
-                collect(&entry.path(), &mut container);
-                found.push(container);
+                found.push(Found { slot, id: id.to_owned(), folder: entry.path() });
             }
         }
     }
@@ -87,13 +90,12 @@ fn cgroup_id(path: &Path) -> Option<u64> {
     path.metadata().ok().map(|metadata| metadata.ino())
 }
 
-fn collect(folder: &Path, container: &mut Found) {
-    container.cgroups.extend(cgroup_id(folder));
-    let processes = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-    container.processes.extend(processes.lines().filter_map(|line| line.parse::<u32>().ok()));
+fn collect(folder: &Path, processes: &mut Vec<u32>) {
+    let listed = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+    processes.extend(listed.lines().filter_map(|line| line.parse::<u32>().ok()));
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            collect(&entry.path(), container);
+            collect(&entry.path(), processes);
         }
     }
 }

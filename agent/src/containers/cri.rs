@@ -52,6 +52,7 @@ pub async fn version(socket: &Path) -> Result<String> {
 pub async fn identify(channels: Vec<Channel>, slot: u64, id: String, found: mpsc::Sender<(u64, Identity)>) {
     let mut wait = FIRST_WAIT;
     loop {
+        let mut said = "it knows no such container".to_owned();
         for channel in &channels {
             match ask(channel.clone(), &id).await {
                 Ok(Some(identity)) => {
@@ -59,13 +60,16 @@ pub async fn identify(channels: Vec<Channel>, slot: u64, id: String, found: mpsc
                     return;
                 }
                 Ok(None) => {}
-                Err(error) => tracing::debug!(container = id, error = format!("{error:#}"), "asking again"),
+                Err(error) => said = format!("{error:#}"),
             }
         }
         if found.is_closed() {
             return;
         }
         tokio::time::sleep(wait).await;
+        if wait < LONGEST_WAIT && wait * 2 >= LONGEST_WAIT {
+            tracing::warn!(container = id, error = said, "the runtime does not say what this is; asking on");
+        }
         wait = (wait * 2).min(LONGEST_WAIT);
     }
 }
@@ -78,7 +82,8 @@ async fn ask(channel: Channel, id: &str) -> Result<Option<Identity>> {
     let Some(container) = listed.containers.into_iter().find(|container| container.id == id) else {
         return sandbox(&mut runtime, id).await;
     };
-    let pod = sandbox(&mut runtime, &container.pod_sandbox_id).await?.unwrap_or_default();
+    // Without its pod a container would pass for one that no profile names.
+    let Some(pod) = sandbox(&mut runtime, &container.pod_sandbox_id).await? else { return Ok(None) };
     let spec = container.image.unwrap_or_default();
     let image =
         if spec.user_specified_image.is_empty() { spec.image.clone() } else { spec.user_specified_image };

@@ -34,6 +34,8 @@ pub struct Container {
     pub in_force_since: u64,
     /// Whether it ran before the agent did.
     pub found_running: bool,
+    /// Whether the first exec of its workload has been reported.
+    pub first_exec_told: bool,
     /// The container block of its records, encoded once.
     encoded: Bytes,
 }
@@ -42,6 +44,9 @@ pub struct Container {
 pub const UNIDENTIFIED: &str = "unidentified";
 /// Mode of a container that no profile names.
 pub const NO_PROFILE: &str = "none";
+
+/// Mode of a container whose agent has stopped.
+pub const NOT_IN_FORCE: &str = "not-in-force";
 
 impl Container {
     pub fn new(id: String, found_running: bool) -> Self {
@@ -53,6 +58,7 @@ impl Container {
             mode: UNIDENTIFIED,
             in_force_since: 0,
             found_running,
+            first_exec_told: false,
             encoded: Bytes::new(),
         };
         container.encode();

@@ -67,7 +67,6 @@ async fn stream(collector: &str, hello: &Hello, queue: &Queue, progress: &mut bo
         bail!("the collector did not say where to go on");
     };
     tracing::info!(collector, next_position = welcome.next_position, "delivering");
-    *progress = true;
     queue.acknowledge(welcome.next_position);
     let mut next = welcome.next_position;
     let mut outstanding = 0;
@@ -84,6 +83,7 @@ async fn stream(collector: &str, hello: &Hello, queue: &Queue, progress: &mut bo
         tokio::select! {
             answer = answer(&mut answers) => match answer? {
                 collector_message::Message::Acknowledgement(acknowledgement) => {
+                    *progress = true;
                     queue.acknowledge(acknowledgement.next_position);
                     outstanding -= 1;
                 }

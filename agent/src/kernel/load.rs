@@ -1,6 +1,9 @@
 //! Loading and attaching the programs.
 
-use std::path::Path;
+use std::{
+    os::fd::{AsFd as _, AsRawFd as _},
+    path::Path,
+};
 
 use anyhow::Context as _;
 use aya::{
@@ -103,7 +106,8 @@ pub struct Kernel {
     pub tier_reason: Option<String>,
     pub layout: Layout,
     pub programs: Vec<ProgramReport>,
-    btf: Btf,
+    /// The process in procfs whose root and mount namespace are the host's.
+    host: &'static Path,
 }
 
 const TRACEPOINTS: &[&str] = &[
@@ -184,7 +188,7 @@ impl Kernel {
         let records = ring(&mut ebpf, "RECORDS")?;
         let control = ring(&mut ebpf, "CONTROL")?;
         let maps = Maps::take(&mut ebpf, hash_key)?;
-        let mut kernel = Self { ebpf, maps, records, control, tier, tier_reason, layout, programs, btf };
+        let mut kernel = Self { ebpf, maps, records, control, tier, tier_reason, layout, programs, host };
         // Before anything is attached, so that no decision is taken without it.
         kernel.learn_root(HOST_ROOT, &host.join("root"))?;
         if kernel.layout.offsets.ovl_inode_upper == ABSENT {
@@ -246,6 +250,20 @@ impl Kernel {
         roots::learn(program, slot, path)
     }
 
+    /// Whether a process has the host's own root directory and mount namespace, as the runtime has while it prepares
+    /// a container.
+    pub fn is_at_home(&self, pid: u32) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let identity = |process: &Path, part: &str| {
+            std::fs::metadata(process.join(part)).map(|metadata| (metadata.dev(), metadata.ino())).ok()
+        };
+        let process = std::path::PathBuf::from(format!("/proc/{pid}"));
+        ["root/.", "ns/mnt"].into_iter().all(|part| {
+            let found = identity(&process, part);
+            found.is_some() && found == identity(self.host, part)
+        })
+    }
+
     /// Passes on what the programs log in debug builds.
     #[cfg(debug_assertions)]
     pub fn forward_logs(&mut self) {
@@ -255,27 +273,23 @@ impl Kernel {
     }
 
     /// Times that the kernel skipped a program because it was already running on that CPU (5.12 and later tell).
-    pub fn recursion_misses(&self) -> Option<u64> {
-        let _ = &self.btf;
+    pub fn recursion_misses(&self) -> u64 {
         let mut sum = 0;
         for (_, program) in self.ebpf.programs() {
             let fd = match program {
-                Program::Lsm(program) => program.fd().ok()?,
-                Program::RawTracePoint(program) => program.fd().ok()?,
+                Program::Lsm(program) => program.fd(),
+                Program::RawTracePoint(program) => program.fd(),
                 _ => continue,
             };
-            use std::os::fd::AsRawFd as _;
-            let text = std::fs::read_to_string(format!(
-                "/proc/self/fdinfo/{}",
-                std::os::fd::AsFd::as_fd(fd).as_raw_fd()
-            ))
-            .ok()?;
+            let Ok(fd) = fd else { continue };
+            let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
+            let text = std::fs::read_to_string(path).unwrap_or_default();
             sum += text
                 .lines()
-                .find_map(|line| line.strip_prefix("recursion_misses:"))
-                .and_then(|value| value.trim().parse::<u64>().ok())?;
+                .find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse::<u64>().ok())
+                .unwrap_or(0);
         }
-        Some(sum)
+        sum
     }
 }
 

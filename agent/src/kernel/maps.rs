@@ -1,6 +1,9 @@
 //! Typed access to the maps that the agent writes and reads.
 
-use std::collections::HashMap as Table;
+use std::{
+    collections::HashMap as Table,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
@@ -10,7 +13,7 @@ use aya::{
 use palisade_abi::{
     codes,
     hash::hash_path,
-    maps::{GlobState, Process, Revision, RuleKey, RuleValue, Slot, SlotPolicy},
+    maps::{GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Slot, SlotPolicy},
 };
 use palisade_profile::image::PolicyImage;
 
@@ -32,6 +35,10 @@ pub struct Sizes {
 const BPF_ANY: u64 = 0;
 const BPF_NOEXIST: u64 = 1;
 
+/// How long a revision outlives the last slot under it. A decision takes microseconds; a preempted one, scheduling
+/// delays.
+const GRACE: Duration = Duration::from_secs(10);
+
 /// A revision that stands in the kernel.
 struct Installed {
     globs: std::ops::Range<u32>,
@@ -48,9 +55,11 @@ pub struct Maps {
     rules: HashMap<MapData, RuleKey, RuleValue>,
     glob_states: Array<MapData, GlobState>,
     processes: HashMap<MapData, u32, Process>,
+    roots: HashMap<MapData, u64, RootIdentity>,
     errors: Array<MapData, u64>,
     hash_key: [u64; 2],
     installed: Table<u32, Installed>,
+    retired: Vec<(Instant, u32)>,
     next_revision: u32,
 }
 
@@ -68,9 +77,11 @@ impl Maps {
             rules: take("RULES")?.try_into()?,
             glob_states: take("GLOB_STATES")?.try_into()?,
             processes: take("PROCESSES")?.try_into()?,
+            roots: take("ROOTS")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
             hash_key,
             installed: Table::new(),
+            retired: Vec::new(),
             next_revision: 1,
         })
     }
@@ -139,12 +150,33 @@ impl Maps {
         Ok(start..start + count)
     }
 
-    /// Takes a revision out that no slot points to any more. Waits until no program can still be reading it.
-    pub fn remove_revision(&mut self, number: u32) {
-        let Some(installed) = self.installed.remove(&number) else { return };
-        // A program runs within one RCU read-side section; this returns after all that were running have ended.
+    /// Takes a revision out of use that no slot points to any more. Its entries stay until [`Maps::reap`].
+    pub fn retire(&mut self, number: u32) {
+        self.retired.push((Instant::now(), number));
+    }
+
+    /// Removes revisions that no program can still be reading: those retired [`GRACE`] ago, after an RCU grace period
+    /// where the kernel grants one (`membarrier` refuses with `nohz_full` and does not wait on one processor).
+    pub fn reap(&mut self) {
+        let due: Vec<u32> = self
+            .retired
+            .iter()
+            .filter(|(since, _)| since.elapsed() > GRACE)
+            .map(|(_, number)| *number)
+            .collect();
+        if due.is_empty() {
+            return;
+        }
         // SAFETY: the call takes no pointers.
         unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
+        self.retired.retain(|(_, number)| !due.contains(number));
+        for number in due {
+            self.remove_revision(number);
+        }
+    }
+
+    fn remove_revision(&mut self, number: u32) {
+        let Some(installed) = self.installed.remove(&number) else { return };
         let _may_never_have_been_written = self.revisions.remove(&number);
         for key in installed.keys {
             let _as_above = self.rules.remove(&key);
@@ -154,7 +186,7 @@ impl Maps {
     /// Puts a slot under a revision; 0 is "no profile".
     pub fn set_policy(&mut self, slot: u64, revision: u32) -> Result<()> {
         self.slot_policies
-            .insert(slot, SlotPolicy { revision, reserved: 0 }, BPF_ANY)
+            .insert(slot, SlotPolicy { slot, revision, reserved: 0 }, BPF_ANY)
             .context("the map of slot policies is full; raise maps.slots in the agent's configuration")
     }
 
@@ -179,14 +211,31 @@ impl Maps {
         self.cgroups.insert(cgroup, slot, BPF_ANY).context("the map of cgroups is full; raise maps.slots")
     }
 
-    /// Gives a running process to a slot, as workload.
-    pub fn add_process(&mut self, pid: u32, slot: u64) -> Result<()> {
-        let value = Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, reserved: [0; 5] };
+    /// Gives a running process to a slot: as workload, or with the latch set when the runtime is still preparing it.
+    pub fn add_process(&mut self, pid: u32, slot: u64, entering: bool) -> Result<()> {
+        let value = Process {
+            slot,
+            entering: u8::from(entering),
+            pending_verdict: 0,
+            pending_reason: 0,
+            passes: 0,
+            reserved: [0; 4],
+        };
         match self.processes.insert(pid, value, BPF_NOEXIST) {
             Ok(()) => Ok(()),
             Err(_) if self.processes.get(&pid, 0).is_ok() => Ok(()),
             Err(error) => Err(error).context("the map of processes is full; raise maps.processes"),
         }
+    }
+
+    /// Forgets a process that ended while it was being added.
+    pub fn remove_process(&mut self, pid: u32) {
+        let _gone_is_gone = self.processes.remove(&pid);
+    }
+
+    /// Whether the slot's root file system is known.
+    pub fn has_root(&self, slot: u64) -> bool {
+        self.roots.get(&slot, 0).is_ok()
     }
 
     pub fn slot(&self, slot: u64) -> Option<Slot> {
@@ -218,6 +267,8 @@ impl Maps {
     pub fn remove_slot(&mut self, slot: u64) {
         let _gone_is_gone = self.slot_policies.remove(&slot);
         let _as_above = self.slots.remove(&slot);
+        let _as_above = self.roots.remove(&slot);
+        let _as_above = self.cgroups.remove(&slot);
         if let Some(lanes) = &mut self.slot_lanes {
             let _as_above = lanes.remove(&slot);
         }
