@@ -130,6 +130,7 @@ codes! {
         ORIGIN_READ = 20 => "origin-read",
         ROOT_REFUSED = 21 => "root-refused",
         CGROUP_DEEP = 22 => "cgroup-deep",
+        SCRIPT_MAP_FULL = 23 => "script-map-full",
     }
 }
 

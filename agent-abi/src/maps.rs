@@ -115,7 +115,11 @@ pub struct Process {
     pub pending_reason: u8,
     /// Passes of the binary format loop of the exec in progress; 2 stands for more.
     pub passes: u8,
-    pub reserved: [u8; 4],
+    /// [`crate::codes::origin`] of the script in `SCRIPTS`.
+    pub script_origin: u8,
+    pub reserved: u8,
+    /// Where the script's path starts in `SCRIPTS`; the path's capacity when there is none.
+    pub script_start: u16,
 }
 
 /// Identity of a root filesystem: the superblock itself, since device numbers are reused at once.

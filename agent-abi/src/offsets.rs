@@ -109,6 +109,7 @@ offsets! {
     binprm_file = "linux_binprm" "file" 8 required;
     binprm_argc = "linux_binprm" "argc" 4 required;
     binprm_filename = "linux_binprm" "filename" 8 required;
+    binprm_buffer = "linux_binprm" "buf" 256 required;
     binprm_interp = "linux_binprm" "interp" 8 required;
     cgroup_kn = "cgroup" "kn" 8 required;
     cgroup_root = "cgroup" "root" 8 required;

@@ -110,6 +110,11 @@ pub struct ExecPart {
     pub argv_length: u16,
     /// 0: [`SmallExec`], 1: [`LargeExec`].
     pub class: u16,
+    /// Bytes used of the script's path; 0 when no script led to this executable.
+    pub script_length: u16,
+    /// [`crate::codes::origin`] of the script.
+    pub script_origin: u8,
+    pub reserved_too: [u8; 5],
 }
 
 /// A process came to be.
@@ -151,6 +156,8 @@ pub struct ExecRecord<const PATH: usize, const CWD: usize, const ARGV: usize, co
     pub head: ExecHead,
     pub path: [u8; PATH],
     pub cwd: [u8; CWD],
+    /// The script that named this executable as its interpreter. As long as a path.
+    pub script: [u8; PATH],
     pub argv: [u8; ARGV],
     /// Room behind the arguments, so that a string of bounded length may be copied to any place among them.
     pub slack: [u8; SLACK],
@@ -191,12 +198,13 @@ pub struct ControlRecord {
 const _: () = assert!(size_of::<Header>() == 40);
 const _: () = assert!(size_of::<ProcessPart>() == 80);
 const _: () = assert!(size_of::<ContextPart>() == 96);
-const _: () = assert!(size_of::<ExecPart>() == 40);
+const _: () = assert!(size_of::<ExecPart>() == 48);
 const _: () = assert!(size_of::<ForkRecord>() == 120);
 const _: () = assert!(size_of::<ExitRecord>() == 128);
-const _: () = assert!(size_of::<ExecHead>() == 256);
-const _: () = assert!(size_of::<SmallExec>() == 256 + SMALL_PATH + SMALL_CWD + SMALL_ARGV);
-const _: () = assert!(size_of::<LargeExec>() == 256 + LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
+const _: () = assert!(size_of::<ExecHead>() == 264);
+const _: () = assert!(size_of::<SmallExec>() == 264 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
+const _: () =
+    assert!(size_of::<LargeExec>() == 264 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
 const _: () = assert!(size_of::<ControlRecord>() == 24 + CGROUP_NAME);
 
 #[cfg(feature = "user")]
@@ -221,6 +229,7 @@ mod decode {
         pub head: ExecHead,
         pub path: &'a [u8],
         pub cwd: &'a [u8],
+        pub script: &'a [u8],
         /// Arguments, each ended by a zero byte (the last may be cut).
         pub argv: &'a [u8],
     }
@@ -302,7 +311,8 @@ mod decode {
                     head: fixed,
                     path: part(bytes, "path", at, path, fixed.exec.path_length)?,
                     cwd: part(bytes, "working directory", at + path, cwd, fixed.exec.cwd_length)?,
-                    argv: part(bytes, "arguments", at + path + cwd, argv, fixed.exec.argv_length)?,
+                    script: part(bytes, "script", at + path + cwd, path, fixed.exec.script_length)?,
+                    argv: part(bytes, "arguments", at + 2 * path + cwd, argv, fixed.exec.argv_length)?,
                 }))
             }
             other => Err(DecodeError::Kind(other)),

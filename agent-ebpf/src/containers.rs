@@ -123,32 +123,33 @@ fn tell(kind: u16, slot: u64, name: &[u8; CGROUP_NAME], name_length: u32) {
     entry.submit(0);
 }
 
+/// Makes a slot when the new cgroup is a container's; returns it.
 #[inline(always)]
-pub fn cgroup_made(cgroup: Address) {
+pub fn cgroup_made(cgroup: Address) -> Option<u64> {
     let cgroup = KernelPtr(cgroup);
     if !is_unified(cgroup) {
-        return;
+        return None;
     }
     let Some(cgroup_id) = id(cgroup) else {
         count::error(error::CGROUP_READ);
-        return;
+        return None;
     };
     if palisade_slot_of_cgroup(cgroup.0) != 0 {
-        return;
+        return None;
     }
     let mut name = [0_u8; CGROUP_NAME];
     let Some(place) = cgroup.follow(offset!(cgroup_kn)).and_then(|kn| kn.follow(offset!(kernfs_name))) else {
         count::error(error::CGROUP_READ);
-        return;
+        return None;
     };
     // SAFETY: the helper checks the address and writes at most the array's length.
     let Ok(read) = (unsafe { bpf_probe_read_kernel_str_bytes(place.0 as *const u8, &mut name) }) else {
         count::error(error::CGROUP_READ);
-        return;
+        return None;
     };
     let name_length = read.len() as u32;
     if !carries_container_id(&name) {
-        return;
+        return None;
     }
     let slot = Slot {
         sequence: 0,
@@ -170,6 +171,7 @@ pub fn cgroup_made(cgroup: Address) {
         count::error(error::CGROUP_MAP_FULL);
     }
     tell(control::CONTAINER_CREATED, cgroup_id, &name, name_length);
+    Some(cgroup_id)
 }
 
 #[inline(always)]

@@ -25,7 +25,7 @@ use crate::{
     containers, context, count,
     judge::{palisade_judge, unexamined},
     kernel::{KernelPtr, read_user_word},
-    maps::{PROCESSES, ROOTS, SLOTS, offset, setting},
+    maps::{PROCESSES, ROOTS, SCRIPTS, SLOTS, offset, setting},
     origin::{self as origins, palisade_classify},
     path::palisade_walk,
     processes::{self, Address},
@@ -37,6 +37,8 @@ const SIGKILL: u32 = 9;
 /// Numbers of `execve` and `execveat` on x86-64.
 const SYS_EXECVE: u64 = 59;
 const SYS_EXECVEAT: u64 = 322;
+/// `#!`, little endian.
+const SCRIPT_MAGIC: u64 = 0x2123;
 /// Most arguments of a refused exec that are read.
 const MOST_ARGUMENTS: u64 = 64;
 
@@ -54,22 +56,27 @@ pub fn check(bprm: Address) -> bool {
     };
     let verdict = examine(task, scratch, bprm, &process);
     let denied = verdict == verdict::DENIED;
+    // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then. Read
+    // back from the map: the hook's own argument is a typed pointer, which global functions do not take.
+    // SAFETY: the memory belongs to this task until it is released.
+    let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
+    let interpreter = context::palisade_pointer(bprm, u64::from(offset!(binprm_interp)));
+    let first = interpreter == context::palisade_pointer(bprm, u64::from(offset!(binprm_filename)));
+    if first {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*scratch).script_start).write_volatile(PATH_CAPACITY as u16) };
+    }
     if denied {
-        // SAFETY: the memory belongs to this task until it is released.
+        // SAFETY: as above.
         unsafe { (*scratch).action = action::REFUSED };
         palisade_report(task);
     } else if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
-        // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then.
-        // Read back from the map: the hook's own argument is a typed pointer, which global functions do not take.
-        // SAFETY: the memory belongs to this task until it is released.
-        let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
-        let interpreter = context::palisade_pointer(bprm, u64::from(offset!(binprm_interp)));
-        let first = interpreter == context::palisade_pointer(bprm, u64::from(offset!(binprm_filename)));
         // SAFETY: the pointers come from map lookups. One exec of a process runs at a time: the kernel holds
         // `cred_guard_mutex` from before the first pass until after the tracepoint.
         unsafe {
             let pending = (&raw const (*entry).pending_verdict).read_volatile();
             (&raw mut (*entry).passes).write_volatile(if first { 1 } else { 2 });
+            keep_script(scratch, entry, first);
             if first || verdict > pending {
                 (&raw mut (*entry).pending_verdict).write_volatile(verdict);
                 (&raw mut (*entry).pending_reason).write_volatile((*scratch).reason);
@@ -78,6 +85,35 @@ pub fn check(bprm: Address) -> bool {
     }
     scratch::release(task);
     denied
+}
+
+/// Keeps the canonical path of a script for the record of the exec, which names the interpreter.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory, `entry` the current process's entry.
+#[inline(always)]
+unsafe fn keep_script(scratch: *mut Scratch, entry: *mut Process, first: bool) {
+    if !first {
+        // Of several scripts in a row the first is the one that was executed.
+        return;
+    }
+    // SAFETY: the caller's promise. The value is the path's place in the scratch memory, of the map's value size.
+    unsafe {
+        let start = (*scratch).executable.start as u16;
+        let magic = context::palisade_word((*scratch).bprm, u64::from(offset!(binprm_buffer)));
+        let is_script = magic & 0xffff == SCRIPT_MAGIC && (*scratch).executable.failure == 0;
+        let path = (&raw const (*scratch).path).cast::<[u8; PATH_CAPACITY]>();
+        let kept = is_script && SCRIPTS.insert(processes::current_pid(), &*path, 0).is_ok();
+        if is_script && !kept {
+            count::error(error::SCRIPT_MAP_FULL);
+        }
+        if !kept && usize::from((&raw const (*entry).script_start).read_volatile()) < PATH_CAPACITY {
+            let _may_be_gone = SCRIPTS.remove(processes::current_pid());
+        }
+        (&raw mut (*entry).script_start).write_volatile(if kept { start } else { PATH_CAPACITY as u16 });
+        (&raw mut (*entry).script_origin).write_volatile((*scratch).origin);
+    }
 }
 
 /// The tracepoint: an exec that passed its point of no return.
@@ -117,6 +153,13 @@ pub fn executed(bprm: Address) {
     }
     palisade_report(task);
     scratch::release(task);
+    if usize::from(process.script_start) < PATH_CAPACITY {
+        let _may_be_gone = SCRIPTS.remove(processes::current_pid());
+        if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+            // SAFETY: as in `check`.
+            unsafe { (&raw mut (*entry).script_start).write_volatile(PATH_CAPACITY as u16) };
+        }
+    }
 }
 
 /// Ends the current process before it returns to user space.
@@ -155,6 +198,8 @@ fn examine(task: u64, scratch: *mut Scratch, bprm: Address, process: &Process) -
         (*scratch).bprm = bprm;
         (*scratch).slot = process.slot;
         (*scratch).dentry = dentry.0;
+        (*scratch).script_start = process.script_start;
+        (*scratch).script_origin = process.script_origin;
     }
     let runtime = process.entering != 0 && palisade_is_runtime_step(process.slot) != 0;
     palisade_walk(task, dentry.0, EXECUTABLE);
@@ -214,17 +259,19 @@ pub extern "C" fn palisade_report(task: u64) -> u64 {
     palisade_walk(task, working_directory().0, WORKING_DIRECTORY);
     let (kind, at, length) = if refused { arguments_of_caller() } else { arguments_of_new_image() };
     // SAFETY: as above.
-    let (path_length, cwd_length) = unsafe {
+    let (path_length, cwd_length, script_length) = unsafe {
         (*scratch).arguments_kind = kind;
         (*scratch).arguments_at = at;
         (*scratch).arguments_length = length;
         (
             PATH_CAPACITY as u32 - (*scratch).executable.start,
             PATH_CAPACITY as u32 - (*scratch).working_directory.start,
+            PATH_CAPACITY as u32 - u32::from((*scratch).script_start),
         )
     };
     let small = path_length <= SMALL_PATH as u32
         && cwd_length <= SMALL_CWD as u32
+        && script_length <= SMALL_PATH as u32
         && kind != arguments::CALLER
         && length <= SMALL_ARGV as u64;
     if small { palisade_write_small(task) } else { palisade_write_large(task) }
@@ -426,6 +473,14 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
             scratch,
             if cut { exec_flags::CWD_TRUNCATED } else { 0 },
         );
+        let start = u32::from((&raw const (*scratch).script_start).read_volatile());
+        let mut length = 0;
+        if start < PATH_CAPACITY as u32
+            && let Some(script) = SCRIPTS.get_ptr_mut(processes::current_pid())
+        {
+            length = copy_path(script.cast(), start, &raw mut (*place).script);
+        }
+        note(&raw mut (*scratch).script_length, length, scratch, 0);
         let argv = &raw mut (*place).argv;
         let source = &raw mut (*scratch).argv_source;
         match kind {
@@ -481,5 +536,8 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
         (&raw mut (*exec).cwd_length).write((&raw const (*scratch).cwd_length).read_volatile());
         (&raw mut (*exec).argv_length).write((&raw const (*scratch).argv_length).read_volatile());
         (&raw mut (*exec).class).write(class);
+        (&raw mut (*exec).script_length).write((&raw const (*scratch).script_length).read_volatile());
+        (&raw mut (*exec).script_origin).write((*scratch).script_origin);
+        (&raw mut (*exec).reserved_too).write([0; 5]);
     }
 }

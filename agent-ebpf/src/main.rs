@@ -32,6 +32,10 @@ use aya_ebpf::{
 #[lsm(hook = "bprm_check_security")]
 pub fn bprm_check_security(ctx: LsmContext) -> i32 {
     let refused = exec::check(ctx.arg(0));
+    #[cfg(feature = "log")]
+    if refused {
+        aya_log_ebpf::debug!(&ctx, "an exec is refused");
+    }
     // The verifier wants a return value that is provably zero or a small negative number (6.12 and later).
     if refused { -1 } else { 0 }
 }
@@ -60,7 +64,11 @@ pub fn sched_process_exit(ctx: RawTracePointContext) -> i32 {
 /// `TP_PROTO(struct cgroup *cgrp, const char *path)`
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
 pub fn cgroup_mkdir(ctx: RawTracePointContext) -> i32 {
-    containers::cgroup_made(ctx.arg(0));
+    let _slot = containers::cgroup_made(ctx.arg(0));
+    #[cfg(feature = "log")]
+    if let Some(slot) = _slot {
+        aya_log_ebpf::debug!(&ctx, "slot {} begins", slot);
+    }
     0
 }
 

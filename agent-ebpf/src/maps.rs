@@ -54,6 +54,10 @@ pub static ROOTS: HashMap<u64, RootIdentity> = HashMap::with_max_entries(2048, 0
 #[map]
 pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
 
+/// Canonical paths of scripts whose interpreter is being executed, by tgid; right-aligned, zero in front.
+#[map]
+pub static SCRIPTS: HashMap<u32, [u8; palisade_abi::PATH_CAPACITY]> = HashMap::with_max_entries(512, 0);
+
 /// Counters of [`codes::error`].
 #[map]
 pub static ERRORS: Array<u64> = Array::with_max_entries(codes::ERROR_SITES, 0);

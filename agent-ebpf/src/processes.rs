@@ -10,7 +10,7 @@ use palisade_abi::{
 use crate::{
     containers, context, count,
     kernel::KernelPtr,
-    maps::{CGROUPS, PROCESSES, offset},
+    maps::{CGROUPS, PROCESSES, SCRIPTS, offset},
     record::{self, Lane},
 };
 
@@ -30,14 +30,31 @@ pub fn current() -> Option<Process> {
         return Some(*process);
     }
     let slot = containers::current_slot()?;
-    Some(Process { slot, entering: 0, pending_verdict: 0, pending_reason: 0, passes: 0, reserved: [0; 4] })
+    Some(Process {
+        slot,
+        entering: 0,
+        pending_verdict: 0,
+        pending_reason: 0,
+        passes: 0,
+        script_origin: 0,
+        reserved: 0,
+        script_start: palisade_abi::PATH_CAPACITY as u16,
+    })
 }
 
 /// Gives the process `pid` to `slot`.
 #[inline(always)]
 pub fn adopt(pid: u32, slot: u64, entering: u8) {
-    let process =
-        Process { slot, entering, pending_verdict: 0, pending_reason: 0, passes: 0, reserved: [0; 4] };
+    let process = Process {
+        slot,
+        entering,
+        pending_verdict: 0,
+        pending_reason: 0,
+        passes: 0,
+        script_origin: 0,
+        reserved: 0,
+        script_start: palisade_abi::PATH_CAPACITY as u16,
+    };
     if PROCESSES.insert(pid, process, u64::from(BPF_ANY)).is_err() {
         count::error(error::PROCESS_MAP_FULL);
     }
@@ -98,6 +115,10 @@ pub fn exited(task: Address) {
     // SAFETY: as in `current`.
     let Some(process) = (unsafe { PROCESSES.get(pid) }) else { return };
     let slot = process.slot;
+    if usize::from(process.script_start) < palisade_abi::PATH_CAPACITY {
+        // An exec that a script began and that failed.
+        let _may_be_gone = SCRIPTS.remove(pid);
+    }
     // Two last threads may both see zero; the removal succeeds for one.
     if PROCESSES.remove(pid).is_err() {
         return;

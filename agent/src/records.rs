@@ -165,6 +165,12 @@ fn make_exec(
         terminal: text(until_zero(&context.tty)),
         decided_mode: codes::mode::name(part.mode).unwrap_or_default().to_owned(),
         decided_revision,
+        script: text(record.script),
+        script_origin: if record.script.is_empty() {
+            String::new()
+        } else {
+            name(codes::origin::name(part.script_origin))
+        },
     };
     Made {
         header: record.head.header,

@@ -172,6 +172,9 @@ fn describe(record: &Record) -> (String, String, String) {
             if exec.verdict != "allowed" {
                 detail = format!("[{}] {}: {}", exec.origin, exec.reason, exec.arguments.join(" "));
             }
+            if !exec.script.is_empty() {
+                detail = format!("script {} {detail}", exec.script);
+            }
             if exec.arguments_truncated {
                 detail.push_str(" …");
             }

@@ -84,7 +84,7 @@ pub(crate) fn init(from_events: &Path) -> Result<()> {
                 number + 1
             )
         })?;
-        observations.extend(observation(&value));
+        observations.extend(observations_of(&value).into_iter().flatten());
     }
     if observations.is_empty() {
         bail!("{name} holds no exec of an identified container; a profile cannot be drafted from nothing");
@@ -93,8 +93,9 @@ pub(crate) fn init(from_events: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An executed program of an identified container; what was refused or is the runtime's own is left out.
-fn observation(record: &Value) -> Option<Observation> {
+/// What was executed in an identified container, the script and its interpreter; what was refused or is the runtime's
+/// own is left out.
+fn observations_of(record: &Value) -> Option<Vec<Observation>> {
     let exec = record.get("exec").filter(|exec| !exec.is_null())?;
     let container = record.get("container")?;
     let text =
@@ -113,13 +114,16 @@ fn observation(record: &Value) -> Option<Observation> {
             labels.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
         })
         .unwrap_or_default();
-    Some(Observation {
+    let seen = |path: &str, origin: &str| Observation {
         namespace: text(container, "namespace"),
         pod: text(container, "pod"),
-        labels,
+        labels: labels.clone(),
         container: text(container, "name"),
         image: text(container, "image"),
-        path: text(exec, "executable"),
-        origin: text(exec, "origin"),
-    })
+        path: text(exec, path),
+        origin: text(exec, origin),
+    };
+    let mut found = vec![seen("executable", "origin"), seen("script", "script_origin")];
+    found.retain(|observation| !observation.path.is_empty());
+    Some(found)
 }

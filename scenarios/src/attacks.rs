@@ -147,6 +147,10 @@ fn check(
     if !named.is_empty() {
         same("executable", &exec["executable"], named);
     }
+    if named != attack.executable {
+        same("script", &exec["script"], attack.executable);
+        same("script's origin", &exec["script_origin"], attack.origin);
+    }
     same("origin", &exec["origin"], attack.origin);
     if verdict != "allowed" {
         same("reason", &exec["reason"], attack.reason);

@@ -36,7 +36,9 @@ const VARIANTS: &[(&str, &str, &[&str])] = &[("fetch-add", "v3", &["fetch-add"])
 /// Builds everything and returns the folder of the binaries.
 pub fn run(options: &Options) -> Result<PathBuf> {
     setup::run()?;
-    let objects = shell::step("build the eBPF programs", || ebpf(None, "plain"))?;
+    let objects = shell::step("build the eBPF programs", || {
+        if options.release { ebpf(&[], "plain") } else { ebpf(&["log"], "debug") }
+    })?;
     shell::step("build the binaries", || binaries(options, &objects, PACKAGES, &[]))
 }
 
@@ -54,7 +56,7 @@ pub fn planted() -> Result<(PathBuf, PathBuf)> {
     let all = paths::target().join("ebpf/planted");
     shell::step("build programs with planted bugs", || {
         for bug in BUGS {
-            ebpf(Some(bug), &format!("planted/{bug}"))?;
+            ebpf(&[bug], &format!("planted/{bug}"))?;
         }
         Ok(())
     })?;
@@ -66,12 +68,12 @@ pub fn planted() -> Result<(PathBuf, PathBuf)> {
     Ok((folder.join("palisade-agent"), all))
 }
 
-fn ebpf(bug: Option<&str>, name: &str) -> Result<PathBuf> {
+fn ebpf(extra: &[&str], name: &str) -> Result<PathBuf> {
     let output = paths::target().join("ebpf").join(name);
     std::fs::create_dir_all(&output).with_context(|| format!("cannot create {}", output.display()))?;
     for (variant, cpu, features) in VARIANTS {
         let mut features: Vec<String> = features.iter().map(|&feature| feature.to_owned()).collect();
-        features.extend(bug.map(str::to_owned));
+        features.extend(extra.iter().map(|&feature| feature.to_owned()));
         let flags = format!(
             "-C linker={} -C link-arg=--btf -C debuginfo=2 -C target-cpu={cpu}",
             setup::bpf_linker()?.display()

@@ -4,8 +4,10 @@ mod bench;
 mod build;
 mod debian;
 mod demo;
+mod fuzz;
 mod images;
 mod kernels;
+mod licences;
 mod matrix;
 mod native;
 mod paths;
@@ -44,6 +46,8 @@ enum Command {
     Demo(demo::Options),
     /// Load every program on every supported kernel and write docs/kernels.md
     Matrix(matrix::Options),
+    /// Fuzz every parser of hostile bytes
+    Fuzz(fuzz::Options),
     /// Measure performance
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Matrix(options) => matrix::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Bench(bench) => bench::run(&bench),
     };
     result.unwrap_or_else(|error| {

@@ -9,6 +9,7 @@ use crate::{paths, shell};
 /// Packages, and a path of each that shows it is there.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "/usr/bin/gcc"),
+    ("g++", "/usr/bin/g++"),
     ("libc6-dev", "/usr/include/stdlib.h"),
     ("protobuf-compiler", "/usr/bin/protoc"),
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),

@@ -9,7 +9,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
 
-use crate::{build, images, kernels::Kernel, matrix, native::Containerd, paths, shell, vm::Machine};
+use crate::{
+    build, fuzz, images, kernels::Kernel, licences, matrix, native::Containerd, paths, shell, vm::Machine,
+};
 
 #[derive(Args)]
 pub struct Options {
@@ -22,6 +24,8 @@ pub struct Options {
 enum Ring {
     /// Formatting, lints, unit, property and golden tests
     Unit,
+    /// Coverage-guided fuzzing of every parser of hostile bytes, briefly
+    Fuzz,
     /// Every program on every kernel, with one allow, one denial and the right origin
     Matrix,
     /// End-to-end behaviour in a virtual machine
@@ -32,7 +36,7 @@ enum Ring {
     Native,
 }
 
-const RINGS: &[Ring] = &[Ring::Unit, Ring::Matrix, Ring::Scenarios, Ring::Planted, Ring::Native];
+const RINGS: &[Ring] = &[Ring::Unit, Ring::Fuzz, Ring::Matrix, Ring::Scenarios, Ring::Planted, Ring::Native];
 
 /// Sums up cases of all rings.
 #[derive(Default)]
@@ -115,6 +119,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         println!("\n== ring: {ring:?}");
         match ring {
             Ring::Unit => unit(&mut tally),
+            Ring::Fuzz => fuzz::ring(&mut tally),
             Ring::Matrix => matrix::ring(&binaries, &mut tally)?,
             Ring::Scenarios => scenarios(&binaries, &mut tally),
             Ring::Planted => planted(&binaries, &mut tally),
@@ -132,6 +137,7 @@ fn unit(tally: &mut Tally) {
         command
     };
     tally.case("cargo fmt", || shell::loud(&mut cargo(&["fmt", "--all", "--check"])));
+    tally.case("licences and sources of dependencies", licences::check);
     tally.case("cargo clippy", || {
         shell::loud(&mut cargo(&[
             "clippy",
@@ -139,6 +145,8 @@ fn unit(tally: &mut Tally) {
             "--workspace",
             "--exclude",
             "palisade-ebpf",
+            "--exclude",
+            "palisade-fuzz",
             "--all-targets",
             "--features",
             "palisade-abi/user",
@@ -153,6 +161,8 @@ fn unit(tally: &mut Tally) {
         "--workspace",
         "--exclude",
         "palisade-ebpf",
+        "--exclude",
+        "palisade-fuzz",
         "--features",
         "palisade-abi/user",
         "--no-fail-fast",

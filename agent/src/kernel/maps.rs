@@ -219,7 +219,9 @@ impl Maps {
             pending_verdict: 0,
             pending_reason: 0,
             passes: 0,
-            reserved: [0; 4],
+            script_origin: 0,
+            reserved: 0,
+            script_start: palisade_abi::PATH_CAPACITY as u16,
         };
         match self.processes.insert(pid, value, BPF_NOEXIST) {
             Ok(()) => Ok(()),

@@ -1,0 +1,81 @@
+//! The fuzz targets: every parser of hostile bytes, for a while each.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use crate::{build::TARGET, paths, shell, test::Tally};
+
+#[derive(Args)]
+pub struct Options {
+    /// Only these targets
+    #[arg(long)]
+    target: Vec<String>,
+    /// Seconds for each target
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+}
+
+const TARGETS: &[&str] = &["ring_record", "profile", "log_segment"];
+/// How long each target runs as a part of the tests.
+const RING_SECONDS: u64 = 15;
+
+pub fn run(options: &Options) -> Result<std::process::ExitCode> {
+    let mut tally = Tally::default();
+    fuzz(&mut tally, &options.target, options.seconds);
+    Ok(tally.close())
+}
+
+pub fn ring(tally: &mut Tally) {
+    fuzz(tally, &[], RING_SECONDS);
+}
+
+fn fuzz(tally: &mut Tally, only: &[String], seconds: u64) {
+    let folder = paths::target().join("fuzz");
+    let built = tally.case("the fuzz targets build", || {
+        // What `cargo fuzz` passes, without the sanitizer: the parsers have no unsafe code of their own. The compiler
+        // of the workspace takes these flags with RUSTC_BOOTSTRAP.
+        let flags = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+                     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+                     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions";
+        shell::quiet(
+            Command::new("cargo")
+                .args(["build", "--release", "--package", "palisade-fuzz", "--target", TARGET])
+                .current_dir(paths::repository())
+                .env("CARGO_TARGET_DIR", &folder)
+                .env("RUSTC_BOOTSTRAP", "1")
+                .env("RUSTFLAGS", flags)
+                .env_remove("CARGO_ENCODED_RUSTFLAGS"),
+            "fuzz-build",
+        )
+    });
+    if built.is_none() {
+        return;
+    }
+    for target in TARGETS.iter().filter(|target| only.is_empty() || only.iter().any(|name| name == *target)) {
+        tally.case(&format!("fuzz {target} for {seconds} s"), || {
+            // New inputs go to a folder outside the tree; what is worth keeping is copied to fuzz/corpus by hand.
+            let found = folder.join("found").join(target);
+            std::fs::create_dir_all(&found)?;
+            let output = Command::new(folder.join(TARGET).join("release").join(target))
+                .arg(&found)
+                .arg(paths::repository().join("fuzz/corpus").join(target))
+                .args([
+                    format!("-max_total_time={seconds}"),
+                    "-max_len=8192".to_owned(),
+                    "-timeout=10".to_owned(),
+                ])
+                .arg(format!("-artifact_prefix={}/", folder.display()))
+                .output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            let last = said.lines().rev().find(|line| line.starts_with("Done")).unwrap_or_default();
+            if !output.status.success() || last.is_empty() {
+                let lines: Vec<&str> = said.lines().collect();
+                bail!("{}", lines[lines.len().saturating_sub(25)..].join("\n"));
+            }
+            println!("     {last}");
+            Ok(())
+        });
+    }
+}
