@@ -122,6 +122,24 @@ pub struct Process {
     pub script_start: u16,
 }
 
+impl Process {
+    /// A process of `slot` that executes nothing at the moment.
+    #[inline(always)]
+    #[must_use]
+    pub fn new(slot: u64, entering: u8) -> Self {
+        Self {
+            slot,
+            entering,
+            pending_verdict: 0,
+            pending_reason: 0,
+            passes: 0,
+            script_origin: 0,
+            reserved: 0,
+            script_start: crate::PATH_CAPACITY as u16,
+        }
+    }
+}
+
 /// Identity of a root filesystem: the superblock itself, since device numbers are reused at once.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

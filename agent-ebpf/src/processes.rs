@@ -30,31 +30,13 @@ pub fn current() -> Option<Process> {
         return Some(*process);
     }
     let slot = containers::current_slot()?;
-    Some(Process {
-        slot,
-        entering: 0,
-        pending_verdict: 0,
-        pending_reason: 0,
-        passes: 0,
-        script_origin: 0,
-        reserved: 0,
-        script_start: palisade_abi::PATH_CAPACITY as u16,
-    })
+    Some(Process::new(slot, 0))
 }
 
 /// Gives the process `pid` to `slot`.
 #[inline(always)]
 pub fn adopt(pid: u32, slot: u64, entering: u8) {
-    let process = Process {
-        slot,
-        entering,
-        pending_verdict: 0,
-        pending_reason: 0,
-        passes: 0,
-        script_origin: 0,
-        reserved: 0,
-        script_start: palisade_abi::PATH_CAPACITY as u16,
-    };
+    let process = Process::new(slot, entering);
     if PROCESSES.insert(pid, process, u64::from(BPF_ANY)).is_err() {
         count::error(error::PROCESS_MAP_FULL);
     }

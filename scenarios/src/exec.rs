@@ -1,6 +1,9 @@
 //! The exec allowlist under enforce, under audit, and without a profile.
 
-use std::{path::Path, process::ExitCode};
+use std::{
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 use anyhow::{Result, ensure};
 
@@ -18,8 +21,14 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
     let mut node = Node::start(cri).await?;
     node.write_profile("enforce.yaml", &profile("enforce", "enforce"))?;
     node.write_profile("audit.yaml", &profile("audit", "audit"))?;
+    let before = runtime.pod("pod-before", "enforce", "").await?;
+    let running = runtime.container(&before, "c-before", WORKLOAD_IMAGE, &[]).await?;
     let tier = node.start_agent(&AgentOptions::default()).await?;
     println!("tier: {tier}");
+    report
+        .case("enforce: a container that ran before the agent is covered", found(&node, &runtime, &running))
+        .await;
+    runtime.remove_pod(&before).await?;
     let denied = if tier == "full" { Expect::Refused } else { Expect::Killed };
     let wanted = |attack: &&Attack| only.is_empty() || only.iter().any(|name| name == attack.name);
     for (app, mode, expect) in [
@@ -42,6 +51,7 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
     if only.is_empty() && Path::new("/opt/runc-next").exists() {
         report.case("enforce: the next runc starts and enters", next_runc(&node, &runtime)).await;
     }
+    report.case("a profile drafted from the records is good", draft(&node)).await;
     report.case("the agent stops cleanly", async { node.stop_agent() }).await;
     if report.failed() > 0 {
         println!("--- the agent's log\n{}", node.log("agent"));
@@ -66,6 +76,42 @@ async fn allowed(node: &Node, runtime: &Runtime, pod: &crate::cri::Pod, mode: &s
         "the command that entered is not recorded once: {attackers:?}"
     );
     runtime.remove_container(&container).await
+}
+
+/// A container that the agent found: its origins are right, and what is not allowed does not run.
+async fn found(node: &Node, runtime: &Runtime, container: &str) -> Result<()> {
+    let coverage = events::in_mode(node, container, "enforce").await?;
+    ensure!(coverage["coverage"]["found_running"] == true, "it passes for a new one: {coverage}");
+    let (good, bad) = (nonce("found-good"), nonce("found-bad"));
+    let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", "none", &good]).await?;
+    ensure!(ended.code == PAYLOAD_RAN, "an allowed program: exit code {}", ended.code);
+    ensure!(events::exactly_one(node, &good).await?["exec"]["origin"] == "image");
+    let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", "copy-over", &bad]).await?;
+    ensure!(ended.code != PAYLOAD_RAN, "other bytes at an allowed path ran");
+    let record = events::exactly_one(node, &bad).await?;
+    ensure!(record["exec"]["verdict"] == "denied" && record["exec"]["origin"] == "drift", "{record}");
+    Ok(())
+}
+
+/// `profile init` on everything recorded: a profile that passes the lint and lists what the image ran.
+async fn draft(node: &Node) -> Result<()> {
+    let events = node.folder.path().join("events.jsonl");
+    std::fs::write(&events, node.palisade(&["events", "--json"])?)?;
+    let run = |words: &[&str]| -> Result<String> {
+        let output = Command::new("palisade").arg("profile").args(words).output()?;
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        ensure!(output.status.success(), "palisade profile {words:?}: {said}");
+        Ok(said)
+    };
+    let text = run(&["init", "--from-events", &events.display().to_string()])?;
+    let file = node.folder.path().join("drafted.yaml");
+    std::fs::write(&file, &text)?;
+    run(&["lint", &file.display().to_string()])?;
+    for wanted in ["path: \"/usr/bin/workload\"", "app\": \"audit\"", "seen with origin drift"] {
+        ensure!(text.contains(wanted), "the draft lacks {wanted}: {text}");
+    }
+    Ok(())
 }
 
 /// Start and exec with the newer runc, and a refusal there.

@@ -40,6 +40,10 @@ enum Command {
     /// Palisade's binaries are on the PATH, containerd runs, the test images are imported, and the files of the
     /// current directory stand under /host. The command's output is streamed and its exit code returned.
     Vm(vm::Options),
+    /// Run a scenario on this machine's own kernel, with a containerd of its own
+    ///
+    /// Example: cargo xtask native -- generator --count 200000 --rate 500
+    Native(native::Options),
     /// Run the test rings
     Test(test::Options),
     /// Show Palisade at work: containers that behave and containers that attack
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Command::Setup => setup::run().map(|()| ExitCode::SUCCESS),
         Command::Build(options) => build::run(&options).map(|_| ExitCode::SUCCESS),
         Command::Vm(options) => vm::run(&options),
+        Command::Native(options) => native::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Matrix(options) => matrix::run(&options),

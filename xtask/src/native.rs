@@ -2,13 +2,35 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{images::Image, paths, shell};
+use clap::Args;
+
+use crate::{
+    build,
+    images::{self, Image},
+    paths, shell,
+};
+
+#[derive(Args)]
+pub struct Options {
+    /// Arguments of palisade-scenarios
+    #[arg(last = true, required = true)]
+    arguments: Vec<String>,
+}
+
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let binaries = build::run(&build::Options { release: true })?;
+    let containerd = Containerd::start(&images::make(&binaries)?)?;
+    let mut words = vec!["palisade-scenarios"];
+    words.extend(options.arguments.iter().map(String::as_str));
+    let (code, _) = containerd.run(&binaries, &words)?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
 
 /// A private containerd with the test images.
 pub struct Containerd {

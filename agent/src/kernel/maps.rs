@@ -213,16 +213,7 @@ impl Maps {
 
     /// Gives a running process to a slot: as workload, or with the latch set when the runtime is still preparing it.
     pub fn add_process(&mut self, pid: u32, slot: u64, entering: bool) -> Result<()> {
-        let value = Process {
-            slot,
-            entering: u8::from(entering),
-            pending_verdict: 0,
-            pending_reason: 0,
-            passes: 0,
-            script_origin: 0,
-            reserved: 0,
-            script_start: palisade_abi::PATH_CAPACITY as u16,
-        };
+        let value = Process::new(slot, u8::from(entering));
         match self.processes.insert(pid, value, BPF_NOEXIST) {
             Ok(()) => Ok(()),
             Err(_) if self.processes.get(&pid, 0).is_ok() => Ok(()),
