@@ -17,7 +17,7 @@ use crate::scratch::Scratch;
 
 /// Telemetry and verdicts, numbered per slot.
 #[map]
-pub static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
 /// What the agent must act on; apart from `RECORDS`, so that no flood there delays it.
 #[map]

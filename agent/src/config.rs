@@ -74,7 +74,7 @@ impl Default for Queue {
 
 impl Default for MapSizes {
     fn default() -> Self {
-        Self { slots: 1024, processes: 16384, rules: 16384, glob_states: 4096, ring_bytes: 8 << 20 }
+        Self { slots: 1024, processes: 16384, rules: 16384, glob_states: 4096, ring_bytes: 4 << 20 }
     }
 }
 

@@ -19,6 +19,8 @@ pub struct Source {
     pub boot: String,
     /// Start of this run, nanoseconds since the Unix epoch.
     pub epoch: u64,
+    /// The fields that all records share, encoded once.
+    head: Bytes,
     /// What to add to a time since boot to get the time since the Unix epoch. Fixed for a run, so that the order
     /// of records does not depend on somebody setting the clock.
     boot_offset: u64,
@@ -27,7 +29,9 @@ pub struct Source {
 impl Source {
     pub fn new(node: String, boot: String) -> Self {
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-        Self { node, boot, epoch: wall, boot_offset: wall.saturating_sub(now_since_boot()) }
+        let head = v1::Record { node: node.clone(), boot: boot.clone(), epoch: wall, ..Default::default() };
+        let head = head.encode_to_vec().into();
+        Self { node, boot, epoch: wall, head, boot_offset: wall.saturating_sub(now_since_boot()) }
     }
 
     /// Nanoseconds since the Unix epoch of a kernel time; 0 stays 0.
@@ -43,17 +47,16 @@ impl Source {
     /// Encodes a record with its container block, which is encoded already.
     pub fn encode(&self, slot: u64, header: Option<&Header>, container: &Bytes, event: Event) -> Bytes {
         let record = v1::Record {
-            node: self.node.clone(),
-            boot: self.boot.clone(),
-            epoch: self.epoch,
             slot,
             lane: header.map_or(0, |header| header.lane),
             sequence: header.map_or(0, |header| header.sequence),
             time: header.map_or_else(|| self.now(), |header| self.wall(header.time)),
-            container: None,
             event: Some(event),
+            // The rest stands in the two blocks that are encoded already; the parts of a message may be in any order.
+            ..Default::default()
         };
-        let mut out = BytesMut::with_capacity(record.encoded_len() + container.len() + 8);
+        let mut out = BytesMut::with_capacity(self.head.len() + container.len() + ROOM);
+        out.put_slice(&self.head);
         // A BytesMut grows, so encoding into it cannot fail.
         let _ = record.encode(&mut out);
         prost::encoding::encode_key(CONTAINER_FIELD, prost::encoding::WireType::LengthDelimited, &mut out);
@@ -62,6 +65,9 @@ impl Source {
         out.freeze()
     }
 }
+
+/// Room for the part of a record that is encoded anew; most need less.
+const ROOM: usize = 512;
 
 /// Number of `Record.container`.
 const CONTAINER_FIELD: u32 = 8;
@@ -275,7 +281,7 @@ mod tests {
         );
         let record = v1::Record::decode(bytes).unwrap();
         assert_eq!(record.container.unwrap().id, "c1");
-        assert_eq!(record.slot, 9);
+        assert_eq!((record.node.as_str(), record.slot), ("n", 9));
         assert!(matches!(record.event, Some(Event::Gap(v1::Gap { count: 3, .. }))));
     }
 }

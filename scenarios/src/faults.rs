@@ -134,6 +134,10 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         })
         .await;
     report.case("the agent works on without collector and profiles, and ends in time", alone(cri)).await;
+    for (policy, verdict) in [("audit", "audited"), ("deny", "denied")] {
+        let name = format!("what the runtime does not identify is {verdict} under unidentified: {policy}");
+        report.case(&name, unidentified(cri, policy, verdict)).await;
+    }
     report.case("records outlive a collector that is killed", killed_collector(cri)).await;
     report.case("records outlive a store that is full", full_store(cri)).await;
     Ok(report.close())
@@ -160,6 +164,30 @@ async fn alone(cri: &Path) -> Result<()> {
     node.stop_agent()?;
     ensure!(begun.elapsed() < DEADLINE, "it took {} s to stop", begun.elapsed().as_secs());
     Ok(())
+}
+
+/// A runtime that never answers: the kernel's own policy holds, and the record says why.
+async fn unidentified(cri: &Path, policy: &'static str, verdict: &str) -> Result<()> {
+    let mut node = Node::start(cri).await?;
+    let options = AgentOptions { unidentified: Some(policy), ..AgentOptions::default() };
+    let tier = node.start_agent(&options).await?;
+    let runtime = Runtime::connect(cri);
+    // Under "deny" not even the pause container may start.
+    let pod = runtime.pod(&format!("pod-unidentified-{policy}"), "free", "").await;
+    if policy == "audit" || tier == "full" {
+        ensure!(pod.is_ok() == (policy == "audit"), "the pod started: {}", pod.is_ok());
+    }
+    let record = until("a record of the pause container", async || {
+        let records = events::query(&node, &["--kind", "exec", "--verdict", verdict])?;
+        Ok(records.into_iter().find(|record| record["exec"]["executable"] == "/pause"))
+    })
+    .await?;
+    ensure!(record["exec"]["reason"] == "unidentified", "{record}");
+    ensure!(record["container"]["identified"] == false, "{record}");
+    if let Ok(pod) = pod {
+        runtime.remove_pod(&pod).await?;
+    }
+    node.stop_agent()
 }
 
 /// Execs numbered execs in a container while `disturb` does its worst; each must be stored once.

@@ -28,6 +28,8 @@ pub struct AgentOptions {
     pub program: Option<PathBuf>,
     /// Folder of objects for a test build of the agent.
     pub objects: Option<PathBuf>,
+    /// The policy for containers that are not identified, with a runtime that never answers.
+    pub unidentified: Option<&'static str>,
 }
 
 impl Node {
@@ -90,13 +92,16 @@ impl Node {
     pub async fn start_agent(&mut self, options: &AgentOptions) -> Result<String> {
         let folder = self.folder.path();
         let config = folder.join("agent.yaml");
+        let runtime = match options.unidentified {
+            Some(policy) => format!("unidentified: {policy}\ncri: [/nowhere/cri.sock]\n"),
+            None => format!("cri: [{}]\n", self.cri.display()),
+        };
         std::fs::write(
             &config,
             format!(
-                "node: test-node\ncollector: http://{}\nprofiles: {}\ncri: [{}]\n",
+                "node: test-node\ncollector: http://{}\nprofiles: {}\n{runtime}",
                 self.collector_address,
                 folder.join("profiles").display(),
-                self.cri.display()
             ),
         )?;
         let log = std::fs::File::create(folder.join("agent.log"))?;

@@ -12,6 +12,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("g++", "/usr/bin/g++"),
     ("libc6-dev", "/usr/include/stdlib.h"),
     ("protobuf-compiler", "/usr/bin/protoc"),
+    ("libprotobuf-dev", "/usr/include/google/protobuf/descriptor.proto"),
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("mmdebstrap", "/usr/bin/mmdebstrap"),
     ("containerd", "/usr/bin/containerd"),

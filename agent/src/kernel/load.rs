@@ -196,6 +196,10 @@ impl Kernel {
         }
         let probe = raw_tracepoint(&mut kernel.ebpf, "probe_origin")?;
         roots::prove_overlay(probe).map_err(LoadError::Overlay)?;
+        drop(btf);
+        // Parsing BTF took tens of megabytes that are never needed again.
+        // SAFETY: the call takes no pointers; it gives free memory of the allocator back to the kernel.
+        unsafe { libc::malloc_trim(0) };
         if kernel.layout.overlay == OverlayLayout::Inferred {
             tracing::info!("the layout of overlayfs was inferred and proven on a scratch overlay");
         }
