@@ -56,8 +56,7 @@ pub fn check(bprm: Address) -> bool {
     };
     let verdict = examine(task, scratch, bprm, &process);
     let denied = verdict == verdict::DENIED;
-    // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then. Read
-    // back from the map: the hook's own argument is a typed pointer, which global functions do not take.
+    // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then.
     // SAFETY: the memory belongs to this task until it is released.
     let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
     let interpreter = context::palisade_pointer(bprm, u64::from(offset!(binprm_interp)));
@@ -189,20 +188,22 @@ fn note_first_exec(slot: u64) {
 /// Walks, classifies and judges. Returns the verdict; all else is in the scratch memory.
 #[inline(always)]
 fn examine(task: u64, scratch: *mut Scratch, bprm: Address, process: &Process) -> u8 {
-    let dentry = KernelPtr(bprm)
-        .follow(offset!(binprm_file))
-        .and_then(|file| file.follow(offset!(file_dentry)))
-        .unwrap_or(KernelPtr(0));
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
-        (*scratch).bprm = bprm;
+        // Read back from the map, the hook's typed pointer becomes a plain number, which global functions take.
+        (&raw mut (*scratch).bprm).write_volatile(bprm);
+        let bprm = KernelPtr((&raw const (*scratch).bprm).read_volatile());
+        let dentry = bprm
+            .follow(offset!(binprm_file))
+            .and_then(|file| file.follow(offset!(file_dentry)))
+            .unwrap_or(KernelPtr(0));
         (*scratch).slot = process.slot;
         (*scratch).dentry = dentry.0;
         (*scratch).script_start = process.script_start;
         (*scratch).script_origin = process.script_origin;
+        palisade_walk(task, dentry.0, EXECUTABLE);
     }
     let runtime = process.entering != 0 && palisade_is_runtime_step(process.slot) != 0;
-    palisade_walk(task, dentry.0, EXECUTABLE);
     let origin = palisade_classify(task) as u8;
     // SAFETY: as above.
     unsafe { (*scratch).origin = origin };
