@@ -53,6 +53,8 @@ pub struct ProcessPart {
     pub fsuid: u32,
     pub fsgid: u32,
     pub comm: [u8; 16],
+    /// The parent's, which may be gone when the record is read.
+    pub parent_comm: [u8; 16],
 }
 
 /// The rest of the context, which only an exec carries.
@@ -196,15 +198,15 @@ pub struct ControlRecord {
 }
 
 const _: () = assert!(size_of::<Header>() == 40);
-const _: () = assert!(size_of::<ProcessPart>() == 80);
+const _: () = assert!(size_of::<ProcessPart>() == 96);
 const _: () = assert!(size_of::<ContextPart>() == 96);
 const _: () = assert!(size_of::<ExecPart>() == 48);
-const _: () = assert!(size_of::<ForkRecord>() == 120);
-const _: () = assert!(size_of::<ExitRecord>() == 128);
-const _: () = assert!(size_of::<ExecHead>() == 264);
-const _: () = assert!(size_of::<SmallExec>() == 264 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
+const _: () = assert!(size_of::<ForkRecord>() == 136);
+const _: () = assert!(size_of::<ExitRecord>() == 144);
+const _: () = assert!(size_of::<ExecHead>() == 280);
+const _: () = assert!(size_of::<SmallExec>() == 280 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
 const _: () =
-    assert!(size_of::<LargeExec>() == 264 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
+    assert!(size_of::<LargeExec>() == 280 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
 const _: () = assert!(size_of::<ControlRecord>() == 24 + CGROUP_NAME);
 
 #[cfg(feature = "user")]
@@ -347,7 +349,7 @@ mod tests {
         let mut bytes = Vec::new();
         bytes.extend(1_u16.to_le_bytes()); // kind
         bytes.extend(1_u16.to_le_bytes()); // abi
-        bytes.extend(120_u32.to_le_bytes()); // size
+        bytes.extend(136_u32.to_le_bytes()); // size
         bytes.extend(0x1122_u64.to_le_bytes()); // slot
         bytes.extend(7_u64.to_le_bytes()); // sequence
         bytes.extend(0_u32.to_le_bytes()); // lane
@@ -362,9 +364,11 @@ mod tests {
             bytes.extend(id.to_le_bytes());
         }
         bytes.extend(*b"sh\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        bytes.extend(*b"runc\0\0\0\0\0\0\0\0\0\0\0\0");
         let Ok(Decoded::Fork(fork)) = decode(&bytes) else { panic!("{:?}", decode(&bytes)) };
         assert_eq!((fork.header.slot, fork.header.sequence, fork.header.time), (0x1122, 7, 99));
         assert_eq!((fork.process.pid, fork.process.tid, fork.process.parent_pid), (10, 11, 9));
+        assert_eq!(&fork.process.parent_comm[..5], b"runc\0");
         assert_eq!((fork.process.uid, fork.process.euid, fork.process.fsgid), (100, 104, 107));
         assert_eq!(ABI_VERSION, 1, "a new ABI version needs new golden bytes");
     }

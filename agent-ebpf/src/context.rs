@@ -105,6 +105,7 @@ pub unsafe fn describe(task: KernelPtr, part: *mut ProcessPart) {
         let cred = pointer(task, offset!(task_cred));
         copy(&raw mut (*part).uid, 8 * 4, cred, offset!(cred_uid));
         copy(&raw mut (*part).comm, 16, task, offset!(task_comm));
+        copy(&raw mut (*part).parent_comm, 16, parent, offset!(task_comm));
     }
 }
 

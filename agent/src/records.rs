@@ -210,6 +210,7 @@ fn describe(source: &Source, part: &ProcessPart, parent_executable: String) -> v
         fsuid,
         fsgid,
         comm,
+        parent_comm,
     } = *part;
     v1::Process {
         pid,
@@ -220,6 +221,7 @@ fn describe(source: &Source, part: &ProcessPart, parent_executable: String) -> v
         parent_pid,
         parent_start_time: source.wall(parent_start_time),
         parent_executable,
+        parent_comm: text(until_zero(&parent_comm)),
         credentials: Some(v1::Credentials { uid, gid, euid, egid, suid, sgid, fsuid, fsgid }),
     }
 }

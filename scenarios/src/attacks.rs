@@ -175,6 +175,11 @@ fn check(
     if exec["argument_count"] != count || exec["arguments_truncated"] != false {
         wrong.push(format!("argument count is {} for {count} arguments", exec["argument_count"]));
     }
+    // Who entered the container is a child of the runtime.
+    let parent = exec["process"]["parent_comm"].as_str().unwrap_or_default();
+    if !parent.contains("containerd-shim") && !parent.contains("runc") {
+        wrong.push(format!("the parent is {parent:?}"));
+    }
     for (what, value) in [("pid", &exec["process"]["pid"]), ("parent", &exec["process"]["parent_pid"])] {
         if value.as_u64().unwrap_or(0) == 0 {
             wrong.push(format!("{what} is missing"));
