@@ -26,10 +26,10 @@ use crate::{
 /// Hexadecimal digits of a container id; a power of two, and more than half of the longest name.
 const ID_DIGITS: u32 = 64;
 
-/// Deepest nesting of cgroups that is followed; the kernel's own default limit is not lower.
+/// Deepest nesting of cgroups that is followed.
 const CGROUP_DEPTH: u32 = 64;
 
-/// The slot of cgroups nested deeper than that. It never has a policy, so the `unidentified` one holds.
+/// The slot of cgroups nested deeper than that. Every exec in it is refused.
 pub const TOO_DEEP: u64 = u64::MAX;
 
 /// The slot that the cgroup at `cgroup` belongs to: that of the nearest container above it. 0 when there is none.

@@ -10,6 +10,7 @@ use palisade_abi::{
 };
 
 use crate::{
+    containers::TOO_DEEP,
     count,
     maps::{GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, setting},
     path,
@@ -66,6 +67,10 @@ fn allowed(reason: u8, mode: u8, revision: u32) -> Decision {
 
 #[inline(always)]
 fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
+    if slot == TOO_DEEP {
+        // Nobody can say which container this is, so no profile can say that it only audits.
+        return mismatch(reason::UNIDENTIFIED, mode::ENFORCE, 0);
+    }
     // SAFETY: one word, written by the agent in one map update; read once, so that one revision decides.
     let Some(policy) = (unsafe { SLOT_POLICIES.get(slot) }) else {
         return mismatch(reason::UNIDENTIFIED, setting!(unidentified) as u8, 0);

@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, HashMap, RingBuf},
+    maps::{Array, HashMap, LruHashMap, RingBuf},
 };
 use palisade_abi::{
     codes,
@@ -54,9 +54,10 @@ pub static ROOTS: HashMap<u64, RootIdentity> = HashMap::with_max_entries(2048, 0
 #[map]
 pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
 
-/// Canonical paths of scripts whose interpreter is being executed, by tgid; right-aligned, zero in front.
+/// Canonical paths of scripts whose interpreter is being executed, by tgid; right-aligned, zero in front. Those
+/// of execs that failed give way to new ones.
 #[map]
-pub static SCRIPTS: HashMap<u32, [u8; palisade_abi::PATH_CAPACITY]> = HashMap::with_max_entries(512, 0);
+pub static SCRIPTS: LruHashMap<u32, [u8; palisade_abi::PATH_CAPACITY]> = LruHashMap::with_max_entries(512, 0);
 
 /// Counters of [`codes::error`].
 #[map]

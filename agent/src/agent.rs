@@ -39,6 +39,8 @@ const RING_PERIOD: Duration = Duration::from_millis(100);
 const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(1);
 /// How often containers are looked for in the cgroup tree, should the kernel's word have been lost.
 const SCAN_PERIOD: Duration = Duration::from_secs(30);
+/// Bytes that a record takes in the ring at least.
+const SMALLEST_RECORD: usize = size_of::<palisade_abi::record::ForkRecord>();
 /// Records taken from the ring before anything else gets its turn.
 const RING_ROUND: usize = 4096;
 
@@ -61,6 +63,7 @@ pub struct Agent {
     unsaid: VecDeque<Bytes>,
     /// Whether the ring may hold more than the last round took.
     more: bool,
+    ring_bytes: usize,
     /// Evidence against the programs that was last reported.
     evidence: Vec<(String, u64)>,
 }
@@ -117,6 +120,7 @@ pub async fn run(config: Config) -> Result<()> {
         pending: HashSet::new(),
         unsaid: VecDeque::new(),
         more: false,
+        ring_bytes: config.maps.ring_bytes as usize,
         evidence: Vec::new(),
     };
     agent.find_running();
@@ -170,7 +174,10 @@ impl Agent {
     /// Takes over containers that exist already.
     fn find_running(&mut self) {
         for found in cgroups::scan(&self.cgroups) {
-            if self.containers.contains_key(&found.slot) {
+            if let Some(container) = self.containers.get(&found.slot) {
+                if container.found_running && !self.kernel.maps.has_root(found.slot) {
+                    self.learn_root(&found, &found.members());
+                }
                 continue;
             }
             if let Err(error) = self.take_over(&found) {
@@ -189,10 +196,23 @@ impl Agent {
         let is_new = self.kernel.maps.add_slot(found.slot, 0)?;
         // The cgroup first: what forks from now on is found by it.
         self.kernel.maps.add_cgroup(found.slot, found.slot)?;
+        if !found.is_there() {
+            // It went before the kernel knew that it is a container's, so nobody would ever say that it ended.
+            self.kernel.maps.remove_slot(found.slot);
+            return Ok(());
+        }
         let processes = found.members();
         for process in &processes {
             let entering = self.kernel.is_at_home(*process);
-            self.kernel.maps.add_process(*process, found.slot, entering)?;
+            if let Err(error) = self.kernel.maps.add_process(*process, found.slot, entering) {
+                // Its cgroup still says where it belongs.
+                tracing::error!(
+                    container = found.id,
+                    error = format!("{error:#}"),
+                    "a process is found by its cgroup only"
+                );
+                break;
+            }
         }
         // One that ended meanwhile must not leave its number to whoever gets it next.
         let still = found.members();
@@ -200,23 +220,27 @@ impl Agent {
             self.kernel.maps.remove_process(*process);
         }
         self.processes.seed(&still);
-        if !self.kernel.maps.has_root(found.slot)
-            && let Some(first) = processes::oldest(&still)
-        {
-            // The oldest process was set up by the runtime; its start time cannot be forged, a number can be hit.
-            let root = std::path::PathBuf::from(format!("/proc/{first}/root"));
-            if let Err(error) = self.kernel.learn_root(found.slot, &root) {
-                tracing::warn!(
-                    container = found.id,
-                    error = format!("{error:#}"),
-                    "its root file system is not known yet, so the origin of its files is unknown"
-                );
-            }
+        if !self.kernel.maps.has_root(found.slot) {
+            self.learn_root(found, &still);
         }
         // A slot that the kernel made itself has a time of creation.
         let found_running = is_new || self.kernel.maps.slot(found.slot).is_some_and(|slot| slot.created == 0);
         self.begin(found.slot, found.id.clone(), found_running);
         Ok(())
+    }
+
+    /// Learns a running container's root from its oldest process, which the runtime set up: its start time cannot be
+    /// forged, a number can be hit.
+    fn learn_root(&mut self, found: &cgroups::Found, processes: &[u32]) {
+        let Some(first) = processes::oldest(processes) else { return };
+        let root = std::path::PathBuf::from(format!("/proc/{first}/root"));
+        if let Err(error) = self.kernel.learn_root(found.slot, &root) {
+            tracing::warn!(
+                container = found.id,
+                error = format!("{error:#}"),
+                "its root file system is not known yet, so the origin of its files is unknown; this is tried again"
+            );
+        }
     }
 
     /// A container is there; ask what it is.
@@ -325,8 +349,9 @@ impl Agent {
         self.queue.flush();
     }
 
-    /// Takes one round of records out of the ring.
+    /// Takes one round of records out of the ring, after the news of the containers that they belong to.
     fn take_records(&mut self) {
+        self.take_control();
         let Self { kernel, source, containers, processes, losses, queue, revisions, .. } = self;
         let unknown = Container::new(String::new(), false);
         let taken = kernel.records.drain(RING_ROUND, |bytes| {
@@ -352,11 +377,11 @@ impl Agent {
         }
     }
 
-    /// Takes all that is in the ring now; bounded by the ring's size.
+    /// Takes all that is in the ring now; bounded by what it can hold.
     fn empty_ring(&mut self) {
         self.more = true;
         let mut rounds = 0;
-        while self.more && rounds < 16 {
+        while self.more && rounds <= self.ring_bytes / SMALLEST_RECORD / RING_ROUND {
             self.take_records();
             rounds += 1;
         }
@@ -369,7 +394,7 @@ impl Agent {
                 self.apply(slot, "policy-changed");
             }
         }
-        for slot in std::mem::take(&mut self.pending) {
+        for slot in self.pending.iter().copied().collect::<Vec<_>>() {
             self.apply(slot, "policy-changed");
         }
         self.kernel.maps.reap();

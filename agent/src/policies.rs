@@ -26,13 +26,21 @@ pub struct Profiles {
     seen: Files,
     /// Last good profiles of each file.
     good: BTreeMap<PathBuf, Vec<Profile>>,
+    /// What is wrong with files that are not in force as they stand.
+    faulty: BTreeMap<PathBuf, Vec<String>>,
     /// Last listing error, so that it is reported once.
     unreadable: Option<String>,
 }
 
 impl Profiles {
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), seen: Files::new(), good: BTreeMap::new(), unreadable: None }
+        Self {
+            folder: folder.to_owned(),
+            seen: Files::new(),
+            good: BTreeMap::new(),
+            faulty: BTreeMap::new(),
+            unreadable: None,
+        }
     }
 
     /// Reads the directory for the first time.
@@ -82,29 +90,47 @@ impl Profiles {
             }
             kept
         });
-        for (path, content) in &files {
-            if self.seen.get(path) == Some(content) {
-                continue;
-            }
-            match self.check(path, content) {
+        // A file may be refused for what another one holds, so whatever is open is looked at until nothing more
+        // comes of it.
+        let mut open: Vec<&PathBuf> = files
+            .keys()
+            .filter(|path| self.seen.get(*path) != files.get(*path) || self.faulty.contains_key(*path))
+            .collect();
+        let mut faulty = BTreeMap::new();
+        loop {
+            let before = open.len();
+            faulty.clear();
+            open.retain(|path| match self.check(path, &files[*path]) {
                 Ok(profiles) => {
                     tracing::info!(file = %path.display(), profiles = profiles.len(), "profiles are read");
-                    self.good.insert(path.clone(), profiles);
+                    self.good.insert((*path).clone(), profiles);
                     changed = true;
+                    false
                 }
                 Err(faults) => {
-                    for fault in faults {
-                        tracing::error!(fault, "a profile file has a fault");
-                    }
-                    let kept = self.good.contains_key(path);
-                    tracing::error!(
-                        file = %path.display(),
-                        "{}",
-                        if kept { "its last good version stays in force" } else { "nothing of it is in force" }
-                    );
+                    faulty.insert((*path).clone(), faults);
+                    true
                 }
+            });
+            if open.is_empty() || open.len() == before {
+                break;
             }
         }
+        for (path, faults) in &faulty {
+            if self.faulty.get(path) == Some(faults) {
+                continue;
+            }
+            for fault in faults {
+                tracing::error!(fault, "a profile file has a fault");
+            }
+            let kept = self.good.contains_key(path);
+            tracing::error!(
+                file = %path.display(),
+                "{}",
+                if kept { "its last good version stays in force" } else { "nothing of it is in force" }
+            );
+        }
+        self.faulty = faulty;
         self.seen = files;
         changed
     }
@@ -270,6 +296,26 @@ mod tests {
         let policy = profiles.policy_for(&ContainerFacts::default()).unwrap();
         assert_eq!(policy.exec.unwrap().len(), 1, "the twin in c.yaml must not widen the profile in a.yaml");
         assert!(Profiles::new(&folder.path().join("none")).load().is_err());
+    }
+
+    #[test]
+    fn a_profile_that_moves_to_another_file_stays_in_force() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("a.yaml"), folder.path().join("b.yaml"));
+        let mut profiles = Profiles::new(folder.path());
+        std::fs::write(&second, GOOD).unwrap();
+        profiles.load().unwrap();
+        // Moved in one go, as a mounted configuration changes.
+        std::fs::write(&first, GOOD).unwrap();
+        std::fs::write(&second, GOOD.replace("name: a", "name: other")).unwrap();
+        assert!(profiles.refresh());
+        assert_eq!(profiles.policy_for(&ContainerFacts::default()).unwrap().profiles, ["a", "other"]);
+        // A twin that was refused comes into force when the other is removed.
+        std::fs::write(folder.path().join("c.yaml"), GOOD).unwrap();
+        profiles.refresh();
+        std::fs::remove_file(&first).unwrap();
+        profiles.refresh();
+        assert_eq!(profiles.policy_for(&ContainerFacts::default()).unwrap().profiles, ["a", "other"]);
     }
 
     #[test]

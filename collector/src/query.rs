@@ -51,7 +51,8 @@ impl Query for Queries {
                 _ = stopped.wait_for(|stop| *stop) => Err(Status::unavailable("the collector is stopping")),
             };
             if let Err(status) = result {
-                let _asker_gone_or_slow = found.try_send(Err(status));
+                // Bounded, since whoever asked may not be reading any more.
+                let _asker_gone = tokio::time::timeout(LAST_WORD, found.send(Err(status))).await;
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -65,16 +66,17 @@ impl Query for Queries {
         let store = Arc::clone(&self.store);
         let latest = tokio::task::spawn_blocking(move || {
             let mut latest: BTreeMap<(String, u64), Record> = BTreeMap::new();
-            let mut runs: BTreeMap<String, (String, u64)> = BTreeMap::new();
+            let mut runs: BTreeMap<String, Vec<(String, u64)>> = BTreeMap::new();
             let mut place = Place::default();
             while let Some(entry) = store.read(&mut place).map_err(failed)? {
-                // A later run of a node's agent says everything anew; what an earlier one said is void.
+                // A later run of a node's agent says everything anew; what an earlier one said is void. Later in the
+                // log, not by the clock, which may go back.
                 let run = (entry.boot.clone(), entry.epoch);
-                let known = runs.entry(entry.node.clone()).or_insert_with(|| run.clone());
-                if run.1 > known.1 {
-                    *known = run;
+                let seen = runs.entry(entry.node.clone()).or_default();
+                if !seen.contains(&run) {
+                    seen.push(run);
                     latest.retain(|(node, _), record| *node != entry.node || has_ended(record));
-                } else if run.1 < known.1 {
+                } else if seen.last() != Some(&run) {
                     continue;
                 }
                 for record in entry.records {
@@ -104,6 +106,9 @@ fn failed(error: anyhow::Error) -> Status {
     tracing::error!(error = format!("{error:#}"), "a query fails");
     Status::data_loss(format!("{error:#}"))
 }
+
+/// How long the reason for the end of an answer may wait for its reader.
+const LAST_WORD: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// Most records in one answer, and most bytes of them: a record can be large, and a client's limit is 4 MiB.
 const PAGE: usize = 256;

@@ -36,6 +36,10 @@ pub struct Found {
 }
 
 impl Found {
+    /// Whether the cgroup is still the one that was found.
+    pub fn is_there(&self) -> bool {
+        cgroup_id(&self.folder) == Some(self.slot)
+    }
     /// The processes in its own cgroup and in those below it, as they are now.
     pub fn members(&self) -> Vec<u32> {
         let mut processes = Vec::new();
