@@ -183,6 +183,7 @@ impl Store {
     pub fn read(&self, place: &mut Place) -> Result<Option<Entry>> {
         let end = self.end();
         loop {
+            place.offset = place.offset.max(log::MAGIC.len() as u64);
             if (place.segment, place.offset) >= (end.segment, end.offset) {
                 return Ok(None);
             }
@@ -197,7 +198,7 @@ impl Store {
                 Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
             };
             let length = file.metadata()?.len();
-            let offset = place.offset.max(log::MAGIC.len() as u64);
+            let offset = place.offset;
             if place.segment < end.segment && offset >= length {
                 *place = Place { segment: place.segment + 1, offset: log::MAGIC.len() as u64, ..*place };
                 continue;
@@ -382,6 +383,13 @@ mod tests {
         assert_eq!(all(&store), ["a"]);
         assert_eq!(store.append(batch(1, &["b"])).unwrap().next_position, 2);
         assert!(folder.path().join("segment-000000000000.torn").exists());
+    }
+
+    #[test]
+    fn an_empty_store_answers_with_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        assert!(all(&store).is_empty());
     }
 
     #[test]
