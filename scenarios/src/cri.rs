@@ -175,14 +175,23 @@ impl Runtime {
 }
 
 /// Asks `attempt` again until it answers, or fails with what `what` describes.
-pub async fn until<T>(what: &str, mut attempt: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
+pub async fn until<T>(what: &str, attempt: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
+    until_within(DEADLINE, what, attempt).await
+}
+
+/// The same, for what takes longer than a step.
+pub async fn until_within<T>(
+    deadline: Duration,
+    what: &str,
+    mut attempt: impl AsyncFnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let begun = std::time::Instant::now();
     loop {
         if let Some(found) = attempt().await? {
             return Ok(found);
         }
-        if begun.elapsed() > DEADLINE {
-            bail!("waited {} s in vain for: {what}", DEADLINE.as_secs());
+        if begun.elapsed() > deadline {
+            bail!("waited {} s in vain for: {what}", deadline.as_secs());
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -1,12 +1,12 @@
 //! Numbered execs: each is stored, or a gap record counts it.
 
-use std::{collections::BTreeSet, path::Path, process::ExitCode};
+use std::{collections::BTreeSet, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     attacks::{nonce, profile},
-    cri::{Runtime, WORKLOAD_IMAGE, until},
+    cri::{Runtime, WORKLOAD_IMAGE, until, until_within},
     events,
     node::{AgentOptions, Node},
     report::Report,
@@ -49,7 +49,9 @@ async fn generate(
             ],
         )
         .await?;
-    let code = until("the generator ends", async || {
+    // An emulated machine does not reach the rate.
+    let deadline = Duration::from_secs_f64(300.0 + 10.0 * count as f64 / rate);
+    let code = until_within(deadline, "the generator ends", async || {
         let (runs, code) = runtime.state(&container).await?;
         Ok((!runs).then_some(code))
     })
