@@ -37,6 +37,7 @@ pub struct Containerd {
     child: Child,
     pub socket: PathBuf,
     state: tempfile::TempDir,
+    _lock: std::fs::File,
 }
 
 impl Containerd {
@@ -47,6 +48,12 @@ impl Containerd {
         }
         let state = tempfile::Builder::new().prefix("palisade-").tempdir_in("/run")?;
         let root = paths::cache("containerd")?;
+        // Two of them on one folder would wait for each other's database without saying so.
+        let lock = std::fs::File::create(root.join("palisade.lock"))?;
+        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+            eprintln!("waiting for another native run to end");
+            rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+        }
         let socket = state.path().join("containerd.sock");
         let config = state.path().join("config.toml");
         std::fs::write(
@@ -68,7 +75,7 @@ impl Containerd {
             .stderr(log)
             .spawn()
             .context("cannot start containerd")?;
-        let mut containerd = Self { child, socket, state };
+        let mut containerd = Self { child, socket, state, _lock: lock };
         let begun = Instant::now();
         while shell::read(&mut containerd.ctr(&["version"])).is_err() {
             if begun.elapsed() > Duration::from_secs(60) || containerd.child.try_wait()?.is_some() {
