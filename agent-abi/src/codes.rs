@@ -131,6 +131,7 @@ codes! {
         ROOT_REFUSED = 21 => "root-refused",
         CGROUP_DEEP = 22 => "cgroup-deep",
         SCRIPT_MAP_FULL = 23 => "script-map-full",
+        POLICY_MOVED = 24 => "policy-moved",
     }
 }
 

@@ -1,7 +1,7 @@
 //! The decision: which slot, which revision, and does it allow this file.
 //!
-//! `profile`'s evaluation of a policy image is the same function in ordinary Rust; a differential test holds the
-//! two against each other.
+//! `profile`'s evaluation of a policy image is the same function in ordinary Rust. The scenarios compare the two at
+//! their cases only; nothing generates more of them yet, so a change here is a change there.
 
 use palisade_abi::{
     PATH_CAPACITY,
@@ -77,6 +77,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     };
     let number = policy.revision;
     if policy.slot != slot {
+        count::error(error::POLICY_MOVED);
         return mismatch(reason::LOOKUP_MISSED, mode::ENFORCE, 0);
     }
     if number == 0 {

@@ -118,8 +118,8 @@ async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64) -> 
         (node.agent_pid().context("no agent")?, node.collector_pid().context("no collector")?);
     let begun = (on_processor(agent)?, on_processor(collector)?);
     let inside_agent = inside(runtime, container, count).await?;
-    // The last acknowledgement: the agent's queue is empty when the store has every exec of the loop. Asking costs
-    // the collector, so its share is taken before.
+    // The last acknowledgement: the log has not grown over five of the agent's rounds of 100 ms. Asking instead would cost
+    // the collector. That every exec is there is checked below.
     let log_size = || -> Result<u64> {
         Ok(std::fs::metadata(node.folder.path().join("store/segment-000000000000.log"))?.len())
     };
