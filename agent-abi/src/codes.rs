@@ -43,6 +43,9 @@ codes! {
         ALLOWED = 1 => "allowed",
         AUDITED = 2 => "audited",
         DENIED = 3 => "denied",
+        /// Stopped before its first instruction, until the container is identified. The agent settles it: a stored
+        /// record has one of the others.
+        HELD = 4 => "held",
     }
 }
 
@@ -60,6 +63,20 @@ codes! {
     mode: u8 {
         AUDIT = 1 => "audit",
         ENFORCE = 2 => "enforce",
+        /// Only for containers that are not identified: stop what is executed until they are.
+        HOLD = 3 => "hold",
+    }
+}
+
+codes! {
+    /// How a process came into its container. What the agent calls a probe is `ENTERED` here.
+    session: u8 {
+        /// Not known: the process ran before the agent, or there was no room to note it.
+        UNKNOWN = 0 => "unknown",
+        /// Started by the container's entrypoint.
+        WORKLOAD = 1 => "workload",
+        /// Entered from outside.
+        ENTERED = 2 => "entered",
     }
 }
 
@@ -90,6 +107,12 @@ codes! {
         LOOKUP_MISSED = 11 => "policy-lookup-missed",
         NO_SCRATCH = 12 => "no-scratch-memory",
         ORIGIN_UNKNOWN = 13 => "origin-unknown",
+        /// The process is in the host's mount namespace or root directory: it left its container.
+        ESCAPED = 14 => "escaped-to-host",
+        /// The container is not identified, and the agent has not renewed its lease.
+        AGENT_ABSENT = 15 => "agent-absent",
+        /// Not identified, but one of the few executables that may start all the same.
+        ADMITTED = 16 => "admitted",
     }
 }
 
@@ -132,6 +155,7 @@ codes! {
         CGROUP_DEEP = 22 => "cgroup-deep",
         SCRIPT_MAP_FULL = 23 => "script-map-full",
         POLICY_MOVED = 24 => "policy-moved",
+        STOP_FAILED = 25 => "stop-failed",
     }
 }
 
@@ -145,6 +169,15 @@ pub mod exec_flags {
     pub const CWD_TRUNCATED: u8 = 1 << 2;
     /// An earlier pass of the binary format loop (a script) set the verdict, not the file that is named.
     pub const VERDICT_OF_SCRIPT: u8 = 1 << 3;
+    /// The process is in the host's mount namespace or root directory.
+    pub const ESCAPED: u8 = 1 << 4;
+}
+
+/// Bits of [`crate::maps::SlotPolicy::flags`].
+pub mod slot_flags {
+    /// The container's root filesystem is the host's own, so the root directory does not tell the runtime's steps
+    /// from the workload: there are none.
+    pub const ROOT_IS_HOSTS: u32 = 1 << 0;
 }
 
 #[cfg(test)]

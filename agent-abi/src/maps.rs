@@ -10,14 +10,39 @@
 pub struct Settings {
     /// Key of the path hash, random per load.
     pub hash_key: [u64; 2],
-    /// [`crate::codes::mode`]: `AUDIT` or `ENFORCE` for containers that are not identified yet.
+    /// [`crate::codes::mode`] for containers that are not identified yet.
     pub unidentified: u32,
+    /// [`crate::codes::mode`], `AUDIT` or `ENFORCE`, for those that start while the agent does not renew its lease.
+    pub when_agent_absent: u32,
     /// 1 when the helper `bpf_task_pt_regs` exists (kernel 5.15).
     pub have_task_pt_regs: u32,
     /// Distance from a task's stack to its saved registers where that helper is missing; 0 when unknown.
     pub pt_regs_at: u32,
     /// Inode number of the host's mount namespace.
     pub host_mount_namespace: u32,
+    pub reserved: u32,
+}
+
+/// What the kernel knows of the agent; the one entry of `AGENT`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct AgentState {
+    /// Boot time until which the agent counts as present, nanoseconds. It renews this as long as it works.
+    pub lease_until: u64,
+    /// Its process id as the host sees it: who may let go what is held.
+    pub pid: u32,
+    pub reserved: u32,
+}
+
+/// A file of an image that may start while its container is not identified: the pause program, the agent itself. Image
+/// files of one file system have different inodes, so nobody can bring his own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct AdmittedKey {
+    pub path_hash: [u64; 2],
+    pub inode: u64,
 }
 
 /// What the kernel keeps about a container.
@@ -35,7 +60,8 @@ pub struct Slot {
     pub first_exec: u64,
     /// 1 once the cgroup is gone; the agent then removes the entry.
     pub ended: u32,
-    pub reserved: u32,
+    /// Process id of the entrypoint: the first process that executed anything in the container's root. 0 before.
+    pub workload_pid: u32,
 }
 
 /// Which revision a slot is under. Written by the agent alone; one write switches everything.
@@ -48,7 +74,8 @@ pub struct SlotPolicy {
     pub slot: u64,
     /// Key into `REVISIONS`; 0 means that no profile names the container.
     pub revision: u32,
-    pub reserved: u32,
+    /// [`crate::codes::slot_flags`].
+    pub flags: u32,
 }
 
 /// The head of a policy image in the kernel.
@@ -106,6 +133,11 @@ pub const GLOB_DEAD: u16 = u16::MAX;
 #[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Process {
     pub slot: u64,
+    /// The root of its session, by start (boot time, nanoseconds) and process id; 0 when unknown.
+    pub session_start: u64,
+    pub session_pid: u32,
+    /// [`crate::codes::session`].
+    pub session_kind: u8,
     /// The one-way latch: 1 while the runtime prepares the process, cleared for ever at its first exec in the
     /// container's root filesystem.
     pub entering: u8,
@@ -117,9 +149,11 @@ pub struct Process {
     pub passes: u8,
     /// [`crate::codes::origin`] of the script in `SCRIPTS`.
     pub script_origin: u8,
-    pub reserved: u8,
     /// Where the script's path starts in `SCRIPTS`; the path's capacity when there is none.
     pub script_start: u16,
+    /// 1 while it is stopped because its container is not identified.
+    pub held: u8,
+    pub reserved: [u8; 3],
 }
 
 impl Process {
@@ -129,13 +163,17 @@ impl Process {
     pub fn new(slot: u64, entering: u8) -> Self {
         Self {
             slot,
+            session_start: 0,
+            session_pid: 0,
+            session_kind: crate::codes::session::UNKNOWN,
             entering,
             pending_verdict: 0,
             pending_reason: 0,
             passes: 0,
             script_origin: 0,
-            reserved: 0,
             script_start: crate::PATH_CAPACITY as u16,
+            held: 0,
+            reserved: [0; 3],
         }
     }
 }
@@ -168,20 +206,25 @@ macro_rules! sizes {
 }
 
 sizes! {
-    Settings = 32,
+    Settings = 40,
+    AgentState = 16,
+    AdmittedKey = 24,
     Slot = 40,
     SlotPolicy = 16,
     Revision = 16,
     RuleKey = 24,
     RuleValue = 4,
     GlobState = 520,
-    Process = 16,
+    Process = 32,
     RootIdentity = 40,
 }
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy};
+    use super::{
+        AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings,
+        Slot, SlotPolicy,
+    };
 
     macro_rules! pod {
         ($($type:ty),*) => {
@@ -192,5 +235,17 @@ mod user {
             )*
         };
     }
-    pod!(GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy);
+    pod!(
+        AdmittedKey,
+        AgentState,
+        GlobState,
+        Process,
+        Revision,
+        RootIdentity,
+        RuleKey,
+        RuleValue,
+        Settings,
+        Slot,
+        SlotPolicy
+    );
 }

@@ -57,6 +57,19 @@ pub struct ProcessPart {
     pub parent_comm: [u8; 16],
 }
 
+/// How the process came into its container.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct SessionPart {
+    /// The session's root, by start (boot time, nanoseconds) and process id; 0 when unknown.
+    pub start: u64,
+    pub pid: u32,
+    /// [`crate::codes::session`].
+    pub kind: u8,
+    pub reserved: [u8; 3],
+}
+
 /// The rest of the context, which only an exec carries.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +139,7 @@ pub struct ExecPart {
 pub struct ForkRecord {
     pub header: Header,
     pub process: ProcessPart,
+    pub session: SessionPart,
 }
 
 /// A process ended.
@@ -135,6 +149,7 @@ pub struct ForkRecord {
 pub struct ExitRecord {
     pub header: Header,
     pub process: ProcessPart,
+    pub session: SessionPart,
     /// As `wait(2)` encodes it: `status << 8 | core << 7 | signal`.
     pub exit_code: u32,
     pub reserved: u32,
@@ -147,6 +162,7 @@ pub struct ExitRecord {
 pub struct ExecHead {
     pub header: Header,
     pub process: ProcessPart,
+    pub session: SessionPart,
     pub context: ContextPart,
     pub exec: ExecPart,
 }
@@ -201,12 +217,13 @@ const _: () = assert!(size_of::<Header>() == 40);
 const _: () = assert!(size_of::<ProcessPart>() == 96);
 const _: () = assert!(size_of::<ContextPart>() == 96);
 const _: () = assert!(size_of::<ExecPart>() == 48);
-const _: () = assert!(size_of::<ForkRecord>() == 136);
-const _: () = assert!(size_of::<ExitRecord>() == 144);
-const _: () = assert!(size_of::<ExecHead>() == 280);
-const _: () = assert!(size_of::<SmallExec>() == 280 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
+const _: () = assert!(size_of::<SessionPart>() == 16);
+const _: () = assert!(size_of::<ForkRecord>() == 152);
+const _: () = assert!(size_of::<ExitRecord>() == 160);
+const _: () = assert!(size_of::<ExecHead>() == 296);
+const _: () = assert!(size_of::<SmallExec>() == 296 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
 const _: () =
-    assert!(size_of::<LargeExec>() == 280 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
+    assert!(size_of::<LargeExec>() == 296 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
 const _: () = assert!(size_of::<ControlRecord>() == 24 + CGROUP_NAME);
 
 #[cfg(feature = "user")]
@@ -348,8 +365,8 @@ mod tests {
     fn the_bytes_of_a_fork_are_golden() {
         let mut bytes = Vec::new();
         bytes.extend(1_u16.to_le_bytes()); // kind
-        bytes.extend(1_u16.to_le_bytes()); // abi
-        bytes.extend(136_u32.to_le_bytes()); // size
+        bytes.extend(2_u16.to_le_bytes()); // abi
+        bytes.extend(152_u32.to_le_bytes()); // size
         bytes.extend(0x1122_u64.to_le_bytes()); // slot
         bytes.extend(7_u64.to_le_bytes()); // sequence
         bytes.extend(0_u32.to_le_bytes()); // lane
@@ -365,12 +382,19 @@ mod tests {
         }
         bytes.extend(*b"sh\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
         bytes.extend(*b"runc\0\0\0\0\0\0\0\0\0\0\0\0");
+        bytes.extend(30_u64.to_le_bytes()); // session: start, pid, kind
+        bytes.extend(9_u32.to_le_bytes());
+        bytes.extend([2, 0, 0, 0]);
         let Ok(Decoded::Fork(fork)) = decode(&bytes) else { panic!("{:?}", decode(&bytes)) };
         assert_eq!((fork.header.slot, fork.header.sequence, fork.header.time), (0x1122, 7, 99));
         assert_eq!((fork.process.pid, fork.process.tid, fork.process.parent_pid), (10, 11, 9));
         assert_eq!(&fork.process.parent_comm[..5], b"runc\0");
         assert_eq!((fork.process.uid, fork.process.euid, fork.process.fsgid), (100, 104, 107));
-        assert_eq!(ABI_VERSION, 1, "a new ABI version needs new golden bytes");
+        assert_eq!(
+            (fork.session.start, fork.session.pid, fork.session.kind),
+            (30, 9, codes::session::ENTERED)
+        );
+        assert_eq!(ABI_VERSION, 2, "a new ABI version needs new golden bytes");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use palisade_abi::{
 use crate::{
     count,
     kernel::KernelPtr,
-    maps::{CGROUPS, CONTROL, PROCESSES, ROOTS, SLOTS, offset},
+    maps::{CGROUPS, CONTROL, PROCESSES, ROOT_SLOTS, ROOTS, SLOTS, offset},
     origin,
     processes::{self, Address, slot_of_cgroup},
 };
@@ -111,6 +111,13 @@ fn carries_container_id(name: &[u8; CGROUP_NAME]) -> bool {
     found != 0
 }
 
+/// Whether the cgroup is that of a monitor on the host, which is named after its container: `libpod-conmon-…` and
+/// `crio-conmon-…`.
+#[inline(always)]
+fn is_monitors(name: &[u8; CGROUP_NAME]) -> bool {
+    name[7..14] == *b"conmon-" || name[5..12] == *b"conmon-"
+}
+
 #[inline(always)]
 fn tell(kind: u16, slot: u64, name: &[u8; CGROUP_NAME], name_length: u32) {
     let Some(mut entry) = CONTROL.reserve::<ControlRecord>(0) else {
@@ -148,7 +155,7 @@ pub fn cgroup_made(cgroup: Address) -> Option<u64> {
         return None;
     };
     let name_length = read.len() as u32;
-    if !carries_container_id(&name) {
+    if !carries_container_id(&name) || is_monitors(&name) {
         return None;
     }
     let slot = Slot {
@@ -158,7 +165,7 @@ pub fn cgroup_made(cgroup: Address) -> Option<u64> {
         created: unsafe { bpf_ktime_get_boot_ns() },
         first_exec: 0,
         ended: 0,
-        reserved: 0,
+        workload_pid: 0,
     };
     if SLOTS.insert(cgroup_id, slot, u64::from(BPF_NOEXIST)).is_err() {
         count::error(error::SLOT_MAP_FULL);
@@ -252,9 +259,26 @@ fn store_root(slot: u64, root: RootIdentity, flags: u64) -> bool {
             return false;
         }
     }
-    let stored = ROOTS.insert(slot, root, flags).is_ok();
+    let stored = ROOTS.insert(slot, root, flags).is_ok()
+        && (slot == HOST_ROOT || ROOT_SLOTS.insert(root.superblock, slot, u64::from(BPF_ANY)).is_ok());
     if !stored {
         count::error(error::ROOT_MAP_FULL);
     }
     stored
+}
+
+/// The slot whose root filesystem the current task's root directory is on. `None` when there is none, or its
+/// container has ended: the superblock's address may by then be another's.
+#[inline(always)]
+pub fn slot_of_root() -> Option<u64> {
+    let root = origin::current_root()?;
+    // SAFETY: one word, written when the root is learned.
+    let slot = *unsafe { ROOT_SLOTS.get(root.superblock) }?;
+    // SAFETY: as above.
+    let known = unsafe { ROOTS.get(slot) }?;
+    // SAFETY: only a field is read.
+    let ended = unsafe { SLOTS.get(slot) }?.ended;
+    let same =
+        known.superblock == root.superblock && known.device == root.device && known.magic == root.magic;
+    (same && ended == 0).then_some(slot)
 }

@@ -13,7 +13,7 @@ use aya_ebpf::helpers::{
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
-    codes::{action, argv_source, error, exec_flags, kind, reason, verdict},
+    codes::{action, argv_source, error, exec_flags, kind, reason, slot_flags, verdict},
     maps::{HOST_ROOT, Process},
     record::{
         ExecPart, ExecRecord, LARGE_ARGV, LARGE_CWD, LARGE_PATH, LONGEST_ARGUMENT, SMALL_ARGV, SMALL_CWD,
@@ -25,7 +25,7 @@ use crate::{
     containers, context, count,
     judge::{palisade_judge, unexamined},
     kernel::{KernelPtr, read_user_word},
-    maps::{PROCESSES, ROOTS, SCRIPTS, SLOTS, offset, setting},
+    maps::{PROCESSES, ROOTS, SCRIPTS, SLOT_POLICIES, SLOTS, offset, setting},
     origin::{self as origins, palisade_classify},
     path::palisade_walk,
     processes::{self, Address},
@@ -34,6 +34,7 @@ use crate::{
 };
 
 const SIGKILL: u32 = 9;
+const SIGSTOP: u32 = 19;
 /// Numbers of `execve` and `execveat` on x86-64.
 const SYS_EXECVE: u64 = 59;
 const SYS_EXECVEAT: u64 = 322;
@@ -146,6 +147,9 @@ pub fn executed(bprm: Address) {
         if verdict == verdict::DENIED && kill() {
             (*scratch).action = action::KILLED;
         }
+        if verdict == verdict::HELD {
+            hold(scratch);
+        }
         if (*scratch).reason != reason::RUNTIME {
             note_first_exec(process.slot);
         }
@@ -157,6 +161,33 @@ pub fn executed(bprm: Address) {
         if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
             // SAFETY: as in `check`.
             unsafe { (&raw mut (*entry).script_start).write_volatile(PATH_CAPACITY as u16) };
+        }
+    }
+}
+
+/// Stops the current process before it returns to user space, until the agent has settled what it may do. One that
+/// cannot be stopped dies.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory.
+#[inline(always)]
+unsafe fn hold(scratch: *mut Scratch) {
+    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+        // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
+        unsafe { (&raw mut (*entry).held).write_volatile(1) };
+        // SAFETY: the helper has no preconditions; the signal goes to the current process.
+        if unsafe { bpf_send_signal(SIGSTOP) } == 0 {
+            return;
+        }
+    }
+    // Without an entry nobody would know whom to let go.
+    count::error(error::STOP_FAILED);
+    // SAFETY: the caller's promise.
+    unsafe {
+        (*scratch).verdict = verdict::DENIED;
+        if kill() {
+            (*scratch).action = action::KILLED;
         }
     }
 }
@@ -205,8 +236,13 @@ fn examine(task: u64, scratch: *mut Scratch, bprm: Address, process: &Process) -
     }
     let runtime = process.entering != 0 && palisade_is_runtime_step(process.slot) != 0;
     let origin = palisade_classify(task) as u8;
-    // SAFETY: as above.
-    unsafe { (*scratch).origin = origin };
+    let escaped = !runtime && palisade_is_outside() != 0;
+    // SAFETY: as above. The session is read anew, since the step before may have begun one.
+    unsafe {
+        (*scratch).origin = origin;
+        (*scratch).escaped = u8::from(escaped);
+        (&raw mut (*scratch).session).write_volatile(processes::session_of(processes::current_pid()));
+    }
     if runtime {
         // SAFETY: as above.
         unsafe {
@@ -236,18 +272,41 @@ pub extern "C" fn palisade_is_runtime_step(slot: u64) -> u64 {
     if cfg!(feature = "plant-latch-stays") {
         return 1;
     }
-    if hosts_root && context::mount_namespace(KernelPtr::current_task()) == setting!(host_mount_namespace) {
+    // Also in a mount namespace of its own: the runtime's hooks run there before the root is switched.
+    // SAFETY: only a field is read.
+    let host_is_root = unsafe { SLOT_POLICIES.get(slot) }
+        .is_some_and(|policy| policy.flags & slot_flags::ROOT_IS_HOSTS != 0);
+    if hosts_root && !host_is_root {
         return 1;
     }
     if !hosts_root {
         // The runtime has run nothing but itself so far, so the root it chose is the container's.
         containers::first_root(slot, root);
     }
-    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
-        // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
-        unsafe { (&raw mut (*entry).entering).write_volatile(0) };
-    }
+    processes::begin_session(slot);
     0
+}
+
+/// Whether the current task, which belongs to a container, is in the host's mount namespace or has the host's root
+/// directory.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_is_outside() -> u64 {
+    if context::mount_namespace(KernelPtr::current_task()) == setting!(host_mount_namespace) {
+        return 1;
+    }
+    let Some(root) = origins::current_root() else {
+        count::error(error::ROOT_READ);
+        return 0;
+    };
+    // SAFETY: the host's entry is written before any program is attached and never again.
+    match unsafe { ROOTS.get(HOST_ROOT) } {
+        Some(host) => u64::from(root.superblock == host.superblock && root.dentry == host.dentry),
+        None => {
+            count::error(error::HOST_ROOT_MISSING);
+            0
+        }
+    }
 }
 
 /// Finds the arguments and reports what `task` has judged.
@@ -496,6 +555,7 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
             _ => note(&raw mut (*scratch).argv_length, 0, scratch, exec_flags::ARGV_TRUNCATED),
         }
         context::describe(current, &raw mut (*place).head.process);
+        (&raw mut (*place).head.session).write((&raw const (*scratch).session).read_volatile());
         context::describe_context(current, &raw mut (*place).head.context);
         write_exec_part(scratch, &raw mut (*place).head.exec, class);
         record::submit(entry, (*scratch).verdict != verdict::ALLOWED);
@@ -522,7 +582,8 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
         let flags = (&raw const (*scratch).flags).read_volatile();
         // `of_script` is 0 or 1.
         let of_script = (*scratch).of_script * exec_flags::VERDICT_OF_SCRIPT;
-        (&raw mut (*exec).flags).write(flags | of_script);
+        let escaped = (*scratch).escaped * exec_flags::ESCAPED;
+        (&raw mut (*exec).flags).write(flags | of_script | escaped);
         (&raw mut (*exec).reserved).write(0);
         (&raw mut (*exec).revision).write((*scratch).revision);
         let argc = context::palisade_word((*scratch).bprm, u64::from(offset!(binprm_argc)));

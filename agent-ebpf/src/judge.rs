@@ -3,16 +3,17 @@
 //! `profile`'s evaluation of a policy image is the same function in ordinary Rust. The scenarios compare the two at
 //! their cases only; nothing generates more of them yet, so a change here is a change there.
 
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns};
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{error, mode, origin, reason, verdict},
-    maps::{GLOB_DEAD, Revision, RuleKey},
+    maps::{AdmittedKey, GLOB_DEAD, Revision, RuleKey},
 };
 
 use crate::{
     containers::TOO_DEEP,
-    count,
-    maps::{GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, setting},
+    context, count,
+    maps::{ADMITTED, AGENT, GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, offset, setting},
     path,
     scratch::{self, Area, Scratch},
 };
@@ -36,6 +37,31 @@ pub extern "C" fn palisade_judge(task: u64) -> u64 {
         (*scratch).revision = decision.revision;
     }
     u64::from(decision.verdict)
+}
+
+/// Whether the file that `task` judges may start in a container that is not identified.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_is_admitted(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 0 };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (area, start, failure, file_origin, dentry) = unsafe {
+        (
+            &raw mut (*scratch).path,
+            (*scratch).executable.start,
+            (*scratch).executable.failure,
+            (*scratch).origin,
+            (*scratch).dentry,
+        )
+    };
+    if failure != 0 || file_origin != origin::IMAGE {
+        return 0;
+    }
+    let inode = context::palisade_pointer(dentry, u64::from(offset!(dentry_inode)));
+    let inode = context::palisade_pointer(inode, u64::from(offset!(inode_number)));
+    let key = AdmittedKey { path_hash: path::hash(area, start), inode };
+    // SAFETY: only presence matters.
+    u64::from(unsafe { ADMITTED.get(key) }.is_some())
 }
 
 /// The verdict on an execution that could not be examined for want of memory.
@@ -73,7 +99,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     }
     // SAFETY: one word, written by the agent in one map update; read once, so that one revision decides.
     let Some(policy) = (unsafe { SLOT_POLICIES.get(slot) }) else {
-        return mismatch(reason::UNIDENTIFIED, setting!(unidentified) as u8, 0);
+        return unidentified(scratch);
     };
     let number = policy.revision;
     if policy.slot != slot {
@@ -83,12 +109,17 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     if number == 0 {
         return allowed(reason::NO_PROFILE, 0, 0);
     }
+    // SAFETY: the memory belongs to this task until it is released.
+    let escaped = scratch.is_some_and(|scratch| unsafe { (*scratch).escaped } != 0);
     // SAFETY: a revision is written before a slot points to it and removed after the last one left it.
     let Some(revision) = (unsafe { REVISIONS.get(number) }) else {
         count::error(error::REVISION_MISSED);
         return mismatch(reason::LOOKUP_MISSED, mode::ENFORCE, number);
     };
     let mode = if cfg!(feature = "plant-enforce-is-audit") { mode::AUDIT } else { revision.mode as u8 };
+    if escaped {
+        return mismatch(reason::ESCAPED, mode, number);
+    }
     if revision.restricts_exec == 0 {
         return allowed(reason::NO_RULE, mode, number);
     }
@@ -125,6 +156,34 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     } else {
         mismatch(reason::NO_RULE, mode, number)
     }
+}
+
+/// The verdict on what a container executes that nobody has identified yet.
+#[inline(always)]
+fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
+    // SAFETY: the helper has no preconditions.
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    let present = AGENT.get(0).is_some_and(|agent| now < agent.lease_until);
+    let (mode, reason) = if present {
+        (setting!(unidentified) as u8, reason::UNIDENTIFIED)
+    } else {
+        (setting!(when_agent_absent) as u8, reason::AGENT_ABSENT)
+    };
+    if mode == mode::AUDIT {
+        return mismatch(reason, mode, 0);
+    }
+    if scratch.is_some() && palisade_is_admitted(bpf_get_current_pid_tgid()) != 0 {
+        return allowed(reason::ADMITTED, mode, 0);
+    }
+    if mode == mode::HOLD {
+        // Without memory there is nothing to settle later.
+        let Some(scratch) = scratch else { return mismatch(reason::NO_SCRATCH, mode::ENFORCE, 0) };
+        // SAFETY: the memory belongs to this task until it is released.
+        let failure = unsafe { (*scratch).executable.failure as u8 };
+        let reason = if failure == 0 { reason } else { failure };
+        return Decision { verdict: verdict::HELD, reason, mode, revision: 0 };
+    }
+    mismatch(reason, mode, 0)
 }
 
 /// Runs the revision's automaton over the path and returns the origins it allows.

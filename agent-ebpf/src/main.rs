@@ -40,6 +40,24 @@ pub fn bprm_check_security(ctx: LsmContext) -> i32 {
     if refused { -1 } else { 0 }
 }
 
+/// `int security_task_kill(struct task_struct *p, struct kernel_siginfo *info, int sig, const struct cred *cred)`:
+/// nobody but the agent lets go what is held.
+#[lsm(hook = "task_kill")]
+pub fn task_kill(ctx: LsmContext) -> i32 {
+    const SIGCONT: i32 = 18;
+    let signal: i32 = ctx.arg(2);
+    if signal == SIGCONT && processes::is_held(ctx.arg(0)) { -1 } else { 0 }
+}
+
+/// `int security_ptrace_access_check(struct task_struct *child, unsigned int mode)`: nor does a tracer.
+#[lsm(hook = "ptrace_access_check")]
+pub fn ptrace_access_check(ctx: LsmContext) -> i32 {
+    /// `PTRACE_MODE_ATTACH` of include/linux/ptrace.h; reading procfs asks for less.
+    const ATTACH: u32 = 2;
+    let mode: u32 = ctx.arg(1);
+    if mode & ATTACH != 0 && processes::is_held(ctx.arg(0)) { -1 } else { 0 }
+}
+
 /// `TP_PROTO(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub fn sched_process_exec(ctx: RawTracePointContext) -> i32 {

@@ -9,7 +9,10 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     codes,
-    maps::{GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings, Slot, SlotPolicy},
+    maps::{
+        AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings,
+        Slot, SlotPolicy,
+    },
     offsets::KernelOffsets,
 };
 
@@ -50,6 +53,18 @@ pub static PROCESSES: HashMap<u32, Process> = HashMap::with_max_entries(32768, 0
 #[map]
 pub static ROOTS: HashMap<u64, RootIdentity> = HashMap::with_max_entries(2048, 0);
 
+/// Slots by the superblock of their root filesystem: whose container a process of no slot has entered.
+#[map]
+pub static ROOT_SLOTS: HashMap<u64, u64> = HashMap::with_max_entries(2048, 0);
+
+/// The agent's lease and process id.
+#[map]
+pub static AGENT: Array<AgentState> = Array::with_max_entries(1, 0);
+
+/// What may start while its container is not identified.
+#[map]
+pub static ADMITTED: HashMap<AdmittedKey, u32> = HashMap::with_max_entries(64, 0);
+
 /// Claimed under the task's id while it judges an exec.
 #[map]
 pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
@@ -78,9 +93,11 @@ pub static OFFSETS: KernelOffsets = KernelOffsets::poison();
 pub static SETTINGS: Settings = Settings {
     hash_key: [0x5061_6c69_7361_6465, 0x6861_7368_206b_6579],
     unidentified: 0x7b00_0001,
-    have_task_pt_regs: 0x7b00_0002,
-    pt_regs_at: 0x7b00_0003,
-    host_mount_namespace: 0x7b00_0004,
+    when_agent_absent: 0x7b00_0002,
+    have_task_pt_regs: 0x7b00_0003,
+    pt_regs_at: 0x7b00_0004,
+    host_mount_namespace: 0x7b00_0005,
+    reserved: 0x7b00_0006,
 };
 
 /// Reads one offset.

@@ -2,15 +2,15 @@
 
 use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid};
 use palisade_abi::{
-    codes::{error, kind},
+    codes::{error, kind, session},
     maps::Process,
-    record::{ExitRecord, ForkRecord},
+    record::{ExitRecord, ForkRecord, SessionPart},
 };
 
 use crate::{
     containers, context, count,
     kernel::KernelPtr,
-    maps::{CGROUPS, PROCESSES, SCRIPTS, offset},
+    maps::{AGENT, CGROUPS, PROCESSES, SCRIPTS, SLOTS, offset},
     record::{self, Lane},
 };
 
@@ -21,24 +21,84 @@ pub fn current_pid() -> u32 {
     (bpf_get_current_pid_tgid() >> 32) as u32
 }
 
-/// What is known of the current process: its entry, or where its cgroup says it belongs. A process without an
-/// entry counts as workload.
+/// What is known of the current process: its entry, or where its cgroup says it belongs. Without either it may have
+/// come in by the mount namespace alone (`nsenter --mount`): then its root directory says so, and its session
+/// begins. A process of the container's cgroup without an entry counts as one of no known session.
 #[inline(always)]
 pub fn current() -> Option<Process> {
     // SAFETY: the entry is written by this process's own hooks or before it runs.
     if let Some(process) = unsafe { PROCESSES.get(current_pid()) } {
         return Some(*process);
     }
-    let slot = containers::current_slot()?;
-    Some(Process::new(slot, 0))
+    if let Some(slot) = containers::current_slot() {
+        return Some(Process::new(slot, 0));
+    }
+    let mut process = Process::new(containers::slot_of_root()?, 0);
+    process.session_start = context::palisade_start_time(KernelPtr::current_task().0);
+    process.session_pid = current_pid();
+    process.session_kind = session::ENTERED;
+    store(current_pid(), process);
+    Some(process)
 }
 
 /// Gives the process `pid` to `slot`.
 #[inline(always)]
 pub fn adopt(pid: u32, slot: u64, entering: u8) {
-    let process = Process::new(slot, entering);
+    store(pid, Process::new(slot, entering));
+}
+
+#[inline(always)]
+fn store(pid: u32, process: Process) {
     if PROCESSES.insert(pid, process, u64::from(BPF_ANY)).is_err() {
         count::error(error::PROCESS_MAP_FULL);
+    }
+}
+
+/// Begins the session of the current process, which has just entered `slot` and executes something there: as
+/// the workload if it is the first.
+#[inline(always)]
+pub fn begin_session(slot: u64) {
+    let pid = current_pid();
+    let mut kind = session::ENTERED;
+    if let Some(slot) = SLOTS.get_ptr_mut(slot) {
+        // SAFETY: the pointer comes from a map lookup. The runtime starts the entrypoint before it lets anybody in,
+        // so two processes do not race for the field.
+        unsafe {
+            let first = &raw mut (*slot).workload_pid;
+            if first.read_volatile() == 0 {
+                first.write_volatile(pid);
+                kind = session::WORKLOAD;
+            }
+        }
+    }
+    let Some(entry) = PROCESSES.get_ptr_mut(pid) else { return };
+    // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
+    unsafe {
+        (&raw mut (*entry).entering).write_volatile(0);
+        (&raw mut (*entry).session_start)
+            .write_volatile(context::palisade_start_time(KernelPtr::current_task().0));
+        (&raw mut (*entry).session_pid).write_volatile(pid);
+        (&raw mut (*entry).session_kind).write_volatile(kind);
+    }
+}
+
+/// The session that the process `pid` belongs to.
+#[inline(always)]
+pub fn session_of(pid: u32) -> SessionPart {
+    // SAFETY: as in `current`.
+    match unsafe { PROCESSES.get(pid) } {
+        Some(process) => session_part(process),
+        None => SessionPart { start: 0, pid: 0, kind: session::UNKNOWN, reserved: [0; 3] },
+    }
+}
+
+#[inline(always)]
+fn session_part(process: &Process) -> SessionPart {
+    SessionPart {
+        start: process.session_start,
+        pid: process.session_pid,
+        kind: process.session_kind,
+        reserved: [0; 3],
     }
 }
 
@@ -56,8 +116,12 @@ pub fn forked(parent: Address, child: Address) {
     }
     let parent_pid: u32 = parent.read(offset!(task_tgid)).unwrap_or(0);
     // SAFETY: as in `current`.
-    let (slot, entering) = if let Some(known) = unsafe { PROCESSES.get(parent_pid) } {
-        (known.slot, known.entering)
+    let process = if let Some(known) = unsafe { PROCESSES.get(parent_pid) } {
+        let mut process = Process::new(known.slot, known.entering);
+        process.session_start = known.session_start;
+        process.session_pid = known.session_pid;
+        process.session_kind = known.session_kind;
+        process
     } else {
         let Some(slot) = containers::slot_of_task(child) else {
             // A process of the host with a number that a container's process had: an entry that outlived it must not
@@ -70,15 +134,16 @@ pub fn forked(parent: Address, child: Address) {
         };
         // A child in the container's cgroup of a parent outside it entered by CLONE_INTO_CGROUP. If the parent
         // is inside, it lost its entry, and counts as workload.
-        (slot, u8::from(containers::slot_of_task(parent).is_none()))
+        Process::new(slot, u8::from(containers::slot_of_task(parent).is_none()))
     };
-    adopt(pid, slot, entering);
-    if let Some((mut entry, header)) = record::reserve::<ForkRecord>(slot, kind::FORK, Lane::Fork) {
+    store(pid, process);
+    if let Some((mut entry, header)) = record::reserve::<ForkRecord>(process.slot, kind::FORK, Lane::Fork) {
         let place = entry.as_mut_ptr();
         // SAFETY: the place is a whole reserved record.
         unsafe {
             (&raw mut (*place).header).write(header);
             context::describe(child, &raw mut (*place).process);
+            (&raw mut (*place).session).write(session_part(&process));
         }
         record::submit(entry, false);
     }
@@ -96,7 +161,7 @@ pub fn exited(task: Address) {
     let pid = current_pid();
     // SAFETY: as in `current`.
     let Some(process) = (unsafe { PROCESSES.get(pid) }) else { return };
-    let slot = process.slot;
+    let (slot, session) = (process.slot, session_part(process));
     if usize::from(process.script_start) < palisade_abi::PATH_CAPACITY {
         // An exec that a script began and that failed.
         let _may_be_gone = SCRIPTS.remove(pid);
@@ -112,11 +177,21 @@ pub fn exited(task: Address) {
         unsafe {
             (&raw mut (*place).header).write(header);
             context::describe(task, &raw mut (*place).process);
+            (&raw mut (*place).session).write(session);
             (&raw mut (*place).exit_code).write(exit_code);
             (&raw mut (*place).reserved).write(0);
         }
         record::submit(entry, false);
     }
+}
+
+/// Whether `task` is stopped because its container is not identified, and anyone but the agent acts on it.
+#[inline(always)]
+pub fn is_held(task: Address) -> bool {
+    let Some(pid) = KernelPtr(task).read::<u32>(offset!(task_tgid)) else { return false };
+    // SAFETY: only a field is read.
+    let held = unsafe { PROCESSES.get(pid) }.is_some_and(|process| process.held != 0);
+    held && AGENT.get(0).is_none_or(|agent| agent.pid != current_pid())
 }
 
 /// The slot of the cgroup with id `cgroup`, if it is a container's.

@@ -5,7 +5,7 @@
 //! checks one by one (global functions), which can only take and return numbers.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use palisade_abi::{PATH_CAPACITY, codes::error};
+use palisade_abi::{PATH_CAPACITY, codes::error, record::SessionPart};
 
 use crate::{count, maps::SCRATCH};
 
@@ -65,7 +65,10 @@ pub struct Scratch {
     /// Where the script's path starts in `SCRIPTS`; the capacity when there is none.
     pub script_start: u16,
     pub script_origin: u8,
-    pub reserved: [u8; 5],
+    /// 1 when the process is in the host's mount namespace or root directory.
+    pub escaped: u8,
+    pub reserved: [u8; 4],
+    pub session: SessionPart,
     pub executable: Walk,
     pub working_directory: Walk,
     pub path: Area,
@@ -96,7 +99,9 @@ static EMPTY: Scratch = Scratch {
     script_length: 0,
     script_start: PATH_CAPACITY as u16,
     script_origin: 0,
-    reserved: [0; 5],
+    escaped: 0,
+    reserved: [0; 4],
+    session: SessionPart { start: 0, pid: 0, kind: 0, reserved: [0; 3] },
     executable: NOTHING,
     working_directory: NOTHING,
     path: [0; AREA],

@@ -6,25 +6,49 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use palisade_profile::document::Mode;
+use palisade_abi::codes::mode;
 use serde::Deserialize;
 use tonic::transport::Uri;
 
-use crate::kernel::Sizes;
+use crate::kernel::{self, Sizes};
 
-/// What happens to a container that the runtime has not identified yet.
+/// What happens to what a container executes before it is identified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Unidentified {
+    /// It runs and is recorded.
+    Audit,
+    /// It is refused.
+    Deny,
+    /// It is stopped before its first instruction, and let go or killed once the container is identified.
+    Hold,
+}
+
+impl Unidentified {
+    /// The code that the kernel programs know.
+    pub fn mode(self) -> u8 {
+        match self {
+            Self::Audit => mode::AUDIT,
+            Self::Deny => mode::ENFORCE,
+            Self::Hold => mode::HOLD,
+        }
+    }
+}
+
+/// What happens to what an unidentified container executes while no agent renews the lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenAgentAbsent {
     Audit,
     Deny,
 }
 
-impl Unidentified {
-    pub fn mode(self) -> Mode {
+impl WhenAgentAbsent {
+    /// The code that the kernel programs know.
+    pub fn mode(self) -> u8 {
         match self {
-            Self::Audit => Mode::Audit,
-            Self::Deny => Mode::Enforce,
+            Self::Audit => mode::AUDIT,
+            Self::Deny => mode::ENFORCE,
         }
     }
 }
@@ -39,14 +63,32 @@ pub struct Config {
     /// Folder of profiles.
     pub profiles: PathBuf,
     pub unidentified: Unidentified,
-    /// Sockets of the container runtime's CRI, tried in this order.
-    pub cri: Vec<PathBuf>,
+    pub when_agent_absent: WhenAgentAbsent,
+    /// Seconds after its last sign of life that the agent counts as absent.
+    pub agent_lease_seconds: u64,
+    pub runtimes: Runtimes,
     /// Where the unified cgroup hierarchy is mounted; absent: found in /proc/mounts.
     pub cgroups: Option<PathBuf>,
     pub queue: Queue,
     pub maps: MapSizes,
     /// Seconds to deliver what is left after SIGTERM.
     pub drain_seconds: u64,
+}
+
+/// Where container runtimes are asked. What is not there is skipped.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Runtimes {
+    /// Sockets of the Node Resource Interface: the runtime tells of a container before it starts, and waits.
+    pub nri: Vec<PathBuf>,
+    /// Sockets of the Kubernetes runtime interface.
+    pub cri: Vec<PathBuf>,
+    /// Sockets of containerd's own interface.
+    pub containerd: Vec<PathBuf>,
+    /// Sockets of Docker's engine.
+    pub docker: Vec<PathBuf>,
+    /// Folders in which Podman and CRI-O keep containers.
+    pub storage: Vec<PathBuf>,
 }
 
 /// Bounds of what waits for the collector.
@@ -64,6 +106,31 @@ pub struct MapSizes {
     pub rules: u32,
     pub glob_states: u32,
     pub ring_bytes: u32,
+}
+
+impl Runtimes {
+    /// Every socket and folder.
+    pub fn sockets(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.nri, &self.cri, &self.containerd, &self.docker, &self.storage].into_iter().flatten()
+    }
+}
+
+impl Default for Runtimes {
+    fn default() -> Self {
+        let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect();
+        Self {
+            nri: paths(&["/var/run/nri/nri.sock"]),
+            cri: paths(&[
+                "/run/containerd/containerd.sock",
+                "/run/crio/crio.sock",
+                "/run/cri-dockerd.sock",
+                "/run/k3s/containerd/containerd.sock",
+            ]),
+            containerd: paths(&["/run/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"]),
+            docker: paths(&["/var/run/docker.sock"]),
+            storage: paths(&["/var/lib/containers/storage"]),
+        }
+    }
 }
 
 impl Default for Queue {
@@ -85,14 +152,9 @@ impl Default for Config {
             collector: "http://127.0.0.1:7443".to_owned(),
             profiles: PathBuf::from("/etc/palisade/profiles"),
             unidentified: Unidentified::Audit,
-            cri: [
-                "/run/containerd/containerd.sock",
-                "/run/crio/crio.sock",
-                "/run/cri-dockerd.sock",
-                "/run/k3s/containerd/containerd.sock",
-            ]
-            .map(PathBuf::from)
-            .to_vec(),
+            when_agent_absent: WhenAgentAbsent::Audit,
+            agent_lease_seconds: 10,
+            runtimes: Runtimes::default(),
             cgroups: None,
             queue: Queue::default(),
             maps: MapSizes::default(),
@@ -111,10 +173,12 @@ impl Config {
         let Some(path) = path else { return Ok(Self::default()) };
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the configuration {}", path.display()))?;
-        marked_yaml::from_yaml(0, &text).map_err(|error| anyhow::anyhow!("{}: {error}", path.display())).context(
-            "the configuration is not valid; known fields are node, collector, profiles, unidentified, cri, cgroups, \
-             queue, maps and drainSeconds",
-        )
+        marked_yaml::from_yaml(0, &text)
+            .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
+            .context(
+                "the configuration is not valid; known fields are node, collector, profiles, unidentified, \
+             whenAgentAbsent, agentLeaseSeconds, runtimes, cgroups, queue, maps and drainSeconds",
+            )
     }
 
     /// # Errors
@@ -148,13 +212,25 @@ impl Config {
         if self.queue.bytes < 1 << 16 {
             bail!("queue.bytes: {} is too small; write at least 65536", self.queue.bytes);
         }
+        if !(2..=3600).contains(&self.agent_lease_seconds) {
+            bail!("agentLeaseSeconds: {} is not between 2 and 3600", self.agent_lease_seconds);
+        }
         if self.node.as_ref().is_some_and(|node| node.is_empty() || node.len() > 253) {
             bail!("node: must have 1 to 253 bytes");
         }
         Ok(())
     }
 
-    pub fn sizes(&self) -> Sizes {
+    /// What the kernel programs are to know.
+    pub fn kernel_options(&self) -> kernel::Options {
+        kernel::Options {
+            unidentified: self.unidentified.mode(),
+            when_agent_absent: self.when_agent_absent.mode(),
+            sizes: self.sizes(),
+        }
+    }
+
+    fn sizes(&self) -> Sizes {
         let MapSizes { slots, processes, rules, glob_states, ring_bytes } = self.maps;
         Sizes { slots, processes, rules, glob_states, ring_bytes }
     }

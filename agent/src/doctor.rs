@@ -114,7 +114,7 @@ async fn examine(config: &Config) -> Report {
         "mount the unified hierarchy, also beside version 1",
     );
     let mut runtime = Err("no socket of the configuration exists".to_owned());
-    for socket in config.cri.iter().filter(|socket| socket.exists()) {
+    for socket in config.runtimes.cri.iter().filter(|socket| socket.exists()) {
         runtime = match cri::version(socket).await {
             Ok(version) => Ok(format!("{version} at {}", socket.display())),
             Err(error) => Err(format!("{error:#}")),
@@ -127,10 +127,9 @@ async fn examine(config: &Config) -> Report {
         "container runtime",
         runtime.is_ok(),
         runtime.clone().unwrap_or_else(|error| error),
-        "name the runtime's CRI socket under cri: in the configuration",
+        "name the runtime's CRI socket under runtimes.cri in the configuration",
     );
-    let options = kernel::Options { unidentified: config.unidentified.mode(), sizes: config.sizes() };
-    let loaded = Kernel::load(&options, &features);
+    let loaded = Kernel::load(&config.kernel_options(), &features);
     check(
         "kernel layout (BTF)",
         !matches!(loaded, Err(LoadError::Btf(_))),

@@ -10,6 +10,7 @@ mod losses;
 mod policies;
 mod processes;
 mod records;
+mod sessions;
 
 use std::{path::PathBuf, process::ExitCode};
 

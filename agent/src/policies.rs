@@ -207,9 +207,15 @@ impl Revisions {
     /// # Errors
     ///
     /// When the policy cannot be compiled or a map is full; the slot stays under what it was under.
-    pub fn apply(&mut self, maps: &mut Maps, slot: u64, policy: Option<&Policy>) -> Result<String> {
+    pub fn apply(
+        &mut self,
+        maps: &mut Maps,
+        slot: u64,
+        policy: Option<&Policy>,
+        flags: u32,
+    ) -> Result<String> {
         let Some(policy) = policy else {
-            maps.set_policy(slot, 0)?;
+            maps.set_policy(slot, 0, flags)?;
             self.release(maps, slot);
             return Ok(String::new());
         };
@@ -226,7 +232,7 @@ impl Revisions {
                 number
             }
         };
-        if let Err(error) = maps.set_policy(slot, number) {
+        if let Err(error) = maps.set_policy(slot, number, flags) {
             self.drop_unused(maps, &name);
             return Err(error);
         }

@@ -1,79 +1,198 @@
-//! The process table: what each process of a container last executed.
+//! The process table: what each process of a container last executed, and who is above it.
+//!
+//! It follows the kernel's records. What they did not tell (the process is older than the agent, or a record was
+//! lost) is asked of procfs when it is needed, and marked.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-/// Names a process on this boot.
+use palisade_proto::v1;
+
+/// Names a process on this boot: process id, and start in nanoseconds since boot.
 pub type ProcessKey = (u32, u64);
 
-/// Processes of containers, and what they execute.
-#[derive(Default)]
-pub struct Processes {
-    executables: HashMap<u32, (u64, String)>,
+/// Nanoseconds of a clock tick, the unit in which procfs tells a start.
+const TICK: u64 = 10_000_000;
+/// Most processes that are named above one.
+const MOST_ANCESTORS: usize = 16;
+/// Digits of the boot's id that an exec id starts with.
+const BOOT_DIGITS: usize = 8;
+
+struct Known {
+    start: u64,
+    slot: u64,
+    parent: ProcessKey,
+    executable: String,
+    /// Time of its exec, nanoseconds since boot; 0 when that was not seen.
+    executed: u64,
+    from_procfs: bool,
 }
 
-/// Difference between the start times of procfs (in ticks of 10 ms) and of the kernel that is taken for equal.
-const TICK_NANOSECONDS: u64 = 20_000_000;
+/// Processes of containers, and what they execute.
+pub struct Processes {
+    boot: String,
+    known: HashMap<u32, Known>,
+}
 
 impl Processes {
+    pub fn new(boot: &str) -> Self {
+        Self { boot: boot.chars().take(BOOT_DIGITS).collect(), known: HashMap::new() }
+    }
+
     /// Takes what runs already from procfs.
-    pub fn seed(&mut self, pids: &[u32]) {
+    pub fn seed(&mut self, slot: u64, pids: &[u32]) {
         for pid in pids {
-            if let Some((start, executable)) = from_procfs(*pid) {
-                self.executables.insert(*pid, (start, executable));
+            if let Some(found) = from_procfs(*pid) {
+                self.known.insert(*pid, Known { slot, ..found });
             }
         }
     }
 
-    pub fn forked(&mut self, parent: ProcessKey, child: ProcessKey) {
-        if let Some(executable) = self.known(parent).map(str::to_owned) {
-            self.executables.insert(child.0, (child.1, executable));
-        }
+    pub fn forked(&mut self, slot: u64, parent: ProcessKey, child: ProcessKey) {
+        let (executable, executed) = match self.find(parent) {
+            Some(known) => (known.executable.clone(), known.executed),
+            None => (String::new(), 0),
+        };
+        let from_procfs = false;
+        self.known.insert(child.0, Known { start: child.1, slot, parent, executable, executed, from_procfs });
     }
 
-    pub fn executed(&mut self, process: ProcessKey, executable: &str) {
-        self.executables.insert(process.0, (process.1, executable.to_owned()));
+    /// Notes an exec at `time`, nanoseconds since boot.
+    pub fn executed(
+        &mut self,
+        slot: u64,
+        process: ProcessKey,
+        parent: ProcessKey,
+        executable: &str,
+        time: u64,
+    ) {
+        let known = Known {
+            start: process.1,
+            slot,
+            parent,
+            executable: executable.to_owned(),
+            executed: time,
+            from_procfs: false,
+        };
+        self.known.insert(process.0, known);
     }
 
     /// Forgets a process and returns what it executed.
     pub fn exited(&mut self, process: ProcessKey) -> String {
-        let executable = self.known(process).unwrap_or_default().to_owned();
-        self.executables.remove(&process.0);
-        executable
+        if self.find(process).is_none() {
+            return String::new();
+        }
+        self.known.remove(&process.0).map(|known| known.executable).unwrap_or_default()
     }
 
     /// What a process executes, from the table or, for a process of the host, from procfs.
     pub fn executable(&self, process: ProcessKey) -> String {
-        if let Some(known) = self.known(process) {
-            return known.to_owned();
+        if let Some(known) = self.find(process) {
+            return known.executable.clone();
         }
         match from_procfs(process.0) {
-            Some((start, executable)) if start.abs_diff(process.1) < TICK_NANOSECONDS => executable,
+            Some(found) if same_start(found.start, process.1) => found.executable,
             _ => String::new(),
         }
     }
 
-    fn known(&self, (pid, start): ProcessKey) -> Option<&str> {
-        let (known, executable) = self.executables.get(&pid)?;
-        (known.abs_diff(start) < TICK_NANOSECONDS).then_some(executable)
+    /// Names what a process executes: boot, process, start and exec. The start is in clock ticks, which kernel and
+    /// procfs tell alike.
+    pub fn exec_id(&self, process: ProcessKey) -> String {
+        if process.0 == 0 {
+            return String::new();
+        }
+        let executed = self.find(process).map_or(0, |known| known.executed);
+        format!("{}-{}-{}-{executed}", self.boot, process.0, process.1 / TICK)
+    }
+
+    /// Names a session by its root.
+    pub fn session_id(&self, root: ProcessKey) -> String {
+        format!("{}-{}-{}", self.boot, root.0, root.1 / TICK)
+    }
+
+    /// The processes of `slot` from `parent` upwards. `slot_of` tells the kernel's word on whose a process is.
+    pub fn ancestors(
+        &mut self,
+        slot: u64,
+        parent: ProcessKey,
+        slot_of: impl Fn(u32) -> Option<u64>,
+    ) -> Vec<v1::Ancestor> {
+        let mut above = Vec::new();
+        let mut process = parent;
+        while above.len() < MOST_ANCESTORS && process.0 != 0 {
+            if self.find(process).is_none() {
+                // Healed: a lost record must not cut the tree.
+                match from_procfs(process.0) {
+                    Some(found) if same_start(found.start, process.1) && slot_of(process.0) == Some(slot) => {
+                        self.known.insert(process.0, Known { slot, ..found });
+                    }
+                    _ => break,
+                }
+            }
+            let Some(known) = self.find(process).filter(|known| known.slot == slot) else { break };
+            above.push(v1::Ancestor {
+                exec_id: self.exec_id(process),
+                pid: process.0,
+                start_time: known.start,
+                executable: known.executable.clone(),
+                from_procfs: known.from_procfs,
+            });
+            process = known.parent;
+        }
+        above
+    }
+
+    /// Forgets processes whose end was not told.
+    pub fn prune(&mut self, alive: &HashSet<u32>) {
+        self.known.retain(|pid, _| alive.contains(pid));
+    }
+
+    fn find(&self, (pid, start): ProcessKey) -> Option<&Known> {
+        self.known.get(&pid).filter(|known| same_start(known.start, start))
     }
 
     pub fn len(&self) -> usize {
-        self.executables.len()
+        self.known.len()
     }
+}
+
+/// Whether two starts are the same, one of which may be procfs' and cut to ticks.
+fn same_start(one: u64, other: u64) -> bool {
+    one / TICK == other / TICK
 }
 
 /// The process that has run longest.
 pub fn oldest(pids: &[u32]) -> Option<u32> {
-    pids.iter().filter_map(|pid| Some((from_procfs(*pid)?.0, *pid))).min().map(|(_, pid)| pid)
+    pids.iter().filter_map(|pid| Some((from_procfs(*pid)?.start, *pid))).min().map(|(_, pid)| pid)
 }
 
-/// Start in nanoseconds since boot, and executable as procfs shows it.
-fn from_procfs(pid: u32) -> Option<(u64, String)> {
+/// Start of a process in nanoseconds since boot, cut to ticks, and its parent.
+pub fn start_and_parent(pid: u32) -> Option<(u64, u32)> {
+    from_procfs(pid).map(|known| (known.start, known.parent.0))
+}
+
+/// Whether the process with this number is still the one that started then.
+pub fn is_same((pid, start): ProcessKey) -> bool {
+    stat(pid).is_some_and(|stat| same_start(stat.starttime.saturating_mul(TICK), start))
+}
+
+/// Whether a process is stopped by a signal.
+pub fn is_stopped(pid: u32) -> bool {
+    stat(pid).is_some_and(|stat| stat.state == 'T')
+}
+
+fn stat(pid: u32) -> Option<procfs::process::Stat> {
+    procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()
+}
+
+fn from_procfs(pid: u32) -> Option<Known> {
     let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;
-    let ticks = process.stat().ok()?.starttime;
-    let start = ticks.saturating_mul(1_000_000_000 / procfs::ticks_per_second());
+    let stat = process.stat().ok()?;
+    let parent = u32::try_from(stat.ppid).unwrap_or(0);
     let executable = process.exe().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
-    Some((start, executable))
+    let start = stat.starttime.saturating_mul(TICK);
+    let parent_start = self::stat(parent).map_or(0, |stat| stat.starttime.saturating_mul(TICK));
+    Some(Known { start, slot: 0, parent: (parent, parent_start), executable, executed: 0, from_procfs: true })
 }
 
 #[cfg(test)]
@@ -82,11 +201,44 @@ mod tests {
 
     #[test]
     fn a_reused_pid_is_another_process() {
-        let mut processes = Processes::default();
-        processes.executed((7, 1_000_000_000), "/bin/a");
-        processes.forked((7, 1_000_000_000), (8, 2_000_000_000));
+        let mut processes = Processes::new("0123456789");
+        processes.executed(1, (7, 1_000_000_000), (1, 5), "/bin/a", 2_000);
+        processes.forked(1, (7, 1_000_000_000), (8, 2_000_000_000));
         assert_eq!(processes.executable((8, 2_000_000_000)), "/bin/a");
         assert_eq!(processes.exited((8, 2_000_000_000)), "/bin/a");
-        assert_eq!(processes.known((7, 9_000_000_000)), None);
+        assert_eq!(processes.exited((7, 9_000_000_000)), "");
+        assert_eq!(processes.exec_id((7, 1_000_000_000)), "01234567-7-100-2000");
+        assert_eq!(processes.exec_id((7, 9_000_000_000)), "01234567-7-900-0");
+    }
+
+    #[test]
+    fn ancestors_end_at_the_container() {
+        let mut processes = Processes::new("b");
+        let (shim, init, shell) = ((u32::MAX - 1, TICK), (u32::MAX - 2, 2 * TICK), (u32::MAX - 3, 3 * TICK));
+        processes.executed(1, init, shim, "/init", 20);
+        processes.forked(1, init, shell);
+        processes.executed(1, shell, init, "/bin/sh", 30);
+        let above = processes.ancestors(1, shell, |_| None);
+        let names: Vec<_> = above.iter().map(|ancestor| ancestor.executable.as_str()).collect();
+        assert_eq!(names, ["/bin/sh", "/init"]);
+        assert!(
+            processes.ancestors(2, shell, |_| None).is_empty(),
+            "a process of another container is nobody's parent"
+        );
+        processes.prune(&HashSet::from([init.0]));
+        assert_eq!(processes.len(), 1);
+    }
+
+    #[test]
+    fn a_gap_in_the_tree_is_healed_from_procfs() {
+        let me = std::process::id();
+        let start = stat(me).unwrap().starttime * TICK;
+        let mut processes = Processes::new("b");
+        let above = processes.ancestors(9, (me, start + 3), |pid| (pid == me).then_some(9));
+        assert_eq!((above.len(), above[0].from_procfs), (1, true));
+        assert!(
+            processes.ancestors(9, (me, start + TICK), |_| Some(9)).is_empty(),
+            "another start, another process"
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use palisade_abi::{
     codes::{self, exec_flags},
-    record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart},
+    record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart},
 };
 use palisade_proto::v1::{self, record::Event};
 use prost::Message as _;
@@ -44,14 +44,23 @@ impl Source {
         self.wall(now_since_boot())
     }
 
-    /// Encodes a record with its container block, which is encoded already.
-    pub fn encode(&self, slot: u64, header: Option<&Header>, container: &Bytes, event: Event) -> Bytes {
+    /// Encodes a record with its container block, which is encoded already. Records that the agent makes have no
+    /// header and are of no session.
+    pub fn encode(
+        &self,
+        slot: u64,
+        header: Option<&Header>,
+        session: Option<v1::SessionReference>,
+        container: &Bytes,
+        event: Event,
+    ) -> Bytes {
         let record = v1::Record {
             slot,
             lane: header.map_or(0, |header| header.lane),
             sequence: header.map_or(0, |header| header.sequence),
             time: header.map_or_else(|| self.now(), |header| self.wall(header.time)),
             event: Some(event),
+            session_of: session,
             // The rest stands in the two blocks that are encoded already; the parts of a message may be in any order.
             ..Default::default()
         };
@@ -72,47 +81,64 @@ const ROOM: usize = 512;
 /// Number of `Record.container`.
 const CONTAINER_FIELD: u32 = 8;
 
-fn now_since_boot() -> u64 {
+/// Nanoseconds since boot, suspend included.
+pub fn now_since_boot() -> u64 {
     let time = clock_gettime(ClockId::Boottime);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// A decoded record's event, its header, and whether it reports anything but an allowed act.
+/// A decoded record's event, its header and session, and whether it reports anything but an allowed act.
 pub struct Made {
     pub header: Header,
+    pub session: SessionPart,
+    pub process: ProcessKey,
     pub event: Event,
     pub urgent: bool,
+    /// For what is stopped until its container is identified: what the verdict will depend on.
+    pub held: Option<Held>,
 }
 
-/// Turns a decoded record into an event, and keeps the process table up to date with it.
+/// An execution that waits for its verdict.
+pub struct Held {
+    pub path: Vec<u8>,
+    pub origin: u8,
+    /// Why the path is not known; 0 when it is.
+    pub failure: u8,
+    /// The script that led to it, and its origin.
+    pub script: Option<(Vec<u8>, u8)>,
+    pub escaped: bool,
+}
+
+/// Turns a decoded record into an event, and keeps the process table up to date with it. `slot_of` is the kernel's
+/// word on whose a process is.
 pub fn make(
     source: &Source,
     processes: &mut Processes,
     revision_name: impl Fn(u32) -> String,
+    slot_of: impl Fn(u32) -> Option<u64>,
     decoded: Decoded<'_>,
 ) -> Made {
     match decoded {
-        Decoded::Fork(ForkRecord { header, process }) => {
-            let parent_executable = processes.executable(parent_key(&process));
-            processes.forked(parent_key(&process), key(&process));
-            let process = describe(source, &process, parent_executable);
-            Made { header, event: Event::Fork(v1::ProcessFork { process: Some(process) }), urgent: false }
+        Decoded::Fork(ForkRecord { header, process, session }) => {
+            processes.forked(header.slot, parent_key(&process), key(&process));
+            let event = Event::Fork(v1::ProcessFork { process: Some(describe(source, processes, &process)) });
+            Made { header, session, process: key(&process), event, urgent: false, held: None }
         }
-        Decoded::Exit(ExitRecord { header, process, exit_code, reserved: _ }) => {
-            let parent_executable = processes.executable(parent_key(&process));
+        Decoded::Exit(ExitRecord { header, process, session, exit_code, reserved: _ }) => {
+            let described = describe(source, processes, &process);
             let executable = processes.exited(key(&process));
-            let exit = v1::ProcessExit {
-                process: Some(describe(source, &process, parent_executable)),
+            let event = Event::Exit(v1::ProcessExit {
+                process: Some(described),
                 status: exit_code >> 8 & 0xff,
                 signal: exit_code & 0x7f,
                 core_dumped: exit_code & 0x80 != 0,
                 executable,
-            };
-            Made { header, event: Event::Exit(exit), urgent: false }
+            });
+            Made { header, session, process: key(&process), event, urgent: false, held: None }
         }
         Decoded::Exec(exec) => {
             let decided_revision = revision_name(exec.head.exec.revision);
-            make_exec(source, processes, decided_revision, &exec)
+            make_exec(source, processes, decided_revision, slot_of, &exec)
         }
     }
 }
@@ -121,21 +147,23 @@ fn make_exec(
     source: &Source,
     processes: &mut Processes,
     decided_revision: String,
+    slot_of: impl Fn(u32) -> Option<u64>,
     record: &DecodedExec<'_>,
 ) -> Made {
     let part = &record.head.exec;
     let context = &record.head.context;
     let process = &record.head.process;
     let executable = text(record.path);
-    let parent_executable = processes.executable(parent_key(process));
+    let Header { slot, time, .. } = record.head.header;
+    let ancestors = processes.ancestors(slot, parent_key(process), slot_of);
     let refused = part.action == codes::action::REFUSED;
     if !refused {
-        processes.executed(key(process), &executable);
+        processes.executed(slot, key(process), parent_key(process), &executable, time);
     }
     let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
     let has = |flag| part.flags & flag != 0;
     let exec = v1::ProcessExec {
-        process: Some(describe(source, process, parent_executable)),
+        process: Some(describe(source, processes, process)),
         executable,
         origin: name(codes::origin::name(part.origin)),
         verdict: name(codes::verdict::name(part.verdict)),
@@ -177,11 +205,27 @@ fn make_exec(
         } else {
             name(codes::origin::name(part.script_origin))
         },
+        escaped: has(exec_flags::ESCAPED),
+        ancestors: ancestors
+            .into_iter()
+            .map(|ancestor| v1::Ancestor { start_time: source.wall(ancestor.start_time), ..ancestor })
+            .collect(),
+        held: 0,
     };
+    let held = (part.verdict == codes::verdict::HELD).then(|| Held {
+        path: record.path.to_vec(),
+        origin: part.origin,
+        failure: if part.reason == codes::reason::UNIDENTIFIED { 0 } else { part.reason },
+        script: (!record.script.is_empty()).then(|| (record.script.to_vec(), part.script_origin)),
+        escaped: has(exec_flags::ESCAPED),
+    });
     Made {
         header: record.head.header,
+        session: record.head.session,
+        process: key(process),
         event: Event::Exec(exec),
         urgent: part.verdict != codes::verdict::ALLOWED,
+        held,
     }
 }
 
@@ -193,7 +237,7 @@ fn parent_key(process: &ProcessPart) -> ProcessKey {
     (process.parent_pid, process.parent_start_time)
 }
 
-fn describe(source: &Source, part: &ProcessPart, parent_executable: String) -> v1::Process {
+fn describe(source: &Source, processes: &Processes, part: &ProcessPart) -> v1::Process {
     let ProcessPart {
         pid,
         tid,
@@ -220,8 +264,10 @@ fn describe(source: &Source, part: &ProcessPart, parent_executable: String) -> v
         comm: text(until_zero(&comm)),
         parent_pid,
         parent_start_time: source.wall(parent_start_time),
-        parent_executable,
+        parent_executable: processes.executable(parent_key(part)),
         parent_comm: text(until_zero(&parent_comm)),
+        exec_id: processes.exec_id(key(part)),
+        parent_exec_id: processes.exec_id(parent_key(part)),
         credentials: Some(v1::Credentials { uid, gid, euid, egid, suid, sgid, fsuid, fsgid }),
     }
 }
@@ -277,6 +323,7 @@ mod tests {
         let container = v1::Container { id: "c1".to_owned(), ..Default::default() };
         let bytes = source.encode(
             9,
+            None,
             None,
             &container.encode_to_vec().into(),
             Event::Gap(v1::Gap { count: 3, ..Default::default() }),

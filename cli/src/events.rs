@@ -47,9 +47,14 @@ pub(crate) struct Options {
     /// Verdict; may be given several times
     #[arg(long, value_parser = ["allowed", "audited", "denied"])]
     verdict: Vec<String>,
-    /// Kind of event; may be given several times [default: exec gap coverage]
-    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage"])]
+    /// Kind of event; may be given several times [default: exec gap coverage session]
+    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session"])]
     kind: Vec<String>,
+    /// Session: its kind (workload, probe, admin, unknown) or its id; may be given several times
+    ///
+    /// Who did what by hand in a container: --session admin --container NAME
+    #[arg(long)]
+    session: Vec<String>,
     /// Events of every kind
     #[arg(long, conflicts_with = "kind")]
     all: bool,
@@ -83,7 +88,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let kinds = if options.all {
         Vec::new()
     } else if options.kind.is_empty() {
-        ["exec", "gap", "coverage"].map(str::to_owned).to_vec()
+        ["exec", "gap", "coverage", "session"].map(str::to_owned).to_vec()
     } else {
         options.kind
     };
@@ -99,6 +104,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         until: options.until.unwrap_or(0),
         follow: options.follow,
         last: options.last.unwrap_or(0),
+        sessions: options.session,
     };
     let mut client = QueryClient::new(options.collector.connect().await?);
     let mut answers = client.events(request).await.context("the collector refuses the query")?.into_inner();
@@ -172,6 +178,9 @@ fn describe(record: &Record) -> (String, String, String) {
             if exec.verdict != "allowed" {
                 detail = format!("[{}] {}: {}", exec.origin, exec.reason, exec.arguments.join(" "));
             }
+            if exec.escaped {
+                detail = format!("ESCAPED {detail}");
+            }
             if !exec.script.is_empty() {
                 detail = format!("script {} {detail}", exec.script);
             }
@@ -211,6 +220,28 @@ fn describe(record: &Record) -> (String, String, String) {
                 coverage.change.clone(),
                 String::new(),
                 format!("{} by {profiles}, {} tier", container.mode, coverage.tier),
+            )
+        }
+        Some(Event::Session(session)) => {
+            let what = if session.change == "end" {
+                let how = if session.signal == 0 {
+                    format!("status {}", session.status)
+                } else {
+                    format!("signal {}", session.signal)
+                };
+                format!("{} execs, {} not allowed, {how}", session.execs, session.not_allowed)
+            } else {
+                let terminal = if session.terminal.is_empty() {
+                    String::new()
+                } else {
+                    format!(" on {}", session.terminal)
+                };
+                format!("by {}{terminal}: {}", session.entered_by_comm, session.arguments.join(" "))
+            };
+            (
+                format!("session {}", session.change),
+                session.executable.clone(),
+                format!("{} {} {what}", session.kind, session.id),
             )
         }
         None => ("unknown".to_owned(), String::new(), "a kind that this build does not know".to_owned()),

@@ -20,6 +20,40 @@ pub mod v1 {
     tonic::include_proto!("palisade.v1");
 }
 
+/// Interfaces of container runtimes.
+#[expect(clippy::all, reason = "generated")]
+#[allow(
+    unused_qualifications,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    reason = "generated"
+)]
+pub mod runtime {
+    pub mod nri {
+        tonic::include_proto!("nri.pkg.api.v1alpha1");
+    }
+    pub mod ttrpc {
+        tonic::include_proto!("ttrpc");
+    }
+    pub mod containers {
+        tonic::include_proto!("containerd.services.containers.v1");
+    }
+    pub mod images {
+        tonic::include_proto!("containerd.services.images.v1");
+    }
+    pub mod events {
+        tonic::include_proto!("containerd.services.events.v1");
+    }
+    pub mod tasks {
+        tonic::include_proto!("containerd.services.tasks.v1");
+    }
+    pub mod namespaces {
+        tonic::include_proto!("containerd.services.namespaces.v1");
+    }
+}
+
 static RECORD: LazyLock<Option<MessageDescriptor>> = LazyLock::new(|| {
     let pool =
         DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..]).ok()?;

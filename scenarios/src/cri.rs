@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
-    ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
+    ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest,
     RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
     runtime_service_client::RuntimeServiceClient,
@@ -27,6 +27,19 @@ pub struct Runtime {
     client: RuntimeServiceClient<Channel>,
 }
 
+/// A container to be made.
+#[derive(Clone, Copy, Default)]
+pub struct Spec<'a> {
+    pub name: &'a str,
+    /// The workload's when empty.
+    pub image: &'a str,
+    /// The image's own when empty.
+    pub command: &'a [&'a str],
+    /// Folders of the host and where the container sees them.
+    pub mounts: &'a [(&'a Path, &'a str)],
+    pub annotations: &'a [(&'a str, &'a str)],
+}
+
 /// A pod sandbox.
 pub struct Pod {
     pub id: String,
@@ -43,18 +56,23 @@ pub struct Ended {
 
 impl Runtime {
     pub fn connect(socket: &Path) -> Self {
-        let path = socket.to_owned();
-        let channel = Endpoint::from_static("http://runtime").timeout(DEADLINE).connect_with_connector_lazy(
-            tower::service_fn(move |_: Uri| {
-                let path = path.clone();
-                async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-            }),
-        );
-        Self { client: RuntimeServiceClient::new(channel) }
+        Self { client: RuntimeServiceClient::new(channel(socket)) }
     }
 
     /// Starts a pod in the host's network, with the label `app`.
     pub async fn pod(&self, name: &str, app: &str, handler: &str) -> Result<Pod> {
+        self.pod_with(name, app, handler, NamespaceMode::Container, &[]).await
+    }
+
+    /// The same, with the host's pid namespace (`NamespaceMode::Node`) or its own, and annotations.
+    pub async fn pod_with(
+        &self,
+        name: &str,
+        app: &str,
+        handler: &str,
+        pid: NamespaceMode,
+        annotations: &[(&str, &str)],
+    ) -> Result<Pod> {
         let config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.to_owned(),
@@ -63,12 +81,16 @@ impl Runtime {
                 attempt: 0,
             }),
             labels: HashMap::from([("app".to_owned(), app.to_owned())]),
+            annotations: annotations
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
             log_directory: String::new(),
             linux: Some(LinuxPodSandboxConfig {
                 security_context: Some(LinuxSandboxSecurityContext {
                     namespace_options: Some(NamespaceOption {
                         network: NamespaceMode::Node as i32,
-                        pid: NamespaceMode::Container as i32,
+                        pid: pid as i32,
                         ..Default::default()
                     }),
                     ..Default::default()
@@ -90,11 +112,31 @@ impl Runtime {
 
     /// Creates and starts a container. Empty `command` means the image's own.
     pub async fn container(&self, pod: &Pod, name: &str, image: &str, command: &[&str]) -> Result<String> {
-        let words: Vec<String> = command.iter().map(|word| (*word).to_owned()).collect();
+        let id = self.create(pod, &Spec { name, image, command, ..Spec::default() }).await?;
+        self.start(&id).await?;
+        Ok(id)
+    }
+
+    /// Creates a container.
+    pub async fn create(&self, pod: &Pod, spec: &Spec<'_>) -> Result<String> {
+        let Spec { name, image, command, mounts, annotations } = spec;
+        let image = if image.is_empty() { WORKLOAD_IMAGE } else { image };
         let config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
+            metadata: Some(ContainerMetadata { name: (*name).to_owned(), attempt: 0 }),
             image: Some(ImageSpec { image: image.to_owned(), ..Default::default() }),
-            command: words,
+            command: command.iter().map(|word| (*word).to_owned()).collect(),
+            mounts: mounts
+                .iter()
+                .map(|(host, container)| Mount {
+                    host_path: host.display().to_string(),
+                    container_path: (*container).to_owned(),
+                    ..Default::default()
+                })
+                .collect(),
+            annotations: annotations
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
             ..Default::default()
         };
         let mut client = self.client.clone();
@@ -109,11 +151,28 @@ impl Runtime {
             .with_context(|| format!("creating container {name}"))?
             .into_inner()
             .container_id;
-        client
-            .start_container(StartContainerRequest { container_id: id.clone() })
-            .await
-            .with_context(|| format!("starting container {name}"))?;
         Ok(id)
+    }
+
+    /// Starts a container that was created.
+    pub async fn start(&self, container: &str) -> Result<()> {
+        self.client
+            .clone()
+            .start_container(StartContainerRequest { container_id: container.to_owned() })
+            .await
+            .with_context(|| format!("starting container {container}"))?;
+        Ok(())
+    }
+
+    /// Waits until a container has ended, and returns its exit code.
+    pub async fn ended(&self, container: &str) -> Result<i32> {
+        until(&format!("{container} ends"), async || {
+            let request = ContainerStatusRequest { container_id: container.to_owned(), verbose: false };
+            let answer = self.client.clone().container_status(request).await?.into_inner();
+            let status = answer.status.context("no status")?;
+            Ok((status.state == ContainerState::ContainerExited as i32).then_some(status.exit_code))
+        })
+        .await
     }
 
     /// Runs a command in a container, as `kubectl exec` does.
@@ -172,6 +231,17 @@ impl Runtime {
             .context("removing a pod")?;
         Ok(())
     }
+}
+
+/// Connects to the runtime at `socket` when it is needed.
+pub fn channel(socket: &Path) -> Channel {
+    let path = socket.to_owned();
+    Endpoint::from_static("http://runtime").timeout(DEADLINE).connect_with_connector_lazy(tower::service_fn(
+        move |_: Uri| {
+            let path = path.clone();
+            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
+        },
+    ))
 }
 
 /// Asks `attempt` again until it answers, or fails with what `what` describes.

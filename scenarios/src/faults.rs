@@ -14,7 +14,7 @@ use crate::{
     attacks::{nonce, profile},
     cri::{Runtime, WORKLOAD_IMAGE, until},
     events,
-    node::{AgentOptions, Node},
+    node::{AgentOptions, Interfaces, Node},
     report::Report,
 };
 
@@ -169,7 +169,8 @@ async fn alone(cri: &Path) -> Result<()> {
 /// A runtime that never answers: the kernel's own policy holds, and the record says why.
 async fn unidentified(cri: &Path, policy: &'static str, verdict: &str) -> Result<()> {
     let mut node = Node::start(cri).await?;
-    let options = AgentOptions { unidentified: Some(policy), ..AgentOptions::default() };
+    let options =
+        AgentOptions { unidentified: Some(policy), interfaces: Interfaces::None, ..AgentOptions::default() };
     let tier = node.start_agent(&options).await?;
     let runtime = Runtime::connect(cri);
     // The runtime's start returns before the exec that is refused, so the pod may count as started.

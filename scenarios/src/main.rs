@@ -5,6 +5,7 @@
 
 mod attacks;
 mod bench;
+mod containerd;
 mod cri;
 mod demo;
 mod events;
@@ -15,6 +16,7 @@ mod node;
 mod planted;
 mod report;
 mod smoke;
+mod starts;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -43,6 +45,17 @@ enum Command {
         /// Only these attacks
         #[arg(long)]
         only: Vec<String>,
+    },
+    /// Entrypoints that are not allowed, with every runtime, interface and moment: none runs
+    ///
+    /// Stops the guest's containerd and starts its own, so it comes last.
+    Starts {
+        /// Containers per cell
+        #[arg(long, default_value_t = 20)]
+        count: usize,
+        /// Only the runtime that is running
+        #[arg(long)]
+        here: bool,
     },
     /// Numbered execs: each is stored or counted
     Generator {
@@ -89,6 +102,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
         match arguments.command {
             Command::Smoke => smoke::run(&cri).await,
             Command::Exec { only } => exec::run(&cri, &only).await,
+            Command::Starts { count, here } => starts::run(&cri, &starts::Options { count, here }).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,
             Command::Planted { objects } => planted::run(&cri, &objects).await,

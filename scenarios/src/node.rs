@@ -28,9 +28,28 @@ pub struct AgentOptions {
     pub program: Option<PathBuf>,
     /// Folder of objects for a test build of the agent.
     pub objects: Option<PathBuf>,
-    /// The policy for containers that are not identified, with a runtime that never answers.
+    /// The policy for containers that are not identified; the default where there is none.
     pub unidentified: Option<&'static str>,
+    /// Which of the runtime's interfaces the agent has.
+    pub interfaces: Interfaces,
+    /// Further lines of its configuration.
+    pub settings: &'static str,
 }
+
+/// The runtime's interfaces, as far as the agent may use them.
+#[derive(Clone, Default)]
+pub enum Interfaces {
+    #[default]
+    All,
+    WithoutNri,
+    /// NRI through another socket.
+    NriAt(PathBuf),
+    /// No runtime ever answers.
+    None,
+}
+
+/// Where a runtime that has NRI keeps its socket.
+const NRI: &str = "/var/run/nri/nri.sock";
 
 impl Node {
     /// Starts a collector with an empty store.
@@ -92,10 +111,18 @@ impl Node {
     pub async fn start_agent(&mut self, options: &AgentOptions) -> Result<String> {
         let folder = self.folder.path();
         let config = folder.join("agent.yaml");
-        let runtime = match options.unidentified {
-            Some(policy) => format!("unidentified: {policy}\ncri: [/nowhere/cri.sock]\n"),
-            None => format!("cri: [{}]\n", self.cri.display()),
+        let socket = self.cri.display();
+        let (nri, others) = match &options.interfaces {
+            Interfaces::All => (NRI.to_owned(), socket.to_string()),
+            Interfaces::WithoutNri => (String::new(), socket.to_string()),
+            Interfaces::NriAt(path) => (path.display().to_string(), socket.to_string()),
+            Interfaces::None => (String::new(), "/nowhere/cri.sock".to_owned()),
         };
+        let runtime = format!(
+            "runtimes: {{nri: [{nri}], cri: [{others}], containerd: [{others}]}}\nunidentified: {}\n{}",
+            options.unidentified.unwrap_or("audit"),
+            options.settings
+        );
         std::fs::write(
             &config,
             format!(
@@ -139,6 +166,21 @@ impl Node {
             }
         }
         Ok(())
+    }
+
+    /// Kills the agent with SIGKILL.
+    pub fn kill_agent(&mut self) -> Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            agent.kill()?;
+            agent.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Sends the agent a signal.
+    pub fn signal_agent(&self, signal: Signal) -> Result<()> {
+        let agent = self.agent.as_ref().context("no agent runs")?;
+        Ok(kill_process(Pid::from_child(agent), signal)?)
     }
 
     pub fn agent_pid(&self) -> Option<u32> {

@@ -54,7 +54,7 @@ async fn trial(cri: &Path, objects: Option<&Path>) -> Result<u32> {
     let options = AgentOptions {
         program: objects.map(|_| PathBuf::from("palisade-agent-test")),
         objects: objects.map(Path::to_owned),
-        unidentified: None,
+        ..AgentOptions::default()
     };
     node.start_agent(&options).await?;
     let pod = runtime.pod("pod-trial", "enforce", "").await?;

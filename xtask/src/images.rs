@@ -21,6 +21,21 @@ pub struct Image {
     pub archive: PathBuf,
 }
 
+/// A program whose first system call makes the file that its first argument names, and whose second ends it with
+/// status 42: an ELF header, one loadable segment at 0x400000, and the code. No library runs before it.
+const MARK: &[u8] = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0\
+    \x78\0\x40\0\0\0\0\0\x40\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x40\0\x38\0\x01\0\0\0\0\0\0\0\
+    \x01\0\0\0\x05\0\0\0\0\0\0\0\0\0\0\0\0\0\x40\0\0\0\0\0\0\0\x40\0\0\0\0\0\
+    \x9a\0\0\0\0\0\0\0\x9a\0\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\
+    \x48\x8b\x7c\x24\x10\
+    \xbe\x41\0\0\0\
+    \xba\xb6\x01\0\0\
+    \xb8\x02\0\0\0\
+    \x0f\x05\
+    \xbf\x2a\0\0\0\
+    \xb8\x3c\0\0\0\
+    \x0f\x05";
+
 /// Makes all images. Their content decides their names on disk, so an equal image is made once.
 pub fn make(binaries: &Path) -> Result<Vec<Image>> {
     let fixture = binaries.join("palisade-fixture");
@@ -32,6 +47,8 @@ pub fn make(binaries: &Path) -> Result<Vec<Image>> {
         for name in ["workload", "attacker", "third"] {
             install(&fixture, &root.join("usr/bin").join(name))?;
         }
+        std::fs::write(root.join("usr/bin/mark"), MARK)?;
+        executable(&root.join("usr/bin/mark"))?;
         let script = root.join("usr/bin/script");
         std::fs::write(&script, "#!/usr/bin/workload payload\n")?;
         executable(&script)

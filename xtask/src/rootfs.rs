@@ -1,4 +1,5 @@
-//! The guest's root file system: Debian with containerd and two generations of runc, images already imported.
+//! The guest's root file system: Debian with two generations of containerd and of runc, crun, Podman and Docker; the
+//! images are already imported into both containerds.
 
 use std::{
     path::{Path, PathBuf},
@@ -11,7 +12,9 @@ use anyhow::{Context as _, Result, bail};
 use crate::{debian::Index, images::Image, paths, shell};
 
 const SUITE: &str = "trixie";
-const PACKAGES: &str = "containerd,runc,iproute2,procps,libseccomp2";
+const PACKAGES: &str = "containerd,runc,crun,podman,docker.io,docker-cli,iproute2,procps,libseccomp2";
+/// Newer versions, unpacked beside Debian's own under /opt.
+const NEXT: &[(&str, &str)] = &[("runc", "opt/runc-next"), ("containerd", "opt/containerd-next")];
 const INIT: &str = include_str!("../guest/init.sh");
 const CONTAINERD: &str = include_str!("../guest/containerd.toml");
 
@@ -39,7 +42,8 @@ pub fn prepare(images: &[Image]) -> Result<PathBuf> {
         shell::read(Command::new("chmod").arg("755").arg(root.join("sbin/palisade-guest")))?;
         std::fs::create_dir_all(root.join("etc/containerd"))?;
         std::fs::write(root.join("etc/containerd/config.toml"), CONTAINERD)?;
-        import(&root, images)?;
+        import(&root, "containerd", "/var/lib/containerd", images)?;
+        import(&root, "/opt/containerd-next/usr/bin/containerd", "/var/lib/containerd-next", images)?;
         let partial = disk.with_extension("partial");
         shell::quiet(
             Command::new("mkfs.ext4")
@@ -57,7 +61,7 @@ pub fn prepare(images: &[Image]) -> Result<PathBuf> {
 
 /// Debian itself, without images.
 fn base() -> Result<PathBuf> {
-    let recipe = paths::fingerprint(&[SUITE.as_bytes(), PACKAGES.as_bytes(), b"runc-next"]);
+    let recipe = paths::fingerprint(&[SUITE.as_bytes(), PACKAGES.as_bytes(), format!("{NEXT:?}").as_bytes()]);
     let folder = paths::cache("rootfs")?.join(format!("{SUITE}-{recipe}"));
     let root = folder.join("root");
     if folder.join("complete").exists() {
@@ -79,16 +83,17 @@ fn base() -> Result<PathBuf> {
                 .arg(&sources),
             "mmdebstrap",
         )?;
-        let next = index.newest_in("runc", "sid")?;
-        index.unpack(&[next], &root.join("opt/runc-next"))?;
+        for (package, folder) in NEXT {
+            index.unpack(&[index.newest_in(package, "sid")?], &root.join(folder))?;
+        }
         std::fs::write(folder.join("complete"), "")?;
         Ok(())
     })?;
     Ok(root)
 }
 
-/// Imports with the guest's own containerd, in its root, at native speed.
-fn import(root: &Path, images: &[Image]) -> Result<()> {
+/// Imports with the guest's own containerd at `program` into its folder `store`, in its root, at native speed.
+fn import(root: &Path, program: &str, store: &str, images: &[Image]) -> Result<()> {
     let mount = |arguments: &[&str], target: &str| {
         shell::read(Command::new("mount").args(arguments).arg(root.join(target)))
     };
@@ -103,7 +108,13 @@ fn import(root: &Path, images: &[Image]) -> Result<()> {
         command
     };
     let log = std::fs::File::create(root.join("import/log"))?;
-    let daemon = chroot(&["containerd"])
+    let config = root.join("import/config.toml");
+    // The btrfs snapshotter asks for the mount of its folder, which a chroot hides, and takes all else down with it.
+    let text = format!(
+        "version = 2\nroot = {store:?}\ndisabled_plugins = [\"io.containerd.snapshotter.v1.btrfs\"]\n"
+    );
+    std::fs::write(&config, text)?;
+    let daemon = chroot(&[program, "--config", "/import/config.toml"])
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()

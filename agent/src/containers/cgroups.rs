@@ -10,6 +10,9 @@ use anyhow::{Context as _, Result};
 /// Hexadecimal digits of a container id.
 const ID_DIGITS: usize = 64;
 
+/// Cgroups of monitors on the host, named after the container that they watch.
+const MONITORS: &[&str] = &["libpod-conmon-", "crio-conmon-"];
+
 /// The container id in a cgroup's name, whatever prefix and suffix the cgroup driver adds.
 ///
 /// | driver | name |
@@ -20,6 +23,9 @@ const ID_DIGITS: usize = 64;
 /// | systemd, Docker | `docker-<id>.scope` |
 /// | systemd, Podman | `libpod-<id>.scope` |
 pub fn container_id(name: &str) -> Option<&str> {
+    if MONITORS.iter().any(|prefix| name.starts_with(prefix)) {
+        return None;
+    }
     let bytes = name.as_bytes();
     let is_digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
     (0..bytes.len().checked_sub(ID_DIGITS)? + 1)
@@ -89,6 +95,18 @@ pub fn scan(root: &Path) -> Vec<Found> {
     found
 }
 
+/// The cgroup below `root` that the process `pid` is in, as the container `id`. `None` when it is gone, or in the
+/// root, which is nobody's.
+pub fn of_process(root: &Path, pid: u32, id: String) -> Option<Found> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    if path.is_empty() || path.split('/').any(|part| part == "..") {
+        return None;
+    }
+    let folder = root.join(path);
+    Some(Found { slot: cgroup_id(&folder)?, id, folder })
+}
+
 /// The kernel's id of a cgroup is the inode number of its folder.
 fn cgroup_id(path: &Path) -> Option<u64> {
     path.metadata().ok().map(|metadata| metadata.ino())
@@ -119,6 +137,9 @@ mod tests {
             format!("libpod-{id}.scope"),
         ] {
             assert_eq!(container_id(&name), Some(id.as_str()), "{name}");
+        }
+        for monitor in ["libpod-conmon", "crio-conmon"] {
+            assert_eq!(container_id(&format!("{monitor}-{id}.scope")), None);
         }
         for name in ["system.slice", "kubepods-besteffort-pod1234.slice", &id[1..], &id.to_uppercase(), ""] {
             assert_eq!(container_id(name), None, "{name}");

@@ -13,16 +13,13 @@ use k8s_cri::v1::{
     VersionRequest, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
 };
 use palisade_profile::selector::ContainerFacts;
-use tokio::{net::UnixStream, sync::mpsc};
+use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use super::Identity;
+use super::{Identity, kubernetes};
 
 /// Longest wait for one answer.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Waits between attempts: quick at first, since a container's entrypoint is near, then patient.
-const FIRST_WAIT: Duration = Duration::from_millis(5);
-const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
 /// Connects to the runtime at `socket`.
 pub fn connect(socket: &Path) -> Channel {
@@ -47,61 +44,39 @@ pub async fn version(socket: &Path) -> Result<String> {
     Ok(format!("{} {}", answer.runtime_name, answer.runtime_version))
 }
 
-/// Asks until the runtime knows the container, then sends what it says. Ends by itself when nobody listens or the
-/// handle is dropped.
-pub async fn identify(channels: Vec<Channel>, slot: u64, id: String, found: mpsc::Sender<(u64, Identity)>) {
-    let mut wait = FIRST_WAIT;
-    loop {
-        let mut said = "it knows no such container".to_owned();
-        for channel in &channels {
-            match ask(channel.clone(), &id).await {
-                Ok(Some(identity)) => {
-                    let _agent_stops = found.send((slot, identity)).await;
-                    return;
-                }
-                Ok(None) => {}
-                Err(error) => said = format!("{error:#}"),
-            }
-        }
-        if found.is_closed() {
-            return;
-        }
-        tokio::time::sleep(wait).await;
-        if wait < LONGEST_WAIT && wait * 2 >= LONGEST_WAIT {
-            tracing::warn!(container = id, error = said, "the runtime does not say what this is; asking on");
-        }
-        wait = (wait * 2).min(LONGEST_WAIT);
-    }
-}
-
 /// One question. `None` when the runtime does not know the id.
-async fn ask(channel: Channel, id: &str) -> Result<Option<Identity>> {
+pub async fn ask(channel: Channel, id: &str) -> Result<Option<Identity>> {
     let mut runtime = RuntimeServiceClient::new(channel.clone());
     let filter = ContainerFilter { id: id.to_owned(), ..Default::default() };
     let listed = runtime.list_containers(ListContainersRequest { filter: Some(filter) }).await?.into_inner();
     let Some(container) = listed.containers.into_iter().find(|container| container.id == id) else {
-        return sandbox(&mut runtime, id).await;
+        return Ok(sandbox(&mut runtime, id).await?.map(|(identity, _)| identity));
     };
     // Without its pod a container would pass for one that no profile names.
-    let Some(pod) = sandbox(&mut runtime, &container.pod_sandbox_id).await? else { return Ok(None) };
+    let Some((pod, annotations)) = sandbox(&mut runtime, &container.pod_sandbox_id).await? else {
+        return Ok(None);
+    };
     let spec = container.image.unwrap_or_default();
     let image =
         if spec.user_specified_image.is_empty() { spec.image.clone() } else { spec.user_specified_image };
     let (name, digest) = image_names(channel, &container.image_ref, &image).await?;
+    let own_name = container.metadata.map(|metadata| metadata.name).unwrap_or_default();
+    let probes = kubernetes::probes(&own_name, &annotations, &container.annotations.into_iter().collect());
     Ok(Some(Identity {
-        facts: ContainerFacts {
-            name: container.metadata.map(|metadata| metadata.name).unwrap_or_default(),
-            image: name,
-            ..pod.facts
-        },
+        facts: ContainerFacts { name: own_name, image: name, ..pod.facts },
         pod_uid: pod.pod_uid,
         image_digest: digest,
         sandbox: false,
+        by: "cri",
+        probes,
     }))
 }
 
-/// What the runtime says of the pod sandbox `id`; `None` when there is none.
-async fn sandbox(runtime: &mut RuntimeServiceClient<Channel>, id: &str) -> Result<Option<Identity>> {
+/// What the runtime says of the pod sandbox `id`, and the pod's annotations; `None` when there is none.
+async fn sandbox(
+    runtime: &mut RuntimeServiceClient<Channel>,
+    id: &str,
+) -> Result<Option<(Identity, BTreeMap<String, String>)>> {
     let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
     let status = match runtime.pod_sandbox_status(request).await {
         Ok(answer) => answer.into_inner().status,
@@ -110,20 +85,20 @@ async fn sandbox(runtime: &mut RuntimeServiceClient<Channel>, id: &str) -> Resul
     };
     let Some(status) = status else { return Ok(None) };
     let metadata = status.metadata.unwrap_or_default();
-    let labels: BTreeMap<String, String> =
-        status.labels.into_iter().filter(|(key, _)| !key.starts_with("io.kubernetes.")).collect();
-    Ok(Some(Identity {
+    let identity = Identity {
         facts: ContainerFacts {
             namespace: metadata.namespace,
             pod: metadata.name,
-            labels,
+            labels: kubernetes::labels(status.labels),
             name: String::new(),
             image: String::new(),
         },
         pod_uid: metadata.uid,
-        image_digest: String::new(),
         sandbox: true,
-    }))
+        by: "cri",
+        ..Identity::default()
+    };
+    Ok(Some((identity, status.annotations.into_iter().collect())))
 }
 
 /// The image as people name it, and the digest of its manifest (of its configuration where the runtime knows no

@@ -1,7 +1,13 @@
 //! Containers: found by their cgroups, identified by the runtime.
 
 pub mod cgroups;
+pub mod containerd;
 pub mod cri;
+pub mod docker;
+pub mod identify;
+pub mod kubernetes;
+pub mod nri;
+pub mod storage;
 
 use std::collections::HashMap;
 
@@ -18,6 +24,10 @@ pub struct Identity {
     pub image_digest: String,
     /// The pause container of a pod.
     pub sandbox: bool,
+    /// Who said so: "nri", "cri", "containerd", "docker", "podman".
+    pub by: &'static str,
+    /// Commands that the pod declares as probes and lifecycle handlers of this container.
+    pub probes: Vec<Vec<String>>,
 }
 
 /// A container on this node.
@@ -34,6 +44,12 @@ pub struct Container {
     pub in_force_since: u64,
     /// Whether it ran before the agent did.
     pub found_running: bool,
+    /// What it executed first out of its image: path and inode.
+    pub entrypoint: Option<(Vec<u8>, u64)>,
+    /// How long the runtime waited for the agent before its start, and would have waited; nanoseconds, 0 where it
+    /// did not.
+    pub answered_in: u64,
+    pub answer_deadline: u64,
     /// Whether the first exec of its workload has been reported.
     pub first_exec_told: bool,
     /// The container block of its records, encoded once.
@@ -58,11 +74,19 @@ impl Container {
             mode: UNIDENTIFIED,
             in_force_since: 0,
             found_running,
+            entrypoint: None,
+            answered_in: 0,
+            answer_deadline: 0,
             first_exec_told: false,
             encoded: Bytes::new(),
         };
         container.encode();
         container
+    }
+
+    /// Whether it is identified and its policy stands in the kernel.
+    pub fn is_under_policy(&self) -> bool {
+        self.identity.is_some() && self.mode != UNIDENTIFIED
     }
 
     /// Encodes the container block anew. To be called after every change.
@@ -91,6 +115,7 @@ impl Container {
             profiles: self.profiles.clone(),
             revision: self.revision.clone(),
             mode: self.mode.to_owned(),
+            identified_by: identity.by.to_owned(),
         }
     }
 }

@@ -15,7 +15,6 @@ use palisade_abi::{
     maps::{HOST_ROOT, Settings},
     offsets::ABSENT,
 };
-use palisade_profile::document::Mode;
 use thiserror::Error;
 
 use super::{BtfError, Features, Layout, Maps, Ring, Sizes, btf::OverlayLayout, roots};
@@ -48,7 +47,10 @@ impl Tier {
 /// What to load.
 #[derive(Clone, Debug)]
 pub struct Options {
-    pub unidentified: Mode,
+    /// [`mode`] for containers that are not identified.
+    pub unidentified: u8,
+    /// The same while the agent does not renew its lease.
+    pub when_agent_absent: u8,
     pub sizes: Sizes,
 }
 
@@ -120,7 +122,7 @@ const TRACEPOINTS: &[&str] = &[
 ];
 /// Run on demand, never attached.
 const ON_DEMAND: &[&str] = &["learn_root", "probe_origin"];
-const LSM: &str = "bprm_check_security";
+const LSM: &[&str] = &["bprm_check_security", "task_kill", "ptrace_access_check"];
 
 impl Kernel {
     /// Loads everything this kernel takes, and proves that origins can be told.
@@ -142,10 +144,12 @@ impl Kernel {
         let hash_key = random_key()?;
         let settings = Settings {
             hash_key,
-            unidentified: u32::from(options.unidentified.code()),
+            unidentified: u32::from(options.unidentified),
+            when_agent_absent: u32::from(options.when_agent_absent),
             have_task_pt_regs: u32::from(layout.have_task_pt_regs),
             pt_regs_at: if layout.pt_regs_size == 0 { 0 } else { THREAD_SIZE - layout.pt_regs_size },
             host_mount_namespace: mount_namespace(host)?,
+            reserved: 0,
         };
         let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
         let Sizes { slots, processes, rules, glob_states, ring_bytes } = options.sizes;
@@ -158,6 +162,7 @@ impl Kernel {
             .map_max_entries("SLOT_LANES", slots)
             .map_max_entries("SLOT_POLICIES", slots)
             .map_max_entries("ROOTS", slots + 1)
+            .map_max_entries("ROOT_SLOTS", slots)
             .map_max_entries("REVISIONS", slots)
             .map_max_entries("CGROUPS", slots * 2)
             .map_max_entries("PROCESSES", processes)
@@ -174,12 +179,11 @@ impl Kernel {
         }
         let tier_reason = match features.lsm_is_active() {
             Ok(()) => {
-                let program: &mut Lsm = ebpf
-                    .program_mut(LSM)
-                    .and_then(|program| program.try_into().ok())
-                    .context("the object has no LSM program")?;
-                program.load(LSM, &btf).map_err(|error| refused(LSM, &error))?;
-                programs.push(report(LSM, program.info()));
+                for name in LSM {
+                    let program = lsm(&mut ebpf, name)?;
+                    program.load(name, &btf).map_err(|error| refused(name, &error))?;
+                    programs.push(report(name, program.info()));
+                }
                 None
             }
             Err(reason) => Some(reason),
@@ -220,12 +224,9 @@ impl Kernel {
             program.attach(name).map_err(|error| refused(name, &error))?;
         }
         if self.tier == Tier::Full {
-            let program: &mut Lsm = self
-                .ebpf
-                .program_mut(LSM)
-                .and_then(|program| program.try_into().ok())
-                .context("the object has no LSM program")?;
-            program.attach().map_err(|error| refused(LSM, &error))?;
+            for name in LSM {
+                lsm(&mut self.ebpf, name)?.attach().map_err(|error| refused(name, &error))?;
+            }
         }
         Ok(())
     }
@@ -254,18 +255,39 @@ impl Kernel {
         roots::learn(program, slot, path)
     }
 
-    /// Whether a process has the host's own root directory and mount namespace, as the runtime has while it prepares
-    /// a container.
-    pub fn is_at_home(&self, pid: u32) -> bool {
-        use std::os::unix::fs::MetadataExt as _;
-        let identity = |process: &Path, part: &str| {
-            std::fs::metadata(process.join(part)).map(|metadata| (metadata.dev(), metadata.ino())).ok()
+    /// Lets a held process go, or kills it. One that has ended meanwhile is no error, nor is its number another's.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the signal.
+    pub fn let_go(&mut self, (pid, start): (u32, u64), kill: bool) -> anyhow::Result<()> {
+        use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+        let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(()) };
+        let handle = match pidfd_open(number, PidfdFlags::empty()) {
+            Ok(handle) => handle,
+            Err(rustix::io::Errno::SRCH) => return Ok(()),
+            Err(error) => return Err(error).context("cannot open the process"),
         };
-        let process = std::path::PathBuf::from(format!("/proc/{pid}"));
-        ["root/.", "ns/mnt"].into_iter().all(|part| {
-            let found = identity(&process, part);
-            found.is_some() && found == identity(self.host, part)
-        })
+        // The handle names one process for ever; that it is the right one shows in its start.
+        if !crate::processes::is_same((pid, start)) {
+            return Ok(());
+        }
+        self.maps.let_go(pid)?;
+        let signal = if kill { Signal::KILL } else { Signal::CONT };
+        match pidfd_send_signal(handle, signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error).context("cannot signal the process"),
+        }
+    }
+
+    /// Whether a process has the host's own root directory, as the runtime has while it prepares a container.
+    pub fn has_hosts_root(&self, pid: u32) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let root = |process: &Path| {
+            std::fs::metadata(process.join("root/.")).map(|metadata| (metadata.dev(), metadata.ino())).ok()
+        };
+        let found = root(&std::path::PathBuf::from(format!("/proc/{pid}")));
+        found.is_some() && found == root(self.host)
     }
 
     /// Passes on what the programs log in debug builds.
@@ -308,6 +330,12 @@ fn object(features: &Features) -> anyhow::Result<std::borrow::Cow<'static, [u8]>
 }
 
 fn raw_tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut RawTracePoint> {
+    ebpf.program_mut(name)
+        .and_then(|program| program.try_into().ok())
+        .with_context(|| format!("the object has no program {name}"))
+}
+
+fn lsm<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Lsm> {
     ebpf.program_mut(name)
         .and_then(|program| program.try_into().ok())
         .with_context(|| format!("the object has no program {name}"))

@@ -13,7 +13,10 @@ use aya::{
 use palisade_abi::{
     codes,
     hash::hash_path,
-    maps::{GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Slot, SlotPolicy},
+    maps::{
+        AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Slot,
+        SlotPolicy,
+    },
 };
 use palisade_profile::image::PolicyImage;
 
@@ -34,6 +37,7 @@ pub struct Sizes {
 
 const BPF_ANY: u64 = 0;
 const BPF_NOEXIST: u64 = 1;
+const BPF_EXIST: u64 = 2;
 
 /// How long a revision outlives the last slot under it. A decision takes microseconds; a preempted one, scheduling
 /// delays.
@@ -56,6 +60,9 @@ pub struct Maps {
     glob_states: Array<MapData, GlobState>,
     processes: HashMap<MapData, u32, Process>,
     roots: HashMap<MapData, u64, RootIdentity>,
+    root_slots: HashMap<MapData, u64, u64>,
+    agent: Array<MapData, AgentState>,
+    admitted: HashMap<MapData, AdmittedKey, u32>,
     errors: Array<MapData, u64>,
     hash_key: [u64; 2],
     installed: Table<u32, Installed>,
@@ -78,6 +85,9 @@ impl Maps {
             glob_states: take("GLOB_STATES")?.try_into()?,
             processes: take("PROCESSES")?.try_into()?,
             roots: take("ROOTS")?.try_into()?,
+            root_slots: take("ROOT_SLOTS")?.try_into()?,
+            agent: take("AGENT")?.try_into()?,
+            admitted: take("ADMITTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
             hash_key,
             installed: Table::new(),
@@ -183,16 +193,17 @@ impl Maps {
         }
     }
 
-    /// Puts a slot under a revision; 0 is "no profile".
-    pub fn set_policy(&mut self, slot: u64, revision: u32) -> Result<()> {
+    /// Puts a slot under a revision; 0 is "no profile". `flags` are [`codes::slot_flags`].
+    pub fn set_policy(&mut self, slot: u64, revision: u32, flags: u32) -> Result<()> {
         self.slot_policies
-            .insert(slot, SlotPolicy { slot, revision, reserved: 0 }, BPF_ANY)
+            .insert(slot, SlotPolicy { slot, revision, flags }, BPF_ANY)
             .context("the map of slot policies is full; raise maps.slots in the agent's configuration")
     }
 
-    /// Makes a slot for a container that ran before the programs did. Returns whether it is new.
-    pub fn add_slot(&mut self, slot: u64, created: u64) -> Result<bool> {
-        let value = Slot { created, ..Slot::default() };
+    /// Makes a slot for a container that ran before the programs did, with the process of its entrypoint (0 when
+    /// unknown). Returns whether it is new.
+    pub fn add_slot(&mut self, slot: u64, workload_pid: u32) -> Result<bool> {
+        let value = Slot { workload_pid, ..Slot::default() };
         if self.slots.insert(slot, value, BPF_NOEXIST).is_err() {
             if self.slots.get(&slot, 0).is_ok() {
                 return Ok(false);
@@ -211,9 +222,8 @@ impl Maps {
         self.cgroups.insert(cgroup, slot, BPF_ANY).context("the map of cgroups is full; raise maps.slots")
     }
 
-    /// Gives a running process to a slot: as workload, or with the latch set when the runtime is still preparing it.
-    pub fn add_process(&mut self, pid: u32, slot: u64, entering: bool) -> Result<()> {
-        let value = Process::new(slot, u8::from(entering));
+    /// Gives a running process to a slot.
+    pub fn add_process(&mut self, pid: u32, value: Process) -> Result<()> {
         match self.processes.insert(pid, value, BPF_NOEXIST) {
             Ok(()) => Ok(()),
             Err(_) if self.processes.get(&pid, 0).is_ok() => Ok(()),
@@ -224,6 +234,40 @@ impl Maps {
     /// Forgets a process that ended while it was being added.
     pub fn remove_process(&mut self, pid: u32) {
         let _gone_is_gone = self.processes.remove(&pid);
+    }
+
+    /// Lets a process go that was held. The kernel's own writers of the entry are the process itself, which is
+    /// stopped.
+    pub fn let_go(&mut self, pid: u32) -> Result<()> {
+        let Ok(value) = self.processes.get(&pid, 0) else { return Ok(()) };
+        match self.processes.insert(pid, Process { held: 0, ..value }, BPF_EXIST) {
+            Err(error) if self.processes.get(&pid, 0).is_ok() => {
+                Err(error).context("cannot note that it is not held any more")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Says that the agent is there until `until`, nanoseconds since boot.
+    pub fn renew_lease(&mut self, until: u64) -> Result<()> {
+        let state = AgentState { lease_until: until, pid: std::process::id(), reserved: 0 };
+        self.agent.set(0, state, BPF_ANY).context("cannot renew the agent's lease")
+    }
+
+    /// Lets a file of an image start in containers that are not identified.
+    pub fn admit(&mut self, path: &[u8], inode: u64) -> Result<()> {
+        let key = AdmittedKey { path_hash: hash_path(self.hash_key, path), inode };
+        self.admitted.insert(key, 1, BPF_ANY).context("the map of admitted files is full")
+    }
+
+    /// The slot that a process belongs to.
+    pub fn slot_of_process(&self, pid: u32) -> Option<u64> {
+        self.processes.get(&pid, 0).ok().map(|process| process.slot)
+    }
+
+    /// Processes of all slots.
+    pub fn processes(&self) -> Vec<(u32, Process)> {
+        self.processes.iter().filter_map(Result::ok).collect()
     }
 
     /// Whether the slot's root file system is known.
@@ -260,6 +304,11 @@ impl Maps {
     pub fn remove_slot(&mut self, slot: u64) {
         let _gone_is_gone = self.slot_policies.remove(&slot);
         let _as_above = self.slots.remove(&slot);
+        if let Ok(root) = self.roots.get(&slot, 0)
+            && self.root_slots.get(&root.superblock, 0).is_ok_and(|owner| owner == slot)
+        {
+            let _as_above = self.root_slots.remove(&root.superblock);
+        }
         let _as_above = self.roots.remove(&slot);
         let _as_above = self.cgroups.remove(&slot);
         if let Some(lanes) = &mut self.slot_lanes {

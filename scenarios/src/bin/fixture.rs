@@ -26,6 +26,7 @@ fn main() {
         (_, ["payload", ..]) => PAYLOAD_RAN,
         (_, ["attack", attack, nonce]) => attack_by_name(attack, nonce),
         (_, ["run", path, rest @ ..]) => execute(Path::new(path), rest),
+        (_, ["after", file, program, rest @ ..]) => after(Path::new(file), Path::new(program), rest),
         (_, ["generate", path, nonce, count, rate]) => generate(path, nonce, count, rate),
         (_, ["loop", path, count]) => exec_loop(path, count),
         _ => {
@@ -50,6 +51,14 @@ fn wait_for_ever() -> ! {
         libc::sigwait(&raw const set, &raw mut signal);
     }
     std::process::exit(0)
+}
+
+/// Executes `program` in this process once `file` exists.
+fn after(file: &Path, program: &Path, rest: &[&str]) -> i32 {
+    while !file.exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    execute(program, rest)
 }
 
 /// Executes `path` in this process. Returns the errno when that fails.

@@ -1,0 +1,95 @@
+//! What the agent says of its own accord: coverage, sessions, losses, and evidence against the programs.
+
+use palisade_proto::v1::{self, record::Event};
+
+use super::Agent;
+use crate::containers::Container;
+
+impl Agent {
+    pub(super) fn tell_coverage(&mut self, slot: u64, change: &str, records_made: u64) {
+        let Some(container) = self.containers.get(&slot) else { return };
+        let coverage = v1::Coverage {
+            change: change.to_owned(),
+            in_force_since: container.in_force_since,
+            first_exec: self.source.wall(self.kernel.maps.slot(slot).map_or(0, |slot| slot.first_exec)),
+            tier: self.kernel.tier.as_str().to_owned(),
+            found_running: container.found_running,
+            records_made,
+            answered_in: container.answered_in,
+            answer_deadline: container.answer_deadline,
+        };
+        self.tell(slot, Event::Coverage(coverage));
+    }
+
+    pub(super) fn tell_sessions(&mut self, sessions: Vec<(u64, v1::Session)>) {
+        for (slot, session) in sessions {
+            self.tell(slot, Event::Session(session));
+        }
+    }
+
+    /// Queues a record that the agent makes; it waits for room.
+    fn tell(&mut self, slot: u64, event: Event) {
+        let unknown = Container::new(String::new(), false);
+        let container = self.containers.get(&slot).unwrap_or(&unknown);
+        let bytes = self.source.encode(slot, None, None, container.encoded(), event);
+        self.unsaid.push_back(bytes);
+        self.say();
+    }
+
+    /// Queues what has waited for room, in order.
+    pub(super) fn say(&mut self) {
+        while let Some(bytes) = self.unsaid.front() {
+            if self.queue.push(bytes.clone(), true).is_err() {
+                break;
+            }
+            self.unsaid.pop_front();
+        }
+        self.queue.flush();
+    }
+
+    /// Completes the attestation of containers whose workload has begun.
+    pub(super) fn report_first_execs(&mut self) {
+        for (slot, value) in self.kernel.maps.slots() {
+            if value.first_exec == 0 {
+                continue;
+            }
+            if let Some(container) = self.containers.get_mut(&slot)
+                && !std::mem::replace(&mut container.first_exec_told, true)
+            {
+                self.tell_coverage(slot, "first-exec", 0);
+            }
+        }
+    }
+
+    /// Says what speaks against the programs: skipped runs, and errors inside them.
+    pub(super) fn report_evidence(&mut self) {
+        let mut evidence: Vec<(String, u64)> =
+            self.kernel.maps.errors().into_iter().map(|(site, count)| (site.to_owned(), count)).collect();
+        let misses = self.kernel.recursion_misses();
+        if misses > 0 {
+            evidence.push(("recursion-misses".to_owned(), misses));
+        }
+        for (site, count) in &evidence {
+            if !self.evidence.iter().any(|(known, before)| known == site && before == count) {
+                tracing::warn!(site, count, "errors in the kernel programs");
+            }
+        }
+        self.evidence = evidence;
+    }
+
+    /// Turns what was lost since the last time into gap records.
+    pub(super) fn report_losses(&mut self) {
+        let now = self.source.now();
+        for (slot, value) in self.kernel.maps.slots() {
+            self.losses.lost_in_kernel(slot, value.lost, now);
+        }
+        let unknown = Container::new(String::new(), false);
+        let Self { losses, source, containers, queue, .. } = self;
+        losses.report(now, |slot, gap| {
+            let container = containers.get(&slot).unwrap_or(&unknown);
+            let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
+            queue.push(bytes, true).is_ok()
+        });
+        queue.flush();
+    }
+}

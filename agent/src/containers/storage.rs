@@ -1,0 +1,97 @@
+//! The folder in which Podman and CRI-O keep their containers (containers/storage): no daemon needs to be asked.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use palisade_profile::selector::ContainerFacts;
+use serde_json::Value;
+
+use super::Identity;
+
+/// The list of containers below the storage's root, by storage driver.
+const LIST: &str = "overlay-containers/containers.json";
+/// Containers that came into being without a record on disk yet.
+const VOLATILE: &str = "overlay-containers/volatile-containers.json";
+
+/// What the storage at `root` says of the container `id`; `None` when it is not there.
+pub fn ask(root: &Path, id: &str) -> Result<Option<Identity>> {
+    for list in [LIST, VOLATILE] {
+        let path = root.join(list);
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let containers: Value =
+            serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+        let found = containers.as_array().into_iter().flatten().find(|container| container["id"] == id);
+        if let Some(container) = found {
+            return Ok(Some(identity(container)));
+        }
+    }
+    Ok(None)
+}
+
+/// The metadata is JSON in a text: Podman's, or CRI-O's, which names the pod.
+fn identity(container: &Value) -> Identity {
+    let metadata: Value = container["metadata"]
+        .as_str()
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or(Value::Null);
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let pod = text(&metadata["pod-name"]);
+    // CRI-O calls a container k8s_<name>_<pod>_<namespace>_<uid>_<attempt>.
+    let name = if pod.is_empty() { text(&container["names"][0]) } else { text(&metadata["metadata-name"]) };
+    let parts: Vec<String> = text(&metadata["name"]).split('_').map(str::to_owned).collect();
+    let of_pod = !pod.is_empty();
+    let part = |at: usize| parts.get(at).filter(|_| of_pod).cloned().unwrap_or_default();
+    Identity {
+        facts: ContainerFacts {
+            namespace: part(3),
+            pod,
+            name,
+            image: text(&metadata["image-name"]),
+            ..ContainerFacts::default()
+        },
+        pod_uid: part(4),
+        image_digest: text(&container["image"]),
+        sandbox: metadata["pod"] == true,
+        by: "podman",
+        ..Identity::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Podman 5 writes it, shortened.
+    #[test]
+    fn podman_names_its_containers() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("overlay-containers")).unwrap();
+        std::fs::write(
+            folder.path().join(LIST),
+            r#"[{"id":"0a","names":["web"],"image":"9f86d0","layer":"l","metadata":
+                "{\"image-name\":\"localhost/web:1\",\"image-id\":\"9f86d0\",\"name\":\"web\",\"created-at\":1}"}]"#,
+        )
+        .unwrap();
+        let found = ask(folder.path(), "0a").unwrap().unwrap();
+        assert_eq!((found.facts.name.as_str(), found.facts.image.as_str()), ("web", "localhost/web:1"));
+        assert!(found.facts.pod.is_empty() && !found.sandbox);
+        assert_eq!(ask(folder.path(), "0b").unwrap(), None);
+        assert_eq!(ask(&folder.path().join("none"), "0a").unwrap(), None);
+    }
+
+    /// As CRI-O's documentation of its metadata has it; no CRI-O is run in the tests.
+    #[test]
+    fn cri_o_names_pod_and_namespace() {
+        let found = identity(&serde_json::json!({
+            "id": "0a", "names": ["k8s_nginx_web-1_shop_u1_0"], "image": "9f86d0",
+            "metadata": r#"{"pod":false,"pod-name":"web-1","pod-id":"p","image-name":"registry.example/web:1",
+                            "name":"k8s_nginx_web-1_shop_u1_0","metadata-name":"nginx"}"#,
+        }));
+        assert_eq!((found.facts.namespace.as_str(), found.facts.pod.as_str()), ("shop", "web-1"));
+        assert_eq!((found.facts.name.as_str(), found.pod_uid.as_str()), ("nginx", "u1"));
+    }
+}
