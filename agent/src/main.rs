@@ -40,6 +40,9 @@ enum Command {
         /// Where the collector listens, instead of the configured address
         #[arg(long)]
         collector: Option<String>,
+        /// Name of the node in records, instead of the configured one
+        #[arg(long, env = "PALISADE_NODE")]
+        node: Option<String>,
         /// Folder of profiles, instead of the configured one
         #[arg(long)]
         profiles: Option<PathBuf>,
@@ -65,7 +68,10 @@ fn main() -> ExitCode {
 
 fn start(arguments: Arguments) -> Result<ExitCode> {
     let mut config = Config::read(arguments.config.as_deref())?;
-    if let Command::Run { collector, profiles } = &arguments.command {
+    if let Command::Run { collector, node, profiles } = &arguments.command {
+        if let Some(node) = node {
+            config.node = Some(node.clone());
+        }
         if let Some(collector) = collector {
             config.collector.clone_from(collector);
         }

@@ -1,7 +1,7 @@
 //! Sessions: the process trees under each entry into a container, from their first exec to the end of their last
 //! process.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use palisade_abi::{codes::session, record::SessionPart};
 use palisade_proto::v1;
@@ -22,10 +22,12 @@ pub struct Sessions {
     open: HashMap<Key, Open>,
     /// The runtime's names of entries whose first exec has not been seen yet, by process id.
     named: HashMap<u32, String>,
+    /// Sessions that ended a short while ago: the runtime names them late.
+    ended: VecDeque<(u64, v1::Session)>,
 }
 
-/// Most names that wait for their session.
-const MOST_NAMED: usize = 1024;
+/// Most names that wait for their session, and most ended sessions that wait for their name.
+const MOST_WAITING: usize = 256;
 
 fn key(slot: u64, part: &SessionPart) -> Option<Key> {
     (part.pid != 0).then_some((slot, part.pid, part.start))
@@ -103,22 +105,39 @@ impl Sessions {
         if !open.live.is_empty() {
             return None;
         }
-        self.open.remove(&key).map(|open| end(open, time))
+        self.close(&key, time)
+    }
+
+    fn close(&mut self, key: &Key, time: u64) -> Option<v1::Session> {
+        let event = v1::Session { change: "end".to_owned(), ended: time, ..self.open.remove(key)?.event };
+        if event.runtime_exec_id.is_empty() && event.kind != "workload" {
+            self.ended.push_back((key.0, event.clone()));
+            if self.ended.len() > MOST_WAITING {
+                self.ended.pop_front();
+            }
+        }
+        Some(event)
     }
 
     /// Takes the runtime's own name of the session whose root is `pid`. Returns the record that says so, unless its
     /// start is still to come and will.
     pub fn name(&mut self, pid: u32, exec_id: String) -> Option<(u64, v1::Session)> {
         let found = self.open.iter_mut().find(|((_, root, _), _)| *root == pid);
-        let Some(((slot, ..), open)) = found else {
-            if self.named.len() >= MOST_NAMED {
-                self.named.clear();
-            }
-            self.named.insert(pid, exec_id);
-            return None;
+        let (slot, event) = match found {
+            Some(((slot, ..), open)) => (*slot, &mut open.event),
+            None => match self.ended.iter_mut().find(|(_, ended)| ended.root_pid == pid) {
+                Some((slot, ended)) => (*slot, ended),
+                None => {
+                    if self.named.len() >= MOST_WAITING {
+                        self.named.clear();
+                    }
+                    self.named.insert(pid, exec_id);
+                    return None;
+                }
+            },
         };
-        open.event.runtime_exec_id = exec_id;
-        Some((*slot, v1::Session { change: "named".to_owned(), ..open.event.clone() }))
+        event.runtime_exec_id = exec_id;
+        Some((slot, v1::Session { change: "named".to_owned(), ..event.clone() }))
     }
 
     /// Ends sessions whose processes are gone without a word.
@@ -137,7 +156,7 @@ impl Sessions {
     fn end(&mut self, time: u64, is_over: impl Fn(&Key, &Open) -> bool) -> Vec<(u64, v1::Session)> {
         let over: Vec<Key> =
             self.open.iter().filter(|(key, open)| is_over(key, open)).map(|(key, _)| *key).collect();
-        over.into_iter().filter_map(|key| Some((key.0, end(self.open.remove(&key)?, time)))).collect()
+        over.into_iter().filter_map(|key| Some((key.0, self.close(&key, time)?))).collect()
     }
 }
 
@@ -167,10 +186,6 @@ fn start(part: &SessionPart, beginning: Beginning<'_>, name: Option<String>) -> 
         credentials: process.credentials,
         ..v1::Session::default()
     }
-}
-
-fn end(open: Open, time: u64) -> v1::Session {
-    v1::Session { change: "end".to_owned(), ended: time, ..open.event }
 }
 
 #[cfg(test)]
@@ -228,6 +243,10 @@ mod tests {
         assert_eq!((slot, named.change.as_str(), named.runtime_exec_id.as_str()), (1, "named", "exec-2"));
         let ended = sessions.prune(&HashSet::new(), 9);
         assert_eq!((ended.len(), ended[0].1.runtime_exec_id.as_str()), (1, "exec-2"));
+        begin(&mut sessions, session::ENTERED, &["ls"], &[]).unwrap();
+        assert_eq!(sessions.prune(&HashSet::new(), 9).len(), 1);
+        let (_, late) = sessions.name(10, "exec-3".to_owned()).unwrap();
+        assert_eq!((late.change.as_str(), late.ended, late.runtime_exec_id.as_str()), ("named", 9, "exec-3"));
     }
 
     #[test]

@@ -6,10 +6,10 @@ use anyhow::{Context as _, Result, bail};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
-    ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    runtime_service_client::RuntimeServiceClient,
+    ExecSyncRequest, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+    LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -19,7 +19,7 @@ pub const NAMESPACE: &str = "scenarios";
 pub const WORKLOAD_IMAGE: &str = "palisade.test/workload:1";
 
 /// Longest time that one step may take, under emulation.
-const DEADLINE: Duration = Duration::from_secs(180);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The runtime.
 #[derive(Clone)]
@@ -38,6 +38,7 @@ pub struct Spec<'a> {
     /// Folders of the host and where the container sees them.
     pub mounts: &'a [(&'a Path, &'a str)],
     pub annotations: &'a [(&'a str, &'a str)],
+    pub privileged: bool,
 }
 
 /// A pod sandbox.
@@ -88,6 +89,8 @@ impl Runtime {
             log_directory: String::new(),
             linux: Some(LinuxPodSandboxConfig {
                 security_context: Some(LinuxSandboxSecurityContext {
+                    // Without it the runtime refuses a privileged container in the pod.
+                    privileged: pid == NamespaceMode::Node,
                     namespace_options: Some(NamespaceOption {
                         network: NamespaceMode::Node as i32,
                         pid: pid as i32,
@@ -119,7 +122,7 @@ impl Runtime {
 
     /// Creates a container.
     pub async fn create(&self, pod: &Pod, spec: &Spec<'_>) -> Result<String> {
-        let Spec { name, image, command, mounts, annotations } = spec;
+        let Spec { name, image, command, mounts, annotations, privileged } = spec;
         let image = if image.is_empty() { WORKLOAD_IMAGE } else { image };
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata { name: (*name).to_owned(), attempt: 0 }),
@@ -137,6 +140,18 @@ impl Runtime {
                 .iter()
                 .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
                 .collect(),
+            linux: Some(LinuxContainerConfig {
+                security_context: Some(LinuxContainerSecurityContext {
+                    privileged: *privileged,
+                    namespace_options: pod
+                        .config
+                        .linux
+                        .as_ref()
+                        .and_then(|linux| linux.security_context.as_ref()?.namespace_options.clone()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let mut client = self.client.clone();
@@ -154,6 +169,21 @@ impl Runtime {
         Ok(id)
     }
 
+    /// Creates a container of a configuration that is complete, with its log in `log`, and starts it.
+    pub async fn run(&self, pod: &Pod, config: ContainerConfig, log: &Path) -> Result<String> {
+        std::fs::create_dir_all(log)?;
+        let sandbox = PodSandboxConfig { log_directory: log.display().to_string(), ..pod.config.clone() };
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(sandbox),
+        };
+        let answer = self.client.clone().create_container(request).await.context("creating a container")?;
+        let id = answer.into_inner().container_id;
+        self.start(&id).await?;
+        Ok(id)
+    }
+
     /// Starts a container that was created.
     pub async fn start(&self, container: &str) -> Result<()> {
         self.client
@@ -166,13 +196,25 @@ impl Runtime {
 
     /// Waits until a container has ended, and returns its exit code.
     pub async fn ended(&self, container: &str) -> Result<i32> {
+        let mut state = "";
         until(&format!("{container} ends"), async || {
             let request = ContainerStatusRequest { container_id: container.to_owned(), verbose: false };
             let answer = self.client.clone().container_status(request).await?.into_inner();
             let status = answer.status.context("no status")?;
-            Ok((status.state == ContainerState::ContainerExited as i32).then_some(status.exit_code))
+            state = status.state().as_str_name();
+            Ok((status.state() == ContainerState::ContainerExited).then_some(status.exit_code))
         })
         .await
+        .with_context(|| format!("its state is {state}"))
+    }
+
+    /// The process id of a container's entrypoint, as the host sees it.
+    pub async fn pid(&self, container: &str) -> Result<u32> {
+        let request = ContainerStatusRequest { container_id: container.to_owned(), verbose: true };
+        let answer = self.client.clone().container_status(request).await?.into_inner();
+        let info: serde_json::Value =
+            serde_json::from_str(answer.info.get("info").context("the runtime tells no details")?)?;
+        info["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("the runtime tells no pid")
     }
 
     /// Runs a command in a container, as `kubectl exec` does.

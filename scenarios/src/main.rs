@@ -5,13 +5,18 @@
 
 mod attacks;
 mod bench;
+mod bench_start;
 mod containerd;
 mod cri;
+mod daemonset;
 mod demo;
+mod disturbed;
+mod engines;
 mod events;
 mod exec;
 mod faults;
 mod generator;
+mod members;
 mod node;
 mod planted;
 mod report;
@@ -57,6 +62,24 @@ enum Command {
         #[arg(long)]
         here: bool,
     },
+    /// The shipped manifest with its security context, run through the runtime interface
+    Daemonset,
+    /// Plain `ctr run`, Podman and Docker
+    Engines {
+        /// Archive of the workload's image
+        #[arg(long, default_value = "/palisade/images/workload.tar")]
+        archive: PathBuf,
+    },
+    /// The runtime restarts, the agent hangs, is killed, or is not understood: no container starts unguarded
+    ///
+    /// Stops the guest's containerd and starts its own, so it comes late.
+    Disturbed {
+        /// Only cases whose name holds this
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// Nested cgroups, moved processes, nsenter, the host's namespaces, sessions: each in the right container
+    Members,
     /// Numbered execs: each is stored or counted
     Generator {
         #[arg(long, default_value_t = 5000)]
@@ -75,6 +98,13 @@ enum Command {
     },
     /// Show Palisade at work
     Demo,
+    /// The agent's share of a container's start; run it under the instruction clock
+    BenchStart {
+        #[arg(long, default_value_t = 10)]
+        count: u32,
+        #[arg(long, default_value_t = 3)]
+        repeats: u32,
+    },
     /// Execs per second and the agent's share; run it under the instruction clock
     BenchExec {
         #[arg(long, default_value_t = 2000)]
@@ -103,10 +133,15 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Smoke => smoke::run(&cri).await,
             Command::Exec { only } => exec::run(&cri, &only).await,
             Command::Starts { count, here } => starts::run(&cri, &starts::Options { count, here }).await,
+            Command::Daemonset => daemonset::run(&cri).await,
+            Command::Engines { archive } => engines::run(&cri, &archive).await,
+            Command::Disturbed { only } => disturbed::run(&only).await,
+            Command::Members => members::run(&cri).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,
             Command::Planted { objects } => planted::run(&cri, &objects).await,
             Command::Demo => demo::run(&cri).await,
+            Command::BenchStart { count, repeats } => bench_start::run(&cri, count, repeats).await,
             Command::BenchExec { count, repeats } => bench::run(&cri, count, repeats).await,
         }
     })

@@ -32,6 +32,8 @@ pub struct AgentOptions {
     pub unidentified: Option<&'static str>,
     /// Which of the runtime's interfaces the agent has.
     pub interfaces: Interfaces,
+    /// Whether engines without Kubernetes are asked, too.
+    pub engines: bool,
     /// Further lines of its configuration.
     pub settings: &'static str,
 }
@@ -44,6 +46,8 @@ pub enum Interfaces {
     WithoutNri,
     /// NRI through another socket.
     NriAt(PathBuf),
+    /// The same, and nobody is asked besides.
+    NriAlone(PathBuf),
     /// No runtime ever answers.
     None,
 }
@@ -116,10 +120,12 @@ impl Node {
             Interfaces::All => (NRI.to_owned(), socket.to_string()),
             Interfaces::WithoutNri => (String::new(), socket.to_string()),
             Interfaces::NriAt(path) => (path.display().to_string(), socket.to_string()),
+            Interfaces::NriAlone(path) => (path.display().to_string(), "/nowhere/cri.sock".to_owned()),
             Interfaces::None => (String::new(), "/nowhere/cri.sock".to_owned()),
         };
+        let engines = if options.engines { "" } else { ", docker: [], storage: []" };
         let runtime = format!(
-            "runtimes: {{nri: [{nri}], cri: [{others}], containerd: [{others}]}}\nunidentified: {}\n{}",
+            "runtimes: {{nri: [{nri}], cri: [{others}], containerd: [{others}]{engines}}}\nunidentified: {}\n{}",
             options.unidentified.unwrap_or("audit"),
             options.settings
         );

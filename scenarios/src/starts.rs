@@ -73,10 +73,11 @@ async fn cells(
         interfaces: nri.clone().map_or(Interfaces::WithoutNri, Interfaces::NriAt),
         ..AgentOptions::default()
     };
-    if nri.is_some() {
-        // What is not identified would run: NRI alone must be early enough.
-        let case = present(cri, early("audit"), count);
-        report.case(&format!("{name}, agent present, unidentified: audit"), case).await;
+    if let Some(socket) = &nri {
+        // What is not identified would run, and nobody else is asked: NRI alone must be early enough.
+        let interfaces = Interfaces::NriAlone(socket.clone());
+        let case = present(cri, AgentOptions { interfaces, ..early("audit") }, count);
+        report.case(&format!("{name} alone, agent present, unidentified: audit"), case).await;
     }
     report
         .case(&format!("{name}, agent present, unidentified: hold"), present(cri, early("hold"), count))
@@ -132,7 +133,7 @@ async fn present(cri: &Path, options: AgentOptions, count: usize) -> Result<()> 
     let mut node = Node::start(cri).await?;
     node.write_profile("starts.yaml", &profile("starts", "enforce"))?;
     node.start_agent(&options).await?;
-    if matches!(options.interfaces, Interfaces::NriAt(_)) {
+    if matches!(options.interfaces, Interfaces::NriAlone(_)) {
         until("the runtime has registered the plugin", async || {
             Ok(node.log("agent").contains("NRI: registered").then_some(()))
         })
@@ -215,10 +216,8 @@ async fn attested(node: &Node, runtime: &Runtime, pod: &Pod, options: &AgentOpti
         in_force < executed || held > 0,
         "the policy stood at {in_force}, the entrypoint ran at {executed} and was not held"
     );
-    let by_nri = matches!(options.interfaces, Interfaces::NriAt(_));
-    if by_nri {
-        ensure!(held == 0, "NRI came too late: {exec}");
-        ensure!(coverage["container"]["identified_by"] != "", "{coverage}");
+    if matches!(options.interfaces, Interfaces::NriAlone(_)) {
+        ensure!(coverage["container"]["identified_by"] == "nri", "{coverage}");
         let answered = until("the runtime has been answered", async || {
             let records = events::query(node, &["--kind", "coverage", "--container", &id])?;
             Ok(records

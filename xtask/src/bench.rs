@@ -12,6 +12,22 @@ use crate::{build, kernels::Kernel, vm::Machine};
 pub enum Bench {
     /// What the agent costs per exec, in a virtual machine with one processor under the instruction clock
     Exec(Exec),
+    /// What the agent adds to the start of a container, in the same machine
+    ContainerStart(ContainerStart),
+}
+
+#[derive(Args)]
+pub struct ContainerStart {
+    #[arg(long, default_value = "6.12")]
+    kernel: Kernel,
+    /// Starts without and with the agent, each
+    #[arg(long, default_value_t = 10)]
+    count: u32,
+    #[arg(long, default_value_t = 3)]
+    repeats: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -31,13 +47,15 @@ pub struct Exec {
 pub fn run(bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Exec(options) => exec(options),
+        Bench::ContainerStart(options) => container_start(options),
     }
 }
 
-fn exec(options: &Exec) -> Result<ExitCode> {
+/// Runs a bench of palisade-scenarios under the instruction clock. Returns its repeats, the kernel and its exit code.
+fn measure(kernel: Kernel, words: &[&str]) -> Result<(Vec<Value>, String, u8)> {
     let binaries = build::run(&build::Options { release: true })?;
     let machine = Machine {
-        kernel: options.kernel,
+        kernel,
         smp: 1,
         icount: true,
         append: "",
@@ -47,23 +65,83 @@ fn exec(options: &Exec) -> Result<ExitCode> {
         host: None,
         extra: &[],
     };
-    let words: Vec<String> = [
-        "palisade-scenarios",
-        "bench-exec",
-        "--count",
-        &options.count.to_string(),
-        "--repeats",
-        &options.repeats.to_string(),
-    ]
-    .map(str::to_owned)
-    .to_vec();
+    let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
     let outcome = machine.run(&words, false)?;
     let line = outcome
         .output
         .lines()
         .find(|line| line.starts_with('['))
         .with_context(|| format!("the bench printed no result:\n{}", outcome.output))?;
-    let repeats: Vec<Value> = serde_json::from_str(line)?;
+    Ok((serde_json::from_str(line)?, outcome.release, outcome.code))
+}
+
+/// What a container's start takes without the agent and with it. The pairs are in alternation, so a median of each is
+/// over the same stretch of the machine's life.
+fn container_start(options: &ContainerStart) -> Result<ExitCode> {
+    let (count, repeats) = (options.count.to_string(), options.repeats.to_string());
+    let words = ["palisade-scenarios", "bench-start", "--count", &count, "--repeats", &repeats];
+    let (repeats, release, code) = measure(options.kernel, &words)?;
+    let all = |field: &str| -> Vec<f64> {
+        let mut values: Vec<f64> = repeats
+            .iter()
+            .flat_map(|repeat| repeat[field].as_array().into_iter().flatten().filter_map(Value::as_f64))
+            .map(|nanoseconds| nanoseconds / 1e6)
+            .collect();
+        values.sort_by(f64::total_cmp);
+        values
+    };
+    let (without, with) = (all("without"), all("with"));
+    let share: Vec<f64> = {
+        let mut shares: Vec<f64> = repeats
+            .iter()
+            .map(|repeat| {
+                let of = |field: &str| {
+                    let mut values: Vec<f64> =
+                        repeat[field].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+                    values.sort_by(f64::total_cmp);
+                    median(&values) / 1e6
+                };
+                of("with") - of("without")
+            })
+            .collect();
+        shares.sort_by(f64::total_cmp);
+        shares
+    };
+    let rows = [
+        ("start without the agent, ms", without),
+        ("start with it, ms", with),
+        ("difference of the medians of a repeat, ms", share),
+        ("the runtime waits for the agent, ms", all("answered")),
+    ];
+    print_rows("container-start", &release, &rows, &repeats, options.json);
+    Ok(ExitCode::from(code))
+}
+
+/// A table for people, or one JSON object.
+fn print_rows(bench: &str, release: &str, rows: &[(&str, Vec<f64>)], repeats: &[Value], as_json: bool) {
+    let least = |values: &[f64]| values.first().copied().unwrap_or(f64::NAN);
+    let most = |values: &[f64]| values.last().copied().unwrap_or(f64::NAN);
+    if as_json {
+        let rows: Vec<Value> = rows
+            .iter()
+            .map(|(name, values)| {
+                json!({"name": name, "median": median(values), "least": least(values), "most": most(values)})
+            })
+            .collect();
+        println!("{}", json!({"bench": bench, "kernel": release, "rows": rows, "repeats": repeats}));
+        return;
+    }
+    println!("kernel {release}, {} repeats", repeats.len());
+    println!("{:<42} {:>10} {:>10} {:>10}", "", "median", "least", "most");
+    for (name, values) in rows {
+        println!("{name:<42} {:>10.3} {:>10.3} {:>10.3}", median(values), least(values), most(values));
+    }
+}
+
+fn exec(options: &Exec) -> Result<ExitCode> {
+    let (count, repeats) = (options.count.to_string(), options.repeats.to_string());
+    let words = ["palisade-scenarios", "bench-exec", "--count", &count, "--repeats", &repeats];
+    let (repeats, release, code) = measure(options.kernel, &words)?;
     let values = |field: &str| -> Vec<f64> {
         let mut values: Vec<f64> = repeats.iter().filter_map(|repeat| repeat[field].as_f64()).collect();
         values.sort_by(f64::total_cmp);
@@ -91,33 +169,10 @@ fn exec(options: &Exec) -> Result<ExitCode> {
         ("maps, MiB", values("maps_kib"), 1024.0),
         ("records captured", values("records"), 1.0),
     ];
-    if options.json {
-        let rows: Vec<Value> = rows
-            .iter()
-            .map(|(name, values, unit)| {
-                json!({"name": name, "median": median(values) / unit, "least": values.first().map(|v| v / unit),
-                       "most": values.last().map(|v| v / unit)})
-            })
-            .collect();
-        println!(
-            "{}",
-            json!({"bench": "exec", "kernel": outcome.release, "count": options.count, "rows": rows,
-                              "repeats": repeats})
-        );
-    } else {
-        println!("kernel {}, {} execs a loop, {} repeats", outcome.release, options.count, repeats.len());
-        println!("{:<34} {:>10} {:>10} {:>10}", "", "median", "least", "most");
-        for (name, values, unit) in rows {
-            let of = |value: Option<&f64>| value.copied().unwrap_or(f64::NAN) / unit;
-            println!(
-                "{name:<34} {:>10.3} {:>10.3} {:>10.3}",
-                median(&values) / unit,
-                of(values.first()),
-                of(values.last())
-            );
-        }
-    }
-    Ok(ExitCode::from(outcome.code))
+    let rows =
+        rows.map(|(name, values, unit)| (name, values.into_iter().map(|value| value / unit).collect()));
+    print_rows("exec", &release, &rows, &repeats, options.json);
+    Ok(ExitCode::from(code))
 }
 
 fn median(sorted: &[f64]) -> f64 {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use clap::Args;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
@@ -17,8 +18,32 @@ use crate::{
 
 /// An image as `ctr images import` takes it.
 pub struct Image {
-    pub name: &'static str,
+    pub name: String,
     pub archive: PathBuf,
+}
+
+/// The image that behaves and attacks.
+pub const WORKLOAD: &str = "palisade.test/workload:1";
+/// The image of the manifest, as the tests name it.
+pub const PALISADE: &str = "palisade.test/palisade:1";
+
+/// Agent, collector and command, without what only a debugger reads.
+fn palisade(binaries: &Path, root: &Path) -> Result<()> {
+    for folder in ["usr/bin", "etc/palisade", "var/lib/palisade", "tmp", "proc", "sys", "dev", "run"] {
+        std::fs::create_dir_all(root.join(folder))?;
+    }
+    for name in ["palisade-agent", "palisade-collector", "palisade"] {
+        let target = root.join("usr/bin").join(name);
+        shell::read(
+            std::process::Command::new("strip")
+                .arg("--strip-debug")
+                .arg("-o")
+                .arg(&target)
+                .arg(binaries.join(name)),
+        )?;
+        executable(&target)?;
+    }
+    Ok(())
 }
 
 /// A program whose first system call makes the file that its first argument names, and whose second ends it with
@@ -36,12 +61,32 @@ const MARK: &[u8] = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\
     \xb8\x3c\0\0\0\
     \x0f\x05";
 
+#[derive(Args)]
+pub struct Options {
+    /// Name and tag of the image
+    #[arg(long, default_value = "palisade:0.1.0")]
+    name: String,
+    /// Archive to write, an OCI layout in a tar file
+    #[arg(long, default_value = "palisade.tar")]
+    output: PathBuf,
+}
+
+/// Makes the image of the manifest, for `ctr images import`, `podman load` or `skopeo copy oci-archive:…`.
+pub fn run(options: &Options) -> Result<std::process::ExitCode> {
+    let binaries = crate::build::run(&crate::build::Options { release: true })?;
+    let made = image(&options.name, &["/usr/bin/palisade-agent", "run"], |root| palisade(&binaries, root))?;
+    std::fs::copy(&made.archive, &options.output)
+        .with_context(|| format!("cannot write {}", options.output.display()))?;
+    println!("{} holds {}", options.output.display(), options.name);
+    Ok(std::process::ExitCode::SUCCESS)
+}
+
 /// Makes all images. Their content decides their names on disk, so an equal image is made once.
 pub fn make(binaries: &Path) -> Result<Vec<Image>> {
     let fixture = binaries.join("palisade-fixture");
     let mut images = Vec::new();
     images.push(image("palisade.test/pause:1", &["/pause"], |root| install(&fixture, &root.join("pause")))?);
-    images.push(image("palisade.test/workload:1", &["/usr/bin/workload", "sleep"], |root| {
+    images.push(image(WORKLOAD, &["/usr/bin/workload", "sleep"], |root| {
         base(root)?;
         // Distinct files, so that each is judged by itself.
         for name in ["workload", "attacker", "third"] {
@@ -53,6 +98,7 @@ pub fn make(binaries: &Path) -> Result<Vec<Image>> {
         std::fs::write(&script, "#!/usr/bin/workload payload\n")?;
         executable(&script)
     })?);
+    images.push(image(PALISADE, &["/usr/bin/palisade-agent", "run"], |root| palisade(binaries, root))?);
     let nginx = nginx_files()?;
     images.push(image("palisade.test/nginx:1", &["/usr/sbin/nginx", "-g", "daemon off;"], |root| {
         shell::read(std::process::Command::new("cp").arg("-a").arg(nginx.join(".")).arg(root))?;
@@ -130,7 +176,7 @@ fn executable(path: &Path) -> Result<()> {
 }
 
 /// Makes one image with a single layer that `fill` writes.
-fn image(name: &'static str, command: &[&str], fill: impl FnOnce(&Path) -> Result<()>) -> Result<Image> {
+fn image(name: &str, command: &[&str], fill: impl FnOnce(&Path) -> Result<()>) -> Result<Image> {
     let root = tempfile::tempdir()?;
     fill(root.path()).with_context(|| format!("making the image {name}"))?;
     let mut builder = tar::Builder::new(Vec::new());
@@ -170,7 +216,7 @@ fn image(name: &'static str, command: &[&str], fill: impl FnOnce(&Path) -> Resul
         tar.into_inner()?.flush()?;
         std::fs::rename(&partial, &archive)?;
     }
-    Ok(Image { name, archive })
+    Ok(Image { name: name.to_owned(), archive })
 }
 
 fn add(tar: &mut tar::Builder<File>, path: &str, bytes: &[u8]) -> Result<()> {

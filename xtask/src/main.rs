@@ -50,6 +50,8 @@ enum Command {
     Demo(demo::Options),
     /// Load every program on every supported kernel and write docs/kernels.md
     Matrix(matrix::Options),
+    /// Make the image that deploy/kubernetes/palisade.yaml names
+    Image(images::Options),
     /// Fuzz every parser of hostile bytes
     Fuzz(fuzz::Options),
     /// Measure performance
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Matrix(options) => matrix::run(&options),
+        Command::Image(options) => images::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Bench(bench) => bench::run(&bench),
     };

@@ -99,7 +99,7 @@ impl Containerd {
                         std::fs::remove_file(other.path())?;
                     }
                 }
-                std::fs::write(marker, image.name)?;
+                std::fs::write(marker, &image.name)?;
             }
         }
         Ok(containerd)

@@ -12,7 +12,8 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::{
-    build, images,
+    build,
+    images::{self, Image},
     kernels::{self, Kernel},
     paths, rootfs, shell,
 };
@@ -88,7 +89,7 @@ impl Machine<'_> {
         let disk = rootfs::prepare(&images)?;
         let bootable = kernels::prepare(self.kernel)?;
         let work = tempfile::tempdir_in(paths::cache("runs")?)?;
-        let payload = self.payload(work.path(), command)?;
+        let payload = self.payload(work.path(), command, &images)?;
         let exit_file = work.path().join("exit");
         let begun = Instant::now();
         let mut qemu = Command::new("qemu-system-x86_64");
@@ -172,7 +173,7 @@ impl Machine<'_> {
     }
 
     /// The second disk: binaries, the command, and the host's files.
-    fn payload(&self, work: &Path, command: &[String]) -> Result<PathBuf> {
+    fn payload(&self, work: &Path, command: &[String], images: &[Image]) -> Result<PathBuf> {
         let root = work.join("payload");
         std::fs::create_dir_all(root.join("bin"))?;
         std::fs::create_dir_all(root.join("host"))?;
@@ -181,6 +182,11 @@ impl Machine<'_> {
             if from.exists() {
                 std::fs::copy(&from, root.join("bin").join(name))?;
             }
+        }
+        // For engines that have a store of their own.
+        if let Some(workload) = images.iter().find(|image| image.name == images::WORKLOAD) {
+            std::fs::create_dir_all(root.join("images"))?;
+            std::fs::copy(&workload.archive, root.join("images/workload.tar"))?;
         }
         for (target, from) in self.extra {
             shell::read(Command::new("cp").arg("-a").arg(from).arg(root.join(target)))?;

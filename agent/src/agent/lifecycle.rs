@@ -32,6 +32,7 @@ impl Agent {
         for found in cgroups::scan(&self.cgroups) {
             self.take_over_or_say(&found);
         }
+        self.identify_expected();
     }
 
     fn take_over_or_say(&mut self, found: &Found) {
@@ -133,12 +134,20 @@ impl Agent {
         self.containers.insert(slot, Container::new(id.clone(), found_running));
         self.slots.insert(id.clone(), slot);
         self.tell_coverage(slot, "found", 0);
-        // What the runtime described before may lack the image's digest, so others are asked all the same.
-        if let Some(identity) = self.expected.remove(&id) {
-            self.identify(slot, identity);
-        }
         let task = tokio::spawn(identify::identify(self.sources.clone(), slot, id, self.identified.clone()));
         self.asking.insert(slot, task);
+    }
+
+    /// Identifies containers that the runtime has described before their cgroup was there. Not while cgroups are being
+    /// taken in: identifying takes in records, which must find their containers.
+    pub(super) fn identify_expected(&mut self) {
+        let ready: Vec<(u64, String)> =
+            self.expected.keys().filter_map(|id| Some((*self.slots.get(id)?, id.clone()))).collect();
+        for (slot, id) in ready {
+            if let Some(identity) = self.expected.remove(&id) {
+                self.identify(slot, identity);
+            }
+        }
     }
 
     /// The runtime tells something over NRI and waits.
@@ -146,6 +155,7 @@ impl Agent {
         let Question { notice, asked, deadline, answer } = question;
         // The cgroups of what it tells about.
         self.take_control();
+        self.identify_expected();
         match notice {
             Notice::Known(all) => {
                 self.find_running();
@@ -234,6 +244,7 @@ impl Agent {
             namespace = identity.facts.namespace,
             pod = identity.facts.pod,
             container = identity.facts.name,
+            image = identity.facts.image,
             by = identity.by,
             "identified"
         );
@@ -284,6 +295,8 @@ impl Agent {
         }
         container.encode();
         self.tell_coverage(slot, change, 0);
+        self.push_waiting(slot);
+        self.waiting.remove(&slot);
         self.settle(slot);
         self.admit_sandbox(slot);
         if change == "identified" {
@@ -370,6 +383,8 @@ impl Agent {
         for exec in unsettled {
             self.finish(slot, exec, Settled::unidentified());
         }
+        self.push_waiting(slot);
+        self.waiting.remove(&slot);
         let over = self.sessions.end_of_container(slot, self.source.now());
         self.tell_sessions(over);
         let made = self.kernel.maps.records_made(slot);

@@ -49,6 +49,9 @@ const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(1);
 const SCAN_PERIOD: Duration = Duration::from_secs(30);
 /// Bytes that a record takes in the ring at least.
 const SMALLEST_RECORD: usize = size_of::<palisade_abi::record::ForkRecord>();
+/// How long records wait for the name of their container, and how many of one container.
+const PATIENCE: Duration = Duration::from_secs(5);
+const MOST_WAITING: usize = 1024;
 /// Records taken from the ring before anything else gets its turn.
 const RING_ROUND: usize = 1024;
 
@@ -71,6 +74,8 @@ pub struct Agent {
     expected: HashMap<String, Identity>,
     /// What is stopped until its container is identified.
     held: HashMap<u64, Vec<HeldExec>>,
+    /// Records of containers that are not identified yet, and since when they wait.
+    waiting: HashMap<u64, (Instant, Vec<(Stamp, Event, bool)>)>,
     /// Files that may start in containers that are not identified.
     admitted: HashSet<(Vec<u8>, u64)>,
     lease: Duration,
@@ -96,6 +101,7 @@ struct HeldExec {
 }
 
 /// What a record needs besides its event.
+#[derive(Clone, Copy)]
 struct Stamp {
     header: Header,
     session: palisade_abi::record::SessionPart,
@@ -170,6 +176,7 @@ pub async fn run(config: Config) -> Result<()> {
         slots: HashMap::new(),
         expected: HashMap::new(),
         held: HashMap::new(),
+        waiting: HashMap::new(),
         admitted: HashSet::new(),
         lease,
         slowest_answer: Duration::ZERO,
@@ -224,7 +231,11 @@ impl Agent {
                 _ = interrupt.recv() => return Ok(()),
                 // The runtime waits for these.
                 Some(question) = inputs.questions.recv() => self.answer(question),
-                ready = self.kernel.control.readable() => { ready?; self.take_control(); }
+                ready = self.kernel.control.readable() => {
+                    ready?;
+                    self.take_control();
+                    self.identify_expected();
+                }
                 Some((slot, identity)) = inputs.identities.recv() => {
                     self.asking.remove(&slot);
                     self.identify(slot, identity);
@@ -345,7 +356,43 @@ impl Agent {
         self.push(slot, stamp, Event::Exec(event), !allowed);
     }
 
+    /// Queues a record; of a container that is not identified yet it waits for a while, so that it can say whose it
+    /// is.
     fn push(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
+        let unidentified = self.containers.get(&slot).is_some_and(|container| !container.is_under_policy());
+        if unidentified {
+            let waiting = self.waiting.entry(slot).or_insert_with(|| (Instant::now(), Vec::new()));
+            if waiting.0.elapsed() < PATIENCE && waiting.1.len() < MOST_WAITING {
+                waiting.1.push((*stamp, event, urgent));
+                return;
+            }
+            self.push_waiting(slot);
+        }
+        self.push_now(slot, stamp, event, urgent);
+    }
+
+    /// Queues what has waited for its container's name.
+    fn push_waiting(&mut self, slot: u64) {
+        let Some((_, waiting)) = self.waiting.get_mut(&slot) else { return };
+        for (stamp, event, urgent) in std::mem::take(waiting) {
+            self.push_now(slot, &stamp, event, urgent);
+        }
+    }
+
+    /// Gives up on names that nobody told in time.
+    fn push_overdue(&mut self) {
+        let overdue: Vec<u64> = self
+            .waiting
+            .iter()
+            .filter(|(_, (since, _))| since.elapsed() >= PATIENCE)
+            .map(|(slot, _)| *slot)
+            .collect();
+        for slot in overdue {
+            self.push_waiting(slot);
+        }
+    }
+
+    fn push_now(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
         let unknown = Container::new(String::new(), false);
         let container = self.containers.get(&slot).unwrap_or(&unknown);
         let id = self.processes.session_id((stamp.session.pid, stamp.session.start));
@@ -387,6 +434,7 @@ impl Agent {
             self.apply(slot, "policy-changed");
         }
         self.kernel.maps.reap();
+        self.push_overdue();
         self.report_first_execs();
         self.report_losses();
         self.say();
@@ -417,6 +465,9 @@ impl Agent {
             for exec in held {
                 self.finish(slot, exec, lifecycle::Settled::unidentified());
             }
+        }
+        for slot in self.waiting.keys().copied().collect::<Vec<_>>() {
+            self.push_waiting(slot);
         }
         let slots: Vec<u64> = self.containers.keys().copied().collect();
         for slot in slots {

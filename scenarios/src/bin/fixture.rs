@@ -27,6 +27,7 @@ fn main() {
         (_, ["attack", attack, nonce]) => attack_by_name(attack, nonce),
         (_, ["run", path, rest @ ..]) => execute(Path::new(path), rest),
         (_, ["after", file, program, rest @ ..]) => after(Path::new(file), Path::new(program), rest),
+        (_, ["escape", program, rest @ ..]) => escape(Path::new(program), rest),
         (_, ["generate", path, nonce, count, rate]) => generate(path, nonce, count, rate),
         (_, ["loop", path, count]) => exec_loop(path, count),
         _ => {
@@ -57,6 +58,16 @@ fn wait_for_ever() -> ! {
 fn after(file: &Path, program: &Path, rest: &[&str]) -> i32 {
     while !file.exists() {
         std::thread::sleep(Duration::from_millis(20));
+    }
+    execute(program, rest)
+}
+
+/// Enters the mount namespace of the first process, as `nsenter -t 1 -m` does, and executes `program` there.
+fn escape(program: &Path, rest: &[&str]) -> i32 {
+    let Ok(namespace) = fs::File::open("/proc/1/ns/mnt") else { return NOT_POSSIBLE };
+    // SAFETY: the call takes a descriptor that is open and no pointer; this process has one thread.
+    if unsafe { libc::setns(std::os::fd::AsRawFd::as_raw_fd(&namespace), libc::CLONE_NEWNS) } != 0 {
+        return NOT_POSSIBLE;
     }
     execute(program, rest)
 }
