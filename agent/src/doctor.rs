@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::{
-    config::Config,
+    config::{Config, Unidentified},
     containers::{cgroups, cri},
     kernel::{self, Kernel, LoadError, Tier},
 };
@@ -129,6 +129,20 @@ async fn examine(config: &Config) -> Report {
         runtime.clone().unwrap_or_else(|error| error),
         "name the runtime's CRI socket under runtimes.cri in the configuration",
     );
+    let nri =
+        config.runtimes.nri.iter().find(|socket| std::os::unix::net::UnixStream::connect(socket).is_ok());
+    let before = before_the_first_instruction(nri.is_some(), config.unidentified);
+    check(
+        "told before a start (NRI)",
+        nri.is_some() || before.0,
+        match nri {
+            Some(socket) => format!("{} answers", socket.display()),
+            None => {
+                format!("no socket answers; unidentified: {:?} holds", config.unidentified).to_lowercase()
+            }
+        },
+        "enable NRI in the runtime (containerd 1.7 and later, CRI-O), or set unidentified: hold",
+    );
     let loaded = Kernel::load(&config.kernel_options(), &features);
     check(
         "kernel layout (BTF)",
@@ -157,7 +171,7 @@ async fn examine(config: &Config) -> Report {
     Report {
         tier: tier.map_or("nothing", Tier::as_str),
         kernel: features.release.clone(),
-        promises: promises(tier, reason.as_deref(), runtime.is_ok()),
+        promises: promises(tier, reason.as_deref(), runtime.is_ok(), before, config.unidentified),
         programs: loaded
             .as_ref()
             .map(|kernel| {
@@ -177,7 +191,29 @@ async fn examine(config: &Config) -> Report {
     }
 }
 
-fn promises(tier: Option<Tier>, reason: Option<&str>, runtime: bool) -> Vec<Promise> {
+/// Whether a container's policy is in force before its first instruction, and why.
+fn before_the_first_instruction(nri: bool, unidentified: Unidentified) -> (bool, &'static str) {
+    match (unidentified, nri) {
+        (Unidentified::Hold, _) => (true, "what is not identified is stopped until it is"),
+        (Unidentified::Deny, _) => (true, "what is not identified is refused"),
+        (Unidentified::Audit, true) => (
+            true,
+            "the runtime tells of a container before its start; should it ever be late, it runs and is recorded",
+        ),
+        (Unidentified::Audit, false) => (
+            false,
+            "without NRI an entrypoint may run before its container is identified; set unidentified: hold",
+        ),
+    }
+}
+
+fn promises(
+    tier: Option<Tier>,
+    reason: Option<&str>,
+    runtime: bool,
+    before: (bool, &str),
+    unidentified: Unidentified,
+) -> Vec<Promise> {
     let loaded = tier.is_some();
     let full = tier == Some(Tier::Full);
     let say = |promise, holds, because: &str| Promise { promise, holds, because: because.to_owned() };
@@ -210,6 +246,18 @@ fn promises(tier: Option<Tier>, reason: Option<&str>, runtime: bool) -> Vec<Prom
                 "path inside the superblock, origin by overlay layer"
             } else {
                 "the programs do not load"
+            },
+        ),
+        say("in force before the first instruction", loaded && before.0, before.1),
+        say(
+            "what is held stays held",
+            full || unidentified != Unidentified::Hold,
+            match (unidentified, full) {
+                (Unidentified::Hold, true) => "signals and tracers of others are refused",
+                (Unidentified::Hold, false) => {
+                    "without LSM programs, a process that sees it and has the right to signal it can let it go"
+                }
+                _ => "nothing is held",
             },
         ),
         say(

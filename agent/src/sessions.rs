@@ -163,7 +163,7 @@ impl Sessions {
 fn start(part: &SessionPart, beginning: Beginning<'_>, name: Option<String>) -> v1::Session {
     let Beginning { id, exec, time, probes } = beginning;
     let process = exec.process.clone().unwrap_or_default();
-    let is_probe = probes.iter().any(|command| *command == exec.arguments);
+    let is_probe = probes.contains(&exec.arguments);
     v1::Session {
         change: "start".to_owned(),
         id,

@@ -67,6 +67,13 @@ fn succeeds(command: &mut Command) -> Result<String> {
     Ok(said)
 }
 
+/// The image that an engine says it has loaded.
+fn loaded(said: &str) -> Result<String> {
+    said.lines()
+        .find_map(|line| line.split_once("Loaded image: ").map(|(_, image)| image.trim().to_owned()))
+        .with_context(|| format!("no image is loaded: {said}"))
+}
+
 /// The record of the refused program with `nonce`, of a container named `name`.
 async fn refused(node: &Node, name: &str, nonce: &str, by: &str) -> Result<Value> {
     let record = until(&format!("a record of {nonce}"), async || {
@@ -113,7 +120,7 @@ async fn podman(node: &Node, archive: &Path) -> Result<()> {
         command
     };
     let said = succeeds(podman(&["load", "--input"]).arg(archive))?;
-    let image = said.rsplit("Loaded image: ").next().context("podman tells no image")?.trim().to_owned();
+    let image = loaded(&said)?;
     let run = |words: &[&str]| {
         let mut command = podman(&["run", "--network", "none", "--security-opt", "seccomp=unconfined"]);
         command.args(words);
@@ -140,10 +147,7 @@ async fn podman(node: &Node, archive: &Path) -> Result<()> {
 async fn docker(node: &Node, archive: &Path) -> Result<()> {
     let engine = Engine::start().await?;
     let said = succeeds(engine.docker(&["load", "--input"]).arg(archive))?;
-    let image = said
-        .lines()
-        .find_map(|line| line.split_once("Loaded image: ").map(|(_, image)| image.trim().to_owned()))
-        .with_context(|| format!("docker tells no image: {said}"))?;
+    let image = loaded(&said)?;
     let run = |words: &[&str]| {
         let mut command = engine.docker(&["run", "--network", "host"]);
         command.args(words);

@@ -204,12 +204,20 @@ fn image(name: &str, command: &[&str], fill: impl FnOnce(&Path) -> Result<()>) -
     entry["annotations"] =
         json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name});
     let index = serde_json::to_vec(&json!({"schemaVersion": 2, "manifests": [entry]}))?;
-    let archive = paths::cache("images")?.join(format!("{}.tar", digest(&manifest)));
+    // The same for Docker's engine, which reads a list of its own.
+    let docker = serde_json::to_vec(&json!([{
+        "Config": format!("blobs/sha256/{}", digest(&config)),
+        "RepoTags": [name],
+        "Layers": [format!("blobs/sha256/{layer_digest}")],
+    }]))?;
+    let archive =
+        paths::cache("images")?.join(format!("{}.tar", digest(&[index.as_slice(), &docker].concat())));
     if !archive.exists() {
         let partial = archive.with_extension("partial");
         let mut tar = tar::Builder::new(File::create(&partial)?);
         add(&mut tar, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
         add(&mut tar, "index.json", &index)?;
+        add(&mut tar, "manifest.json", &docker)?;
         for blob in [&layer, &config, &manifest] {
             add(&mut tar, &format!("blobs/sha256/{}", digest(blob)), blob)?;
         }

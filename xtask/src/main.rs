@@ -8,6 +8,8 @@ mod fuzz;
 mod images;
 mod kernels;
 mod licences;
+#[cfg(test)]
+mod manifests;
 mod matrix;
 mod native;
 mod paths;

@@ -10,7 +10,7 @@ use palisade_abi::{
 use palisade_profile::{evaluate::evaluate, image, policy::Policy};
 use palisade_proto::v1;
 
-use super::{Agent, HeldExec};
+use super::{Agent, flow::HeldExec};
 use crate::{
     containers::{
         Container, Identity, NO_PROFILE, UNIDENTIFIED,

@@ -1,22 +1,23 @@
 //! The agent at work: one task that owns the kernel's maps, the containers, the profiles and the process table,
 //! and takes one event after the other.
 
+mod flow;
 mod lifecycle;
 mod report;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use palisade_abi::{
     codes::control,
-    record::{ControlRecord, Header, decode, decode_control},
+    record::{ControlRecord, decode_control},
 };
-use palisade_proto::v1::{self, record::Event};
+use palisade_proto::v1;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -24,10 +25,11 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
+use self::flow::{HeldExec, Waiting};
 use crate::{
     config::Config,
     containers::{
-        Container, Containers, Identity, NOT_IN_FORCE, cgroups,
+        Containers, Identity, NOT_IN_FORCE, cgroups,
         containerd::RuntimeEvent,
         identify::{self, Sources},
         nri,
@@ -37,8 +39,8 @@ use crate::{
     losses::Losses,
     policies::{Profiles, Revisions},
     processes::Processes,
-    records::{self, Held, Made, Source},
-    sessions::{Beginning, Sessions},
+    records::Source,
+    sessions::Sessions,
 };
 
 /// How long telemetry may wait in the ring; what is urgent wakes the agent at once.
@@ -47,11 +49,6 @@ const RING_PERIOD: Duration = Duration::from_millis(100);
 const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(1);
 /// How often containers are looked for in the cgroup tree, should the kernel's word have been lost.
 const SCAN_PERIOD: Duration = Duration::from_secs(30);
-/// Bytes that a record takes in the ring at least.
-const SMALLEST_RECORD: usize = size_of::<palisade_abi::record::ForkRecord>();
-/// How long records wait for the name of their container, and how many of one container.
-const PATIENCE: Duration = Duration::from_secs(5);
-const MOST_WAITING: usize = 1024;
 /// Records taken from the ring before anything else gets its turn.
 const RING_ROUND: usize = 1024;
 
@@ -75,7 +72,7 @@ pub struct Agent {
     /// What is stopped until its container is identified.
     held: HashMap<u64, Vec<HeldExec>>,
     /// Records of containers that are not identified yet, and since when they wait.
-    waiting: HashMap<u64, (Instant, Vec<(Stamp, Event, bool)>)>,
+    waiting: HashMap<u64, Waiting>,
     /// Files that may start in containers that are not identified.
     admitted: HashSet<(Vec<u8>, u64)>,
     lease: Duration,
@@ -90,22 +87,6 @@ pub struct Agent {
     ring_bytes: usize,
     /// Evidence against the programs that was last reported.
     evidence: Vec<(String, u64)>,
-}
-
-/// An execution that is stopped, and its record as far as it is made.
-struct HeldExec {
-    made: Stamp,
-    event: v1::ProcessExec,
-    held: Held,
-    since: Instant,
-}
-
-/// What a record needs besides its event.
-#[derive(Clone, Copy)]
-struct Stamp {
-    header: Header,
-    session: palisade_abi::record::SessionPart,
-    process: crate::processes::ProcessKey,
 }
 
 /// Everything that tells the agent something, apart from the kernel.
@@ -270,139 +251,6 @@ impl Agent {
         }
     }
 
-    /// Takes one round of records out of the ring, after the news of the containers that they belong to.
-    fn take_records(&mut self) {
-        self.take_control();
-        let Self { kernel, source, processes, losses, revisions, .. } = self;
-        let Kernel { records: ring, maps, .. } = kernel;
-        let mut made = Vec::new();
-        let taken = ring.drain(RING_ROUND, |bytes| match decode(bytes) {
-            Ok(decoded) => made.push(records::make(
-                source,
-                processes,
-                |number| revisions.name(number),
-                |pid| maps.slot_of_process(pid),
-                decoded,
-            )),
-            Err(error) => {
-                tracing::error!(%error, "a record cannot be read");
-                losses.undecodable(claimed_slot(bytes), source.now());
-            }
-        });
-        self.more = taken == RING_ROUND;
-        let mut settled = HashSet::new();
-        for made in made {
-            let slot = made.header.slot;
-            if self.take_record(made) && containers_know(&self.containers, slot) {
-                settled.insert(slot);
-            }
-        }
-        // What was stopped just before its container was identified.
-        for slot in settled {
-            self.settle(slot);
-        }
-        if taken > 0 {
-            self.queue.flush();
-        }
-    }
-
-    /// Passes one record on, or keeps it until its verdict can be given; returns whether it was kept.
-    fn take_record(&mut self, made: Made) -> bool {
-        let Made { header, session, process, event, urgent, held } = made;
-        let slot = header.slot;
-        let stamp = Stamp { header, session, process };
-        match (event, held) {
-            (Event::Exec(event), Some(held)) => {
-                let exec = HeldExec { made: stamp, event, held, since: Instant::now() };
-                self.held.entry(slot).or_default().push(exec);
-                return true;
-            }
-            (Event::Exec(event), None) => self.deliver(slot, &stamp, event),
-            (Event::Fork(event), _) => {
-                self.sessions.forked(slot, &session, process.0);
-                self.push(slot, &stamp, Event::Fork(event), urgent);
-            }
-            (Event::Exit(event), _) => {
-                let over =
-                    self.sessions.exited(slot, &session, process.0, &event, self.source.wall(header.time));
-                self.push(slot, &stamp, Event::Exit(event), urgent);
-                self.tell_sessions(over.map(|over| (slot, over)).into_iter().collect());
-            }
-            (event, _) => self.push(slot, &stamp, event, urgent),
-        }
-        false
-    }
-
-    /// Passes an exec on, after the start of its session when it is the first.
-    fn deliver(&mut self, slot: u64, stamp: &Stamp, event: v1::ProcessExec) {
-        let allowed = event.verdict == "allowed";
-        if event.reason != "runtime-step" {
-            let probes = self
-                .containers
-                .get(&slot)
-                .and_then(|container| container.identity.as_ref())
-                .map(|identity| identity.probes.as_slice())
-                .unwrap_or_default();
-            let beginning = || Beginning {
-                id: self.processes.session_id((stamp.session.pid, stamp.session.start)),
-                exec: &event,
-                time: self.source.wall(stamp.header.time),
-                probes,
-            };
-            let begun = self.sessions.executed(slot, &stamp.session, stamp.process.0, beginning, allowed);
-            self.tell_sessions(begun.map(|begun| (slot, begun)).into_iter().collect());
-            self.note_entrypoint(slot, &event);
-        }
-        self.push(slot, stamp, Event::Exec(event), !allowed);
-    }
-
-    /// Queues a record; of a container that is not identified yet it waits for a while, so that it can say whose it
-    /// is.
-    fn push(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
-        let unidentified = self.containers.get(&slot).is_some_and(|container| !container.is_under_policy());
-        if unidentified {
-            let waiting = self.waiting.entry(slot).or_insert_with(|| (Instant::now(), Vec::new()));
-            if waiting.0.elapsed() < PATIENCE && waiting.1.len() < MOST_WAITING {
-                waiting.1.push((*stamp, event, urgent));
-                return;
-            }
-            self.push_waiting(slot);
-        }
-        self.push_now(slot, stamp, event, urgent);
-    }
-
-    /// Queues what has waited for its container's name.
-    fn push_waiting(&mut self, slot: u64) {
-        let Some((_, waiting)) = self.waiting.get_mut(&slot) else { return };
-        for (stamp, event, urgent) in std::mem::take(waiting) {
-            self.push_now(slot, &stamp, event, urgent);
-        }
-    }
-
-    /// Gives up on names that nobody told in time.
-    fn push_overdue(&mut self) {
-        let overdue: Vec<u64> = self
-            .waiting
-            .iter()
-            .filter(|(_, (since, _))| since.elapsed() >= PATIENCE)
-            .map(|(slot, _)| *slot)
-            .collect();
-        for slot in overdue {
-            self.push_waiting(slot);
-        }
-    }
-
-    fn push_now(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
-        let unknown = Container::new(String::new(), false);
-        let container = self.containers.get(&slot).unwrap_or(&unknown);
-        let id = self.processes.session_id((stamp.session.pid, stamp.session.start));
-        let session = self.sessions.reference(slot, &stamp.session, id);
-        let bytes = self.source.encode(slot, Some(&stamp.header), Some(session), container.encoded(), event);
-        if self.queue.push(bytes, urgent).is_err() {
-            self.losses.turned_away(slot, self.source.wall(stamp.header.time));
-        }
-    }
-
     /// Forgets processes and sessions whose end was not told.
     fn prune(&mut self) {
         self.empty_ring();
@@ -410,16 +258,6 @@ impl Agent {
         self.processes.prune(&alive);
         let over = self.sessions.prune(&alive, self.source.now());
         self.tell_sessions(over);
-    }
-
-    /// Takes all that is in the ring now; bounded by what it can hold.
-    fn empty_ring(&mut self) {
-        self.more = true;
-        let mut rounds = 0;
-        while self.more && rounds <= self.ring_bytes / SMALLEST_RECORD / RING_ROUND {
-            self.take_records();
-            rounds += 1;
-        }
     }
 
     fn keep_house(&mut self) {
@@ -497,17 +335,6 @@ impl Agent {
         }
         tracing::info!(delivered = self.queue.counts().1, processes = self.processes.len(), "stopped");
     }
-}
-
-/// Whether a container is identified and under its policy.
-fn containers_know(containers: &Containers, slot: u64) -> bool {
-    containers.get(&slot).is_some_and(|container| container.is_under_policy())
-}
-
-/// The slot that a record claims, of bytes that are not a record of this build.
-fn claimed_slot(bytes: &[u8]) -> u64 {
-    let at = std::mem::offset_of!(Header, slot);
-    bytes.get(at..at + 8).and_then(|slot| slot.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 fn node_name(config: &Config) -> Result<String> {

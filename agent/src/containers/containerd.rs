@@ -60,9 +60,9 @@ pub async fn ask(channel: Channel, id: &str) -> Result<Option<Identity>> {
             .and_then(|spec| serde_json::from_slice(&spec.value).ok())
             .unwrap_or(Value::Null);
         let mut identity = identity(&container, &spec);
-        if !identity.sandbox && namespace == PODS {
-            // The pod's labels are in the metadata of its sandbox.
-            let sandbox = spec["annotations"]["io.kubernetes.cri.sandbox-id"].as_str().unwrap_or_default();
+        // The pod's labels are in the metadata of its sandbox.
+        let of_pod = spec["annotations"]["io.kubernetes.cri.sandbox-id"].as_str();
+        if let Some(sandbox) = of_pod.filter(|_| !identity.sandbox) {
             let Some(sandbox) = get(&channel, &namespace, sandbox).await? else { return Ok(None) };
             let (labels, annotations) = pod_metadata(&sandbox);
             identity.facts.labels = kubernetes::labels(labels);
@@ -141,14 +141,19 @@ pub async fn running(channel: Channel) -> Result<Vec<(String, u32)>> {
     Ok(found)
 }
 
-/// Passes on what the runtime tells until the connection ends or nobody listens.
-pub async fn follow(channel: Channel, events: &mpsc::Sender<RuntimeEvent>) -> Result<()> {
+/// Passes on what the runtime tells until the connection ends or nobody listens. `patient` is a connection without a
+/// deadline: the answer to a subscription begins with the first event.
+pub async fn follow(patient: Channel, channel: Channel, events: &mpsc::Sender<RuntimeEvent>) -> Result<()> {
     let filters = ["topic==\"/tasks/create\"", "topic==\"/tasks/exec-started\""].map(str::to_owned).to_vec();
-    let mut stream =
-        EventsClient::new(channel.clone()).subscribe(SubscribeRequest { filters }).await?.into_inner();
-    for (id, pid) in running(channel).await? {
-        events.send(RuntimeEvent::Created { id, pid }).await?;
-    }
+    let mut client = EventsClient::new(patient);
+    let subscribed = async { anyhow::Ok(client.subscribe(SubscribeRequest { filters }).await?.into_inner()) };
+    let listed = async {
+        for (id, pid) in running(channel).await? {
+            events.send(RuntimeEvent::Created { id, pid }).await?;
+        }
+        Ok(())
+    };
+    let (mut stream, ()) = tokio::try_join!(subscribed, listed)?;
     while let Some(envelope) = stream.message().await? {
         let Some(event) = envelope.event else { continue };
         let bytes = event.value.as_slice();

@@ -21,17 +21,25 @@ use super::{Identity, kubernetes};
 /// Longest wait for one answer.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Connects to the runtime at `socket`.
+/// Connects to the runtime at `socket` when it is needed; every answer has a deadline.
 pub fn connect(socket: &Path) -> Channel {
+    lazily(Endpoint::from_static(ANY).timeout(DEADLINE), socket)
+}
+
+/// The same without a deadline for answers, for what is followed as it happens.
+pub fn connect_patiently(socket: &Path) -> Channel {
+    lazily(Endpoint::from_static(ANY), socket)
+}
+
+/// The URI is demanded by the interface and not used: the connector knows the socket.
+const ANY: &str = "http://runtime";
+
+fn lazily(endpoint: Endpoint, socket: &Path) -> Channel {
     let path: PathBuf = socket.to_owned();
-    // The URI is demanded by the interface and not used: the connector knows the socket.
-    Endpoint::from_static("http://runtime")
-        .connect_timeout(DEADLINE)
-        .timeout(DEADLINE)
-        .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-        }))
+    endpoint.connect_timeout(DEADLINE).connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+        let path = path.clone();
+        async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
+    }))
 }
 
 /// Name and version of the runtime at `socket`.

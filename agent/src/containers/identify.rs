@@ -91,7 +91,8 @@ pub async fn identify(sources: Arc<Sources>, slot: u64, id: String, found: mpsc:
 pub async fn follow(socket: PathBuf, channel: Channel, events: mpsc::Sender<containerd::RuntimeEvent>) {
     while !events.is_closed() {
         if socket.exists()
-            && let Err(error) = containerd::follow(channel.clone(), &events).await
+            && let Err(error) =
+                containerd::follow(cri::connect_patiently(&socket), channel.clone(), &events).await
         {
             tracing::debug!(socket = %socket.display(), error = format!("{error:#}"), "containerd's events end");
         }

@@ -1,0 +1,210 @@
+//! The way of a record: out of the ring, decoded and described, kept while it waits for a verdict or for its
+//! container's name, and into the queue.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use palisade_abi::record::{ForkRecord, Header, SessionPart, decode};
+use palisade_proto::v1::{self, record::Event};
+
+use super::{Agent, RING_ROUND};
+use crate::{
+    containers::{Container, Containers},
+    kernel::Kernel,
+    processes::ProcessKey,
+    records::{self, Held, Made},
+    sessions::Beginning,
+};
+
+/// Bytes that a record takes in the ring at least.
+const SMALLEST_RECORD: usize = size_of::<ForkRecord>();
+/// How long records wait for the name of their container, and how many of one container.
+const PATIENCE: Duration = Duration::from_secs(5);
+const MOST_WAITING: usize = 1024;
+
+/// Records of a container that is not identified yet.
+pub(super) struct Waiting {
+    since: Instant,
+    /// Each with whether it is urgent.
+    records: Vec<(Stamp, Event, bool)>,
+}
+
+impl Waiting {
+    fn begin() -> Self {
+        Self { since: Instant::now(), records: Vec::new() }
+    }
+}
+
+/// An execution that is stopped, and its record as far as it is made.
+pub(super) struct HeldExec {
+    pub made: Stamp,
+    pub event: v1::ProcessExec,
+    pub held: Held,
+    pub since: Instant,
+}
+
+/// What a record needs besides its event.
+#[derive(Clone, Copy)]
+pub(super) struct Stamp {
+    pub header: Header,
+    pub session: SessionPart,
+    pub process: ProcessKey,
+}
+
+impl Agent {
+    /// Takes one round of records out of the ring, after the news of the containers that they belong to.
+    pub(super) fn take_records(&mut self) {
+        self.take_control();
+        let Self { kernel, source, processes, losses, revisions, .. } = self;
+        let Kernel { records: ring, maps, .. } = kernel;
+        let mut made = Vec::new();
+        let taken = ring.drain(RING_ROUND, |bytes| match decode(bytes) {
+            Ok(decoded) => made.push(records::make(
+                source,
+                processes,
+                |number| revisions.name(number),
+                |pid| maps.slot_of_process(pid),
+                decoded,
+            )),
+            Err(error) => {
+                tracing::error!(%error, "a record cannot be read");
+                losses.undecodable(claimed_slot(bytes), source.now());
+            }
+        });
+        self.more = taken == RING_ROUND;
+        let mut settled = HashSet::new();
+        for made in made {
+            let slot = made.header.slot;
+            if self.take_record(made) && containers_know(&self.containers, slot) {
+                settled.insert(slot);
+            }
+        }
+        // What was stopped just before its container was identified.
+        for slot in settled {
+            self.settle(slot);
+        }
+        if taken > 0 {
+            self.queue.flush();
+        }
+    }
+
+    /// Passes one record on, or keeps it until its verdict can be given; returns whether it was kept.
+    fn take_record(&mut self, made: Made) -> bool {
+        let Made { header, session, process, event, urgent, held } = made;
+        let slot = header.slot;
+        let stamp = Stamp { header, session, process };
+        match (event, held) {
+            (Event::Exec(event), Some(held)) => {
+                let exec = HeldExec { made: stamp, event, held, since: Instant::now() };
+                self.held.entry(slot).or_default().push(exec);
+                return true;
+            }
+            (Event::Exec(event), None) => self.deliver(slot, &stamp, event),
+            (Event::Fork(event), _) => {
+                self.sessions.forked(slot, &session, process.0);
+                self.push(slot, &stamp, Event::Fork(event), urgent);
+            }
+            (Event::Exit(event), _) => {
+                let over =
+                    self.sessions.exited(slot, &session, process.0, &event, self.source.wall(header.time));
+                self.push(slot, &stamp, Event::Exit(event), urgent);
+                self.tell_sessions(over.map(|over| (slot, over)).into_iter().collect());
+            }
+            (event, _) => self.push(slot, &stamp, event, urgent),
+        }
+        false
+    }
+
+    /// Passes an exec on, after the start of its session when it is the first.
+    pub(super) fn deliver(&mut self, slot: u64, stamp: &Stamp, event: v1::ProcessExec) {
+        let allowed = event.verdict == "allowed";
+        if event.reason != "runtime-step" {
+            let probes = self
+                .containers
+                .get(&slot)
+                .and_then(|container| container.identity.as_ref())
+                .map(|identity| identity.probes.as_slice())
+                .unwrap_or_default();
+            let beginning = || Beginning {
+                id: self.processes.session_id((stamp.session.pid, stamp.session.start)),
+                exec: &event,
+                time: self.source.wall(stamp.header.time),
+                probes,
+            };
+            let begun = self.sessions.executed(slot, &stamp.session, stamp.process.0, beginning, allowed);
+            self.tell_sessions(begun.map(|begun| (slot, begun)).into_iter().collect());
+            self.note_entrypoint(slot, &event);
+        }
+        self.push(slot, stamp, Event::Exec(event), !allowed);
+    }
+
+    /// Queues a record; of a container that is not identified yet it waits for a while, so that it can say whose it
+    /// is.
+    fn push(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
+        let unidentified = self.containers.get(&slot).is_some_and(|container| !container.is_under_policy());
+        if unidentified {
+            let waiting = self.waiting.entry(slot).or_insert_with(Waiting::begin);
+            if waiting.since.elapsed() < PATIENCE && waiting.records.len() < MOST_WAITING {
+                waiting.records.push((*stamp, event, urgent));
+                return;
+            }
+            self.push_waiting(slot);
+        }
+        self.push_now(slot, stamp, event, urgent);
+    }
+
+    /// Queues what has waited for its container's name.
+    pub(super) fn push_waiting(&mut self, slot: u64) {
+        let Some(waiting) = self.waiting.get_mut(&slot) else { return };
+        for (stamp, event, urgent) in std::mem::take(&mut waiting.records) {
+            self.push_now(slot, &stamp, event, urgent);
+        }
+    }
+
+    /// Gives up on names that nobody told in time.
+    pub(super) fn push_overdue(&mut self) {
+        let overdue: Vec<u64> = self
+            .waiting
+            .iter()
+            .filter(|(_, waiting)| waiting.since.elapsed() >= PATIENCE)
+            .map(|(slot, _)| *slot)
+            .collect();
+        for slot in overdue {
+            self.push_waiting(slot);
+        }
+    }
+
+    fn push_now(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
+        let unknown = Container::new(String::new(), false);
+        let container = self.containers.get(&slot).unwrap_or(&unknown);
+        let id = self.processes.session_id((stamp.session.pid, stamp.session.start));
+        let session = self.sessions.reference(slot, &stamp.session, id);
+        let bytes = self.source.encode(slot, Some(&stamp.header), Some(session), container.encoded(), event);
+        if self.queue.push(bytes, urgent).is_err() {
+            self.losses.turned_away(slot, self.source.wall(stamp.header.time));
+        }
+    }
+
+    /// Takes all that is in the ring now; bounded by what it can hold.
+    pub(super) fn empty_ring(&mut self) {
+        self.more = true;
+        let mut rounds = 0;
+        while self.more && rounds <= self.ring_bytes / SMALLEST_RECORD / RING_ROUND {
+            self.take_records();
+            rounds += 1;
+        }
+    }
+}
+
+/// Whether a container is identified and under its policy.
+fn containers_know(containers: &Containers, slot: u64) -> bool {
+    containers.get(&slot).is_some_and(|container| container.is_under_policy())
+}
+
+/// The slot that a record claims, of bytes that are not a record of this build.
+fn claimed_slot(bytes: &[u8]) -> u64 {
+    let at = std::mem::offset_of!(Header, slot);
+    bytes.get(at..at + 8).and_then(|slot| slot.try_into().ok()).map_or(0, u64::from_le_bytes)
+}
