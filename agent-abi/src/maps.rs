@@ -30,9 +30,6 @@ pub struct Settings {
 pub struct AgentState {
     /// Boot time until which the agent counts as present, nanoseconds. It renews this as long as it works.
     pub lease_until: u64,
-    /// Its process id as the host sees it: who may let go what is held.
-    pub pid: u32,
-    pub reserved: u32,
 }
 
 /// A file of an image that may start while its container is not identified: the pause program, the agent itself. Image
@@ -145,7 +142,7 @@ pub struct Process {
     pub pending_verdict: u8,
     /// The reason that belongs to it.
     pub pending_reason: u8,
-    /// Passes of the binary format loop of the exec in progress; 2 stands for more.
+    /// Passes of the binary format loop of the exec in progress.
     pub passes: u8,
     /// [`crate::codes::origin`] of the script in `SCRIPTS`.
     pub script_origin: u8,
@@ -207,7 +204,7 @@ macro_rules! sizes {
 
 sizes! {
     Settings = 40,
-    AgentState = 16,
+    AgentState = 8,
     AdmittedKey = 24,
     Slot = 40,
     SlotPolicy = 16,

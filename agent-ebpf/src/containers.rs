@@ -280,5 +280,7 @@ pub fn slot_of_root() -> Option<u64> {
     let ended = unsafe { SLOTS.get(slot) }?.ended;
     let same =
         known.superblock == root.superblock && known.device == root.device && known.magic == root.magic;
-    (same && ended == 0).then_some(slot)
+    // Other filesystems than overlays may be shared by containers; then only the very directory tells.
+    let own = root.magic == origin::OVERLAYFS || known.dentry == root.dentry;
+    (same && own && ended == 0).then_some(slot)
 }

@@ -70,12 +70,23 @@ pub fn check(bprm: Address) -> bool {
         // SAFETY: as above.
         unsafe { (*scratch).action = action::REFUSED };
         palisade_report(task);
+    } else if verdict == verdict::HELD && entry_is_missing() {
+        // Nobody could say later that it waits.
+        // SAFETY: as above.
+        unsafe {
+            (*scratch).verdict = verdict::DENIED;
+            (*scratch).action = action::REFUSED;
+        }
+        palisade_report(task);
+        scratch::release(task);
+        return true;
     } else if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
         // SAFETY: the pointers come from map lookups. One exec of a process runs at a time: the kernel holds
         // `cred_guard_mutex` from before the first pass until after the tracepoint.
         unsafe {
             let pending = (&raw const (*entry).pending_verdict).read_volatile();
-            (&raw mut (*entry).passes).write_volatile(if first { 1 } else { 2 });
+            let passes = (&raw const (*entry).passes).read_volatile();
+            (&raw mut (*entry).passes).write_volatile(if first { 1 } else { passes.saturating_add(1) });
             keep_script(scratch, entry, first);
             if first || verdict > pending {
                 (&raw mut (*entry).pending_verdict).write_volatile(verdict);
@@ -116,6 +127,22 @@ unsafe fn keep_script(scratch: *mut Scratch, entry: *mut Process, first: bool) {
     }
 }
 
+/// Whether there is no entry of the current process to note anything in.
+#[inline(always)]
+fn entry_is_missing() -> bool {
+    PROCESSES.get_ptr_mut(processes::current_pid()).is_none()
+}
+
+/// An exec that is past its point of no return, at a hook that no kernel since 6.2 skips.
+#[inline(always)]
+pub fn committed() {
+    let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) else { return };
+    // SAFETY: as in `check`.
+    if unsafe { (&raw const (*entry).pending_verdict).read_volatile() } == verdict::HELD {
+        let _killed_instead = !stop(entry);
+    }
+}
+
 /// The tracepoint: an exec that passed its point of no return.
 #[inline(always)]
 pub fn executed(bprm: Address) {
@@ -144,6 +171,19 @@ pub fn executed(bprm: Address) {
             (*scratch).reason = process.pending_reason;
             (*scratch).of_script = 1;
         }
+        if process.held != 0 {
+            // It is stopped already, and must be let go by whoever settles it.
+            verdict = verdict::HELD;
+            (*scratch).verdict = verdict;
+            (*scratch).reason = process.pending_reason;
+        }
+        if verdict == verdict::HELD && process.passes > 1 {
+            // It can only be settled later if its script is known: one, by its whole path.
+            let one = process.passes == 2 && usize::from(process.script_start) < PATH_CAPACITY;
+            if !one {
+                (*scratch).reason = reason::LOOKUP_MISSED;
+            }
+        }
         if verdict == verdict::DENIED && kill() {
             (*scratch).action = action::KILLED;
         }
@@ -154,7 +194,10 @@ pub fn executed(bprm: Address) {
             note_first_exec(process.slot);
         }
     }
-    palisade_report(task);
+    if palisade_report(task) != 0 && verdict == verdict::HELD {
+        // Nobody would know that it waits.
+        kill();
+    }
     scratch::release(task);
     if usize::from(process.script_start) < PATH_CAPACITY {
         let _may_be_gone = SCRIPTS.remove(processes::current_pid());
@@ -166,23 +209,33 @@ pub fn executed(bprm: Address) {
 }
 
 /// Stops the current process before it returns to user space, until the agent has settled what it may do. One that
-/// cannot be stopped dies.
+/// cannot be stopped dies; returns whether it is stopped.
+#[inline(always)]
+fn stop(entry: *mut Process) -> bool {
+    // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
+    unsafe { (&raw mut (*entry).held).write_volatile(1) };
+    // SAFETY: the helper has no preconditions; the signal goes to the current process.
+    if !processes::is_traced() && unsafe { bpf_send_signal(SIGSTOP) } == 0 {
+        return true;
+    }
+    count::error(error::STOP_FAILED);
+    kill();
+    false
+}
+
+/// The same at the tracepoint, where it is recorded.
 ///
 /// # Safety
 ///
 /// `scratch` must be the current task's claimed memory.
 #[inline(always)]
 unsafe fn hold(scratch: *mut Scratch) {
-    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
-        // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
-        unsafe { (&raw mut (*entry).held).write_volatile(1) };
-        // SAFETY: the helper has no preconditions; the signal goes to the current process.
-        if unsafe { bpf_send_signal(SIGSTOP) } == 0 {
-            return;
-        }
+    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid())
+        && stop(entry)
+    {
+        return;
     }
     // Without an entry nobody would know whom to let go.
-    count::error(error::STOP_FAILED);
     // SAFETY: the caller's promise.
     unsafe {
         (*scratch).verdict = verdict::DENIED;
@@ -236,7 +289,7 @@ fn examine(task: u64, scratch: *mut Scratch, bprm: Address, process: &Process) -
     }
     let runtime = process.entering != 0 && palisade_is_runtime_step(process.slot) != 0;
     let origin = palisade_classify(task) as u8;
-    let escaped = !runtime && palisade_is_outside() != 0;
+    let escaped = !runtime && palisade_is_outside(process.slot) != 0;
     // SAFETY: as above. The session is read anew, since the step before may have begun one.
     unsafe {
         (*scratch).origin = origin;
@@ -287,18 +340,29 @@ pub extern "C" fn palisade_is_runtime_step(slot: u64) -> u64 {
     0
 }
 
-/// Whether the current task, which belongs to a container, is in the host's mount namespace or has the host's root
-/// directory.
+/// Whether the current task, which belongs to `slot`, has left it: it has the host's root directory, or is in the host's
+/// mount namespace with any other root than its container's. Of a container whose root is the host's own, only the
+/// mount namespace tells.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_is_outside() -> u64 {
-    if context::mount_namespace(KernelPtr::current_task()) == setting!(host_mount_namespace) {
-        return 1;
+pub extern "C" fn palisade_is_outside(slot: u64) -> u64 {
+    let in_hosts_namespace =
+        context::mount_namespace(KernelPtr::current_task()) == setting!(host_mount_namespace);
+    // SAFETY: only a field is read.
+    let host_is_root = unsafe { SLOT_POLICIES.get(slot) }
+        .is_some_and(|policy| policy.flags & slot_flags::ROOT_IS_HOSTS != 0);
+    if host_is_root {
+        return u64::from(in_hosts_namespace);
     }
     let Some(root) = origins::current_root() else {
         count::error(error::ROOT_READ);
         return 0;
     };
+    // SAFETY: the entry is written when the root is learned.
+    let own = unsafe { ROOTS.get(slot) }.is_some_and(|own| own.superblock == root.superblock);
+    if in_hosts_namespace && !own {
+        return 1;
+    }
     // SAFETY: the host's entry is written before any program is attached and never again.
     match unsafe { ROOTS.get(HOST_ROOT) } {
         Some(host) => u64::from(root.superblock == host.superblock && root.dentry == host.dentry),

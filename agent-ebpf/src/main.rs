@@ -40,13 +40,30 @@ pub fn bprm_check_security(ctx: LsmContext) -> i32 {
     if refused { -1 } else { 0 }
 }
 
+/// `void security_bprm_committed_creds(struct linux_binprm *bprm)`: past the point of no return. What waits for its
+/// container to be identified is stopped here, since a kernel may skip a tracepoint program.
+#[lsm(hook = "bprm_committed_creds")]
+pub fn bprm_committed_creds(_ctx: LsmContext) -> i32 {
+    exec::committed();
+    0
+}
+
+const SIGCONT: i32 = 18;
+
 /// `int security_task_kill(struct task_struct *p, struct kernel_siginfo *info, int sig, const struct cred *cred)`:
-/// nobody but the agent lets go what is held.
+/// nobody lets go what is held. The agent notes first that it is not held any more.
 #[lsm(hook = "task_kill")]
 pub fn task_kill(ctx: LsmContext) -> i32 {
-    const SIGCONT: i32 = 18;
     let signal: i32 = ctx.arg(2);
-    if signal == SIGCONT && processes::is_held(ctx.arg(0)) { -1 } else { 0 }
+    if signal == SIGCONT && processes::must_stay_stopped(ctx.arg(0)) { -1 } else { 0 }
+}
+
+/// `int security_file_send_sigiotask(struct task_struct *tsk, struct fown_struct *fown, int sig)`: nor does a file
+/// descriptor with `F_SETSIG`.
+#[lsm(hook = "file_send_sigiotask")]
+pub fn file_send_sigiotask(ctx: LsmContext) -> i32 {
+    let signal: i32 = ctx.arg(2);
+    if signal == SIGCONT && processes::must_stay_stopped(ctx.arg(0)) { -1 } else { 0 }
 }
 
 /// `int security_ptrace_access_check(struct task_struct *child, unsigned int mode)`: nor does a tracer.
@@ -55,7 +72,7 @@ pub fn ptrace_access_check(ctx: LsmContext) -> i32 {
     /// `PTRACE_MODE_ATTACH` of include/linux/ptrace.h; reading procfs asks for less.
     const ATTACH: u32 = 2;
     let mode: u32 = ctx.arg(1);
-    if mode & ATTACH != 0 && processes::is_held(ctx.arg(0)) { -1 } else { 0 }
+    if mode & ATTACH != 0 && processes::may_not_be_traced(ctx.arg(0)) { -1 } else { 0 }
 }
 
 /// `TP_PROTO(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`

@@ -10,7 +10,7 @@ use palisade_abi::{
 use crate::{
     containers, context, count,
     kernel::KernelPtr,
-    maps::{AGENT, CGROUPS, PROCESSES, SCRIPTS, SLOTS, offset},
+    maps::{CGROUPS, PROCESSES, SCRIPTS, SLOTS, offset},
     record::{self, Lane},
 };
 
@@ -55,12 +55,17 @@ fn store(pid: u32, process: Process) {
 }
 
 /// Begins the session of the current process, which has just entered `slot` and executes something there: as
-/// the workload if it is the first.
+/// the workload if it is the first. What the runtime itself starts there (a hook, whose parent belongs to the slot) is
+/// neither.
 #[inline(always)]
 pub fn begin_session(slot: u64) {
     let pid = current_pid();
-    let mut kind = session::ENTERED;
-    if let Some(slot) = SLOTS.get_ptr_mut(slot) {
+    let parent = context::palisade_pointer(KernelPtr::current_task().0, u64::from(offset!(task_real_parent)));
+    let parent = context::palisade_word(parent, u64::from(offset!(task_tgid))) as u32;
+    // SAFETY: only presence matters.
+    let of_runtime = unsafe { PROCESSES.get(parent) }.is_some();
+    let mut kind = if of_runtime { session::UNKNOWN } else { session::ENTERED };
+    if !of_runtime && let Some(slot) = SLOTS.get_ptr_mut(slot) {
         // SAFETY: the pointer comes from a map lookup. The runtime starts the entrypoint before it lets anybody in,
         // so two processes do not race for the field.
         unsafe {
@@ -185,13 +190,33 @@ pub fn exited(task: Address) {
     }
 }
 
-/// Whether `task` is stopped because its container is not identified, and anyone but the agent acts on it.
+/// Whether `task` is stopped because its container is not identified, or is about to be: one that the runtime prepares
+/// may be stopped at its next exec, and a signal that is on its way then would undo it.
 #[inline(always)]
-pub fn is_held(task: Address) -> bool {
+pub fn must_stay_stopped(task: Address) -> bool {
     let Some(pid) = KernelPtr(task).read::<u32>(offset!(task_tgid)) else { return false };
-    // SAFETY: only a field is read.
-    let held = unsafe { PROCESSES.get(pid) }.is_some_and(|process| process.held != 0);
-    held && AGENT.get(0).is_none_or(|agent| agent.pid != current_pid())
+    // SAFETY: only fields are read.
+    unsafe { PROCESSES.get(pid) }.is_some_and(|process| process.held != 0 || process.entering != 0)
+}
+
+/// Whether `task` is held, or is prepared by the runtime and a process of a container wants to trace it.
+#[inline(always)]
+pub fn may_not_be_traced(task: Address) -> bool {
+    let Some(pid) = KernelPtr(task).read::<u32>(offset!(task_tgid)) else { return false };
+    // SAFETY: only fields are read.
+    let Some((held, entering)) =
+        unsafe { PROCESSES.get(pid) }.map(|process| (process.held, process.entering))
+    else {
+        return false;
+    };
+    // SAFETY: only presence matters.
+    held != 0 || (entering != 0 && unsafe { PROCESSES.get(current_pid()) }.is_some())
+}
+
+/// Whether the current process is being traced: a tracer can discard the signal that stops it.
+#[inline(always)]
+pub fn is_traced() -> bool {
+    KernelPtr::current_task().read::<u32>(offset!(task_ptrace)) != Some(0)
 }
 
 /// The slot of the cgroup with id `cgroup`, if it is a container's.

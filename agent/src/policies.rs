@@ -220,7 +220,10 @@ impl Revisions {
             return Ok(String::new());
         };
         let name = policy.revision_name();
-        if self.of_slot.get(&slot) == Some(&name) {
+        if self.of_slot.get(&slot) == Some(&name)
+            && let Some(revision) = self.by_name.get(&name)
+        {
+            maps.set_policy(slot, revision.number, flags)?;
             return Ok(name);
         }
         let number = match self.by_name.get(&name) {

@@ -72,7 +72,8 @@ impl Sessions {
                 let event = start(part, beginning(), self.named.remove(&part.pid));
                 // One that began before the agent did is told at its end only.
                 begins = (pid == part.pid).then(|| event.clone());
-                vacant.insert(Open { event, live: HashSet::new() })
+                // Its root lives, as far as anybody knows: it must not end with the first of its children.
+                vacant.insert(Open { event, live: HashSet::from([part.pid]) })
             }
         };
         open.live.insert(pid);

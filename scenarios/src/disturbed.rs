@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{Command, ExitCode},
     time::Duration,
 };
 
@@ -392,6 +392,8 @@ async fn let_go(containerd: &Containerd) -> Result<()> {
         let target = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("no pid")?;
         let refused = rustix::process::kill_process(target, Signal::CONT);
         ensure!(refused == Err(rustix::io::Errno::PERM), "SIGCONT was answered with {refused:?}");
+        let woken = Command::new("palisade-fixture").args(["wake", &pid.to_string()]).status()?;
+        ensure!(woken.code() == Some(1), "trying to wake it ended with {woken}");
         ensure!(is_stopped(pid), "it was let go");
         anyhow::Ok(pod)
     }

@@ -20,20 +20,29 @@ use crate::{
 
 /// Bytes that a record takes in the ring at least.
 const SMALLEST_RECORD: usize = size_of::<ForkRecord>();
-/// How long records wait for the name of their container, and how many of one container.
+/// How long records wait for the name of their container, and how many bytes of one container.
 const PATIENCE: Duration = Duration::from_secs(5);
-const MOST_WAITING: usize = 1024;
+const MOST_WAITING: usize = 1 << 20;
 
 /// Records of a container that is not identified yet.
 pub(super) struct Waiting {
     since: Instant,
-    /// Each with whether it is urgent.
-    records: Vec<(Stamp, Event, bool)>,
+    records: Vec<Outgoing>,
+    bytes: usize,
+}
+
+/// A record that is made but for its container.
+struct Outgoing {
+    /// Absent for what the agent says of its own accord.
+    header: Option<Header>,
+    session: Option<v1::SessionReference>,
+    event: Event,
+    urgent: bool,
 }
 
 impl Waiting {
     fn begin() -> Self {
-        Self { since: Instant::now(), records: Vec::new() }
+        Self { since: Instant::now(), records: Vec::new(), bytes: 0 }
     }
 }
 
@@ -56,6 +65,7 @@ pub(super) struct Stamp {
 impl Agent {
     /// Takes one round of records out of the ring, after the news of the containers that they belong to.
     pub(super) fn take_records(&mut self) {
+        self.renew_lease();
         self.take_control();
         let Self { kernel, source, processes, losses, revisions, .. } = self;
         let Kernel { records: ring, maps, .. } = kernel;
@@ -107,9 +117,10 @@ impl Agent {
                 self.push(slot, &stamp, Event::Fork(event), urgent);
             }
             (Event::Exit(event), _) => {
+                // Before its session may end, so that it is still of its kind.
+                self.push(slot, &stamp, Event::Exit(event.clone()), urgent);
                 let over =
                     self.sessions.exited(slot, &session, process.0, &event, self.source.wall(header.time));
-                self.push(slot, &stamp, Event::Exit(event), urgent);
                 self.tell_sessions(over.map(|over| (slot, over)).into_iter().collect());
             }
             (event, _) => self.push(slot, &stamp, event, urgent),
@@ -140,26 +151,42 @@ impl Agent {
         self.push(slot, stamp, Event::Exec(event), !allowed);
     }
 
+    fn push(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
+        let id = self.processes.session_id((stamp.session.pid, stamp.session.start));
+        let session = Some(self.sessions.reference(slot, &stamp.session, id));
+        self.pass(slot, Outgoing { header: Some(stamp.header), session, event, urgent });
+    }
+
+    /// Queues what the agent says of sessions. Unlike a container's coverage, a container decides how many there are:
+    /// what finds no room is counted.
+    pub(super) fn tell_sessions(&mut self, sessions: Vec<(u64, v1::Session)>) {
+        for (slot, session) in sessions {
+            let event = Event::Session(session);
+            self.pass(slot, Outgoing { header: None, session: None, event, urgent: false });
+        }
+    }
+
     /// Queues a record; of a container that is not identified yet it waits for a while, so that it can say whose it
     /// is.
-    fn push(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
+    fn pass(&mut self, slot: u64, record: Outgoing) {
         let unidentified = self.containers.get(&slot).is_some_and(|container| !container.is_under_policy());
         if unidentified {
             let waiting = self.waiting.entry(slot).or_insert_with(Waiting::begin);
-            if waiting.since.elapsed() < PATIENCE && waiting.records.len() < MOST_WAITING {
-                waiting.records.push((*stamp, event, urgent));
+            if waiting.since.elapsed() < PATIENCE && waiting.bytes < MOST_WAITING {
+                waiting.bytes += record.event.encoded_len();
+                waiting.records.push(record);
                 return;
             }
             self.push_waiting(slot);
         }
-        self.push_now(slot, stamp, event, urgent);
+        self.push_now(slot, record);
     }
 
     /// Queues what has waited for its container's name.
     pub(super) fn push_waiting(&mut self, slot: u64) {
         let Some(waiting) = self.waiting.get_mut(&slot) else { return };
-        for (stamp, event, urgent) in std::mem::take(&mut waiting.records) {
-            self.push_now(slot, &stamp, event, urgent);
+        for record in std::mem::take(&mut waiting.records) {
+            self.push_now(slot, record);
         }
     }
 
@@ -176,14 +203,14 @@ impl Agent {
         }
     }
 
-    fn push_now(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
+    fn push_now(&mut self, slot: u64, record: Outgoing) {
+        let Outgoing { header, session, event, urgent } = record;
         let unknown = Container::new(String::new(), false);
         let container = self.containers.get(&slot).unwrap_or(&unknown);
-        let id = self.processes.session_id((stamp.session.pid, stamp.session.start));
-        let session = self.sessions.reference(slot, &stamp.session, id);
-        let bytes = self.source.encode(slot, Some(&stamp.header), Some(session), container.encoded(), event);
+        let bytes = self.source.encode(slot, header.as_ref(), session, container.encoded(), event);
         if self.queue.push(bytes, urgent).is_err() {
-            self.losses.turned_away(slot, self.source.wall(stamp.header.time));
+            let time = header.map_or_else(|| self.source.now(), |header| self.source.wall(header.time));
+            self.losses.turned_away(slot, time);
         }
     }
 

@@ -1,6 +1,6 @@
 //! Containers from their cgroup's creation to their end: found, identified, under a policy, let go.
 
-use std::{os::unix::fs::MetadataExt as _, time::Duration};
+use std::{collections::HashMap, os::unix::fs::MetadataExt as _, time::Duration};
 
 use anyhow::Result;
 use palisade_abi::{
@@ -19,10 +19,14 @@ use crate::{
         identify,
         nri::{Described, Notice, Question},
     },
-    processes,
+    processes::{self, ProcessKey},
     records::Held,
 };
 
+/// How long a container that NRI has described starts in peace before others are asked about it.
+const DIGEST_WAIT: Duration = Duration::from_secs(2);
+/// How often the lease is renewed, at most; a quarter of the shortest one.
+const RENEWAL: Duration = Duration::from_millis(500);
 /// Most descriptions that wait for their container.
 const MOST_EXPECTED: usize = 1024;
 
@@ -31,6 +35,8 @@ impl Agent {
     pub(super) fn find_running(&mut self) {
         for found in cgroups::scan(&self.cgroups) {
             self.take_over_or_say(&found);
+            // There may be many, and what starts meanwhile must find the agent present.
+            self.renew_lease();
         }
         self.identify_expected();
     }
@@ -60,8 +66,18 @@ impl Agent {
             return Ok(());
         }
         let members = found.members();
+        let above: HashMap<u32, (u64, u32)> =
+            members.iter().filter_map(|pid| Some((*pid, processes::start_and_parent(*pid)?))).collect();
+        let mut roots = HashMap::new();
+        // As long as nothing is in the container's root, the runtime is still at work. Afterwards nobody is the runtime: a
+        // process in the host's root may have escaped.
+        let preparing = members.iter().all(|pid| self.kernel.is_at_home(*pid));
         for pid in &members {
-            let process = self.running_process(found.slot, *pid, first, &members);
+            let process = if preparing {
+                Process::new(found.slot, 1)
+            } else {
+                running_process(found.slot, *pid, first, &above, &mut roots)
+            };
             if let Err(error) = self.kernel.maps.add_process(*pid, process) {
                 // Its cgroup still says where it belongs.
                 tracing::error!(
@@ -87,31 +103,6 @@ impl Agent {
         Ok(())
     }
 
-    /// What the kernel is told of a process that it did not see enter: the runtime still, or of the session of its
-    /// topmost ancestor in the container.
-    fn running_process(&self, slot: u64, pid: u32, first: u32, members: &[u32]) -> Process {
-        if self.kernel.has_hosts_root(pid) {
-            return Process::new(slot, 1);
-        }
-        let mut root = pid;
-        let mut start = 0;
-        // A chain of parents has no loop, and is as long as the container has processes at most.
-        for _ in 0..members.len() {
-            let Some((since, parent)) = processes::start_and_parent(root) else { break };
-            start = since;
-            if !members.contains(&parent) {
-                break;
-            }
-            root = parent;
-        }
-        Process {
-            session_start: start,
-            session_pid: root,
-            session_kind: if root == first { session::WORKLOAD } else { session::ENTERED },
-            ..Process::new(slot, 0)
-        }
-    }
-
     /// Learns a running container's root from its oldest process, which the runtime set up: its start time cannot be
     /// forged, a number can be hit.
     fn learn_root(&mut self, found: &Found, members: &[u32]) {
@@ -134,8 +125,11 @@ impl Agent {
         self.containers.insert(slot, Container::new(id.clone(), found_running));
         self.slots.insert(id.clone(), slot);
         self.tell_coverage(slot, "found", 0);
-        let task = tokio::spawn(identify::identify(self.sources.clone(), slot, id, self.identified.clone()));
-        self.asking.insert(slot, task);
+        // Who has been described by the runtime already only lacks the image's digest, which need not compete with its
+        // start.
+        let wait = if self.expected.contains_key(&id) { DIGEST_WAIT } else { Duration::ZERO };
+        let asking = identify::identify(self.sources.clone(), slot, id, self.identified.clone(), wait);
+        self.asking.insert(slot, tokio::spawn(asking));
     }
 
     /// Identifies containers that the runtime has described before their cgroup was there. Not while cgroups are being
@@ -211,12 +205,15 @@ impl Agent {
         match event {
             RuntimeEvent::Created { id, pid } => {
                 self.take_control();
-                if self.slots.contains_key(&id) {
+                // One that the kernel knows by its cgroup's name needs no more.
+                if cgroups::container_id(&id).is_some() && self.slots.contains_key(&id) {
                     return;
                 }
-                // Its cgroup's name says nothing, so the kernel took it for none.
-                if let Some(found) = cgroups::of_process(&self.cgroups, pid, id) {
-                    self.take_over_or_say(&found);
+                match cgroups::of_process(&self.cgroups, pid, id.clone()) {
+                    Some(found) => self.take_over_or_say(&found),
+                    None => {
+                        tracing::warn!(container = id, pid, "its cgroup is not found, so it is not covered")
+                    }
                 }
             }
             RuntimeEvent::Entered { exec_id, pid } => {
@@ -229,14 +226,20 @@ impl Agent {
 
     pub(super) fn identify(&mut self, slot: u64, identity: Identity) {
         let Some(container) = self.containers.get_mut(&slot) else { return };
-        let again = container.identity.as_ref();
-        if again.is_some_and(|known| known.facts == identity.facts && known.sandbox == identity.sandbox) {
-            // The same, told by another; only what the first did not know is new.
-            if let Some(known) = &mut container.identity
-                && known.image_digest.is_empty()
-            {
+        if let Some(known) = &mut container.identity
+            && known.is_the_same_as(&identity)
+        {
+            // The same, told by another in words of his own: only what the first did not know is new.
+            if known.image_digest.is_empty() {
                 known.image_digest = identity.image_digest;
-                container.encode();
+            }
+            let image_is_new = known.facts.image.is_empty() && !identity.facts.image.is_empty();
+            if image_is_new {
+                known.facts.image = identity.facts.image;
+            }
+            container.encode();
+            if image_is_new {
+                self.apply(slot, "identified");
             }
             return;
         }
@@ -261,7 +264,8 @@ impl Agent {
         // The pause container runs nothing but itself and is no workload.
         let policy = if identity.sandbox { None } else { self.profiles.policy_for(&identity.facts) };
         let first = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
-        let flags = if first != 0 && self.kernel.has_hosts_root(first) {
+        let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
+        let flags = if is_its_own && self.kernel.has_hosts_root(first) {
             tracing::warn!(container = container.id, "its root file system is the host's own");
             slot_flags::ROOT_IS_HOSTS
         } else {
@@ -299,9 +303,7 @@ impl Agent {
         self.waiting.remove(&slot);
         self.settle(slot);
         self.admit_sandbox(slot);
-        if change == "identified" {
-            self.release_left_behind(slot);
-        }
+        self.release_left_behind(slot);
     }
 
     /// Decides what was stopped until its container was identified, and lets it go or kills it.
@@ -323,13 +325,7 @@ impl Agent {
     pub(super) fn finish(&mut self, slot: u64, exec: HeldExec, decision: Settled) {
         let HeldExec { made, mut event, since, held: _ } = exec;
         let killed = decision.verdict == verdict::DENIED;
-        if let Err(error) = self.kernel.let_go(made.process, killed) {
-            tracing::error!(
-                pid = made.process.0,
-                error = format!("{error:#}"),
-                "a held process stays stopped"
-            );
-        }
+        self.let_go(made.process, killed);
         let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
         event.verdict = name(verdict::name(decision.verdict));
         event.reason = name(reason::name(decision.reason));
@@ -345,48 +341,82 @@ impl Agent {
         self.deliver(slot, &made, event);
     }
 
-    /// Lets go whoever an agent that was killed left stopped, now that his container is identified: what an enforced
-    /// profile covers and nobody judged is killed.
-    pub(super) fn release_left_behind(&mut self, slot: u64) {
-        let Some(container) = self.containers.get(&slot) else { return };
-        if !container.found_running || container.identity.is_none() {
-            return;
+    /// Lets a process go or kills it; tried again as long as that fails.
+    fn let_go(&mut self, process: ProcessKey, kill: bool) {
+        if let Err(error) = self.kernel.let_go(process, kill) {
+            tracing::error!(
+                pid = process.0,
+                error = format!("{error:#}"),
+                "a held process stays stopped for now"
+            );
+            self.not_let_go.push((process, kill));
         }
-        let members: Vec<u32> = self
+    }
+
+    /// Settles what is held without a record that says so: the record was lost. Nobody knows what it executed, so under
+    /// an enforced profile it is killed.
+    pub(super) fn settle_unrecorded(&mut self) {
+        let recorded: Vec<u32> = self.held.values().flatten().map(|exec| exec.made.process.0).collect();
+        let unrecorded: Vec<(u32, Process)> = self
             .kernel
             .maps
             .processes()
             .into_iter()
-            .filter(|(_, process)| process.slot == slot)
-            .map(|(pid, _)| pid)
+            .filter(|(pid, process)| process.held != 0 && !recorded.contains(pid))
             .collect();
-        let [pid] = members[..] else { return };
-        if !processes::is_stopped(pid) {
+        for (pid, process) in unrecorded {
+            let Some(container) = self.containers.get(&process.slot) else { continue };
+            let Some((start, _)) = processes::start_and_parent(pid) else { continue };
+            if container.is_under_policy() && processes::is_stopped(pid) {
+                let kill = container.mode == "enforce";
+                tracing::warn!(pid, container = container.id, kill, "held, and its record was lost");
+                self.let_go((pid, start), kill);
+            }
+        }
+    }
+
+    pub(super) fn let_go_again(&mut self) {
+        for (process, kill) in std::mem::take(&mut self.not_let_go) {
+            self.let_go(process, kill);
+        }
+    }
+
+    /// Lets go whoever an agent that was killed left stopped, now that his container is identified: what an enforced
+    /// profile covers and nobody judged is killed. That is a container older than this agent in which everything is
+    /// stopped; what this agent holds itself is not meant.
+    fn release_left_behind(&mut self, slot: u64) {
+        let Some(container) = self.containers.get(&slot) else { return };
+        if !container.found_running || !container.is_under_policy() {
             return;
         }
-        let Some((start, _)) = processes::start_and_parent(pid) else { return };
+        let members: Vec<(u32, Process)> =
+            self.kernel.maps.processes().into_iter().filter(|(_, process)| process.slot == slot).collect();
+        if !members.iter().all(|(pid, process)| process.held == 0 && processes::is_stopped(*pid)) {
+            return;
+        }
         let enforced = container.mode == "enforce";
-        tracing::warn!(pid, container = container.id, killed = enforced, "its only process was left stopped");
-        if let Err(error) = self.kernel.let_go((pid, start), enforced) {
-            tracing::error!(pid, error = format!("{error:#}"), "it stays stopped");
+        for (pid, _) in members {
+            let Some((start, _)) = processes::start_and_parent(pid) else { continue };
+            tracing::warn!(pid, slot, killed = enforced, "it was left stopped");
+            self.let_go((pid, start), enforced);
         }
     }
 
     pub(super) fn end(&mut self, slot: u64) {
         self.empty_ring();
+        let unsettled = self.held.remove(&slot).unwrap_or_default();
+        for exec in unsettled {
+            self.finish(slot, exec, Settled::unidentified());
+        }
+        let over = self.sessions.end_of_container(slot, self.source.now());
+        self.tell_sessions(over);
+        self.push_waiting(slot);
         self.report_losses();
         if self.losses.concerns(slot) {
             // The loss must be reported under the container's name; there is no room now.
             return;
         }
-        let unsettled = self.held.remove(&slot).unwrap_or_default();
-        for exec in unsettled {
-            self.finish(slot, exec, Settled::unidentified());
-        }
-        self.push_waiting(slot);
         self.waiting.remove(&slot);
-        let over = self.sessions.end_of_container(slot, self.source.now());
-        self.tell_sessions(over);
         let made = self.kernel.maps.records_made(slot);
         self.tell_coverage(slot, "ended", made);
         if let Some(asking) = self.asking.remove(&slot) {
@@ -396,7 +426,10 @@ impl Agent {
         self.revisions.release(&mut self.kernel.maps, slot);
         self.kernel.maps.remove_slot(slot);
         self.losses.forget(slot);
-        if let Some(container) = self.containers.remove(&slot) {
+        self.admit_no_more(slot);
+        if let Some(container) = self.containers.remove(&slot)
+            && self.slots.get(&container.id) == Some(&slot)
+        {
             self.slots.remove(&container.id);
         }
     }
@@ -424,8 +457,27 @@ impl Agent {
         }
     }
 
+    /// Takes the admission of a sandbox's program back with the last sandbox that runs it: the layer may be deleted then,
+    /// and its inodes given to others.
+    fn admit_no_more(&mut self, slot: u64) {
+        let Some(container) = self.containers.get(&slot) else { return };
+        let Some(program) = container.entrypoint.clone() else { return };
+        let is_sandbox =
+            |container: &Container| container.identity.as_ref().is_some_and(|identity| identity.sandbox);
+        let of_others = self.containers.iter().any(|(other, found)| {
+            *other != slot && is_sandbox(found) && found.entrypoint.as_ref() == Some(&program)
+        });
+        if is_sandbox(container) && !of_others && self.admitted.remove(&program) {
+            self.kernel.maps.admit_no_more(&program.0, program.1);
+        }
+    }
+
     /// Lets the agent's own program start in a container that is not identified: its replacement, from the same image.
+    /// An agent on the host is replaced on the host, where nothing is refused.
     pub(super) fn admit_own_program(&mut self) {
+        if self.kernel.has_hosts_root(std::process::id()) {
+            return;
+        }
         let own = std::fs::read_link("/proc/self/exe")
             .and_then(|path| Ok((path, std::fs::metadata("/proc/self/exe")?)));
         match own {
@@ -445,11 +497,49 @@ impl Agent {
         }
     }
 
+    /// Says that the agent works. Called wherever it works for long.
     pub(super) fn renew_lease(&mut self) {
-        let until = crate::records::now_since_boot() + self.lease.as_nanos() as u64;
+        let now = crate::records::now_since_boot();
+        if now.saturating_sub(self.renewed) < RENEWAL.as_nanos() as u64 {
+            return;
+        }
+        self.renewed = now;
+        let until = now + self.lease.as_nanos() as u64;
         if let Err(error) = self.kernel.maps.renew_lease(until) {
             tracing::error!(error = format!("{error:#}"), "containers that start fall under whenAgentAbsent");
         }
+    }
+}
+
+/// What the kernel is told of a process that it did not see enter: it is of the session of its topmost ancestor in the container.
+fn running_process(
+    slot: u64,
+    pid: u32,
+    first: u32,
+    above: &HashMap<u32, (u64, u32)>,
+    roots: &mut HashMap<u32, u32>,
+) -> Process {
+    // Every process is passed once over all calls: a container decides how long its chains are.
+    let mut chain = vec![pid];
+    let root = loop {
+        let last = *chain.last().unwrap_or(&pid);
+        if let Some(root) = roots.get(&last) {
+            break *root;
+        }
+        match above.get(&last) {
+            Some((_, parent)) if above.contains_key(parent) && chain.len() <= above.len() => {
+                chain.push(*parent);
+            }
+            _ => break last,
+        }
+    };
+    roots.extend(chain.into_iter().map(|pid| (pid, root)));
+    let start = above.get(&root).map_or(0, |(start, _)| *start);
+    Process {
+        session_start: start,
+        session_pid: root,
+        session_kind: if root == first { session::WORKLOAD } else { session::ENTERED },
+        ..Process::new(slot, 0)
     }
 }
 

@@ -38,7 +38,7 @@ use crate::{
     kernel::{self, Kernel},
     losses::Losses,
     policies::{Profiles, Revisions},
-    processes::Processes,
+    processes::{ProcessKey, Processes},
     records::Source,
     sessions::Sessions,
 };
@@ -71,11 +71,15 @@ pub struct Agent {
     expected: HashMap<String, Identity>,
     /// What is stopped until its container is identified.
     held: HashMap<u64, Vec<HeldExec>>,
+    /// Held processes that could not be let go, or killed, and are tried again.
+    not_let_go: Vec<(ProcessKey, bool)>,
     /// Records of containers that are not identified yet, and since when they wait.
     waiting: HashMap<u64, Waiting>,
     /// Files that may start in containers that are not identified.
     admitted: HashSet<(Vec<u8>, u64)>,
     lease: Duration,
+    /// When the lease was renewed last, nanoseconds since boot.
+    renewed: u64,
     slowest_answer: Duration,
     cgroups: std::path::PathBuf,
     /// Slots whose policy could not be put in force; tried again.
@@ -132,10 +136,8 @@ pub async fn run(config: Config) -> Result<()> {
     let (identified, identities) = mpsc::channel(64);
     let (asked, questions) = mpsc::channel(16);
     let (told, events) = mpsc::channel(256);
+    nri::spawn(&config.runtimes.nri, &asked)?;
     let mut speaking = Vec::new();
-    for socket in &config.runtimes.nri {
-        speaking.push(tokio::spawn(nri::serve(socket.clone(), asked.clone())));
-    }
     for (socket, channel) in &sources.containerd {
         speaking.push(tokio::spawn(identify::follow(socket.clone(), channel.clone(), told.clone())));
     }
@@ -157,9 +159,11 @@ pub async fn run(config: Config) -> Result<()> {
         slots: HashMap::new(),
         expected: HashMap::new(),
         held: HashMap::new(),
+        not_let_go: Vec::new(),
         waiting: HashMap::new(),
         admitted: HashSet::new(),
         lease,
+        renewed: 0,
         slowest_answer: Duration::ZERO,
         cgroups: cgroup_root,
         pending: HashSet::new(),
@@ -256,12 +260,14 @@ impl Agent {
         self.empty_ring();
         let alive: HashSet<u32> = self.kernel.maps.processes().into_iter().map(|(pid, _)| pid).collect();
         self.processes.prune(&alive);
+        self.settle_unrecorded();
         let over = self.sessions.prune(&alive, self.source.now());
         self.tell_sessions(over);
     }
 
     fn keep_house(&mut self) {
         self.renew_lease();
+        self.let_go_again();
         if self.profiles.refresh() {
             let slots: Vec<u64> = self.containers.keys().copied().collect();
             for slot in slots {

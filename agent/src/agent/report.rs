@@ -21,12 +21,6 @@ impl Agent {
         self.tell(slot, Event::Coverage(coverage));
     }
 
-    pub(super) fn tell_sessions(&mut self, sessions: Vec<(u64, v1::Session)>) {
-        for (slot, session) in sessions {
-            self.tell(slot, Event::Session(session));
-        }
-    }
-
     /// Queues a record that the agent makes; it waits for room.
     fn tell(&mut self, slot: u64, event: Event) {
         let unknown = Container::new(String::new(), false);

@@ -100,11 +100,31 @@ pub fn scan(root: &Path) -> Vec<Found> {
 pub fn of_process(root: &Path, pid: u32, id: String) -> Option<Found> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    if path.is_empty() || path.split('/').any(|part| part == "..") {
+    if path.is_empty() {
         return None;
     }
-    let folder = root.join(path);
+    // An agent in a container may be in a cgroup namespace of its own; then the path leads out of it, and only the
+    // hierarchy itself tells.
+    let folder = if path.split('/').any(|part| part == "..") { holder(root, pid)? } else { root.join(path) };
     Some(Found { slot: cgroup_id(&folder)?, id, folder })
+}
+
+/// The cgroup below `root` that lists the process `pid`.
+fn holder(root: &Path, pid: u32) -> Option<PathBuf> {
+    let mut open: Vec<PathBuf> = Vec::from([root.to_owned()]);
+    while let Some(folder) = open.pop() {
+        let listed = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+        if folder != root && listed.lines().any(|line| line.parse() == Ok(pid)) {
+            return Some(folder);
+        }
+        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+        open.extend(
+            entries
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                .map(|entry| entry.path()),
+        );
+    }
+    None
 }
 
 /// The kernel's id of a cgroup is the inode number of its folder.

@@ -1,6 +1,6 @@
 //! Docker's engine, which names containers and gives them labels without any Kubernetes.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use http_body_util::{BodyExt as _, Empty, Limited};
@@ -15,8 +15,21 @@ use super::Identity;
 /// Longest description of a container that is read.
 const LONGEST_ANSWER: usize = 4 << 20;
 
-/// What Docker says of the container `id`; `None` when it has none.
+/// Longest wait for an answer.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// A label of containers that Docker runs for Kubernetes, which knows them better.
+const OF_A_POD: &str = "io.kubernetes.pod.name";
+
+/// What Docker says of the container `id`; `None` when it has none, or it is a pod's.
+///
+/// # Errors
+///
+/// When Docker cannot be asked, or does not answer in time.
 pub async fn ask(socket: &Path, id: &str) -> Result<Option<Identity>> {
+    tokio::time::timeout(DEADLINE, inspect(socket, id)).await.context("Docker does not answer")?
+}
+
+async fn inspect(socket: &Path, id: &str) -> Result<Option<Identity>> {
     let stream = UnixStream::connect(socket).await.context("cannot connect")?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let connection = tokio::spawn(connection);
@@ -33,7 +46,10 @@ pub async fn ask(socket: &Path, id: &str) -> Result<Option<Identity>> {
         .to_bytes();
     connection.abort();
     match status {
-        StatusCode::OK => Ok(Some(identity(&serde_json::from_slice(&body).context("not JSON")?))),
+        StatusCode::OK => {
+            let found = identity(&serde_json::from_slice(&body).context("not JSON")?);
+            Ok((!found.facts.labels.contains_key(OF_A_POD)).then_some(found))
+        }
         StatusCode::NOT_FOUND => Ok(None),
         other => bail!("Docker answers {other}: {}", String::from_utf8_lossy(&body).trim()),
     }

@@ -66,9 +66,16 @@ impl Sources {
     }
 }
 
-/// Asks until somebody knows the container, then sends what he says. Ends by itself when nobody listens or the
+/// Asks after `first` and then until somebody knows the container, and sends what he says. Ends by itself when nobody listens or the
 /// handle is dropped.
-pub async fn identify(sources: Arc<Sources>, slot: u64, id: String, found: mpsc::Sender<(u64, Identity)>) {
+pub async fn identify(
+    sources: Arc<Sources>,
+    slot: u64,
+    id: String,
+    found: mpsc::Sender<(u64, Identity)>,
+    first: Duration,
+) {
+    tokio::time::sleep(first).await;
     let mut wait = FIRST_WAIT;
     loop {
         let mut said = "nobody knows such a container".to_owned();

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::{Identity, nri::Described};
 
-/// Labels of the kubelet's own, which no author wrote.
-const OWN_LABELS: &str = "io.kubernetes.";
+/// Labels of the kubelet's and of containerd's own, which no author wrote.
+const OWN_LABELS: &[&str] = &["io.kubernetes.", "io.cri-containerd."];
 /// Annotations that name the image: containerd's and CRI-O's.
 const IMAGE: &[&str] = &["io.kubernetes.cri.image-name", "io.kubernetes.cri-o.ImageName"];
 /// A container's handler before its end, which the kubelet hands to the runtime.
@@ -19,9 +19,9 @@ const APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// The commands of a pod's probes, for pods that a controller made: `{"container": [["cmd", "arg"], …]}`.
 const PROBES: &str = "palisade.dev/probes";
 
-/// Labels without the kubelet's own.
+/// Labels without the machinery's own.
 pub fn labels(all: impl IntoIterator<Item = (String, String)>) -> BTreeMap<String, String> {
-    all.into_iter().filter(|(key, _)| !key.starts_with(OWN_LABELS)).collect()
+    all.into_iter().filter(|(key, _)| !OWN_LABELS.iter().any(|own| key.starts_with(own))).collect()
 }
 
 /// A pod's sandbox as NRI describes it.
@@ -41,7 +41,9 @@ pub fn of_pod(pod: &nri::PodSandbox) -> Described {
 /// A container as NRI describes it.
 pub fn of_nri(pod: &nri::PodSandbox, container: &nri::Container) -> Described {
     let image = container.image.clone().unwrap_or_default();
-    let name = if image.name.is_empty() { image_of(&container.annotations) } else { image.name };
+    // The annotation has the name as the pod has it; the newer field may be spelt out.
+    let annotated = image_of(&container.annotations);
+    let name = if annotated.is_empty() { image.name } else { annotated };
     let mut identity = of_pod(pod).identity;
     identity.facts.name.clone_from(&container.name);
     identity.facts.image = name;
@@ -134,7 +136,11 @@ mod tests {
             name: "web-1".to_owned(),
             namespace: "shop".to_owned(),
             uid: "u1".to_owned(),
-            labels: map(&[("app", "web"), ("io.kubernetes.pod.uid", "u1")]),
+            labels: map(&[
+                ("app", "web"),
+                ("io.kubernetes.pod.uid", "u1"),
+                ("io.cri-containerd.kind", "sandbox"),
+            ]),
             ..Default::default()
         };
         let container = nri::Container {

@@ -30,6 +30,18 @@ pub struct Identity {
     pub probes: Vec<Vec<String>>,
 }
 
+impl Identity {
+    /// Whether the other is of the same container, in whatever words. The first word stays, so that a container does
+    /// not change its policy because two sources name its image or labels differently.
+    pub fn is_the_same_as(&self, other: &Self) -> bool {
+        let key = |identity: &Self| {
+            let ContainerFacts { namespace, pod, name, .. } = &identity.facts;
+            (namespace.clone(), pod.clone(), name.clone(), identity.sandbox)
+        };
+        key(self) == key(other)
+    }
+}
+
 /// A container on this node.
 #[derive(Clone, Debug)]
 pub struct Container {

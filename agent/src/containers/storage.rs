@@ -1,4 +1,5 @@
-//! The folder in which Podman and CRI-O keep their containers (containers/storage): no daemon needs to be asked.
+//! The folder in which Podman keeps its containers (containers/storage): no daemon needs to be asked. CRI-O keeps its
+//! own there, too, but without the labels that profiles select by, so those are left to the runtime interface.
 
 use std::path::Path;
 
@@ -13,7 +14,7 @@ const LIST: &str = "overlay-containers/containers.json";
 /// Containers that came into being without a record on disk yet.
 const VOLATILE: &str = "overlay-containers/volatile-containers.json";
 
-/// What the storage at `root` says of the container `id`; `None` when it is not there.
+/// What the storage at `root` says of the container `id`; `None` when it is not there, or a pod's.
 pub fn ask(root: &Path, id: &str) -> Result<Option<Identity>> {
     for list in [LIST, VOLATILE] {
         let path = root.join(list);
@@ -26,39 +27,32 @@ pub fn ask(root: &Path, id: &str) -> Result<Option<Identity>> {
             serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
         let found = containers.as_array().into_iter().flatten().find(|container| container["id"] == id);
         if let Some(container) = found {
-            return Ok(Some(identity(container)));
+            return Ok(identity(container));
         }
     }
     Ok(None)
 }
 
 /// The metadata is JSON in a text: Podman's, or CRI-O's, which names the pod.
-fn identity(container: &Value) -> Identity {
+fn identity(container: &Value) -> Option<Identity> {
     let metadata: Value = container["metadata"]
         .as_str()
         .and_then(|text| serde_json::from_str(text).ok())
         .unwrap_or(Value::Null);
+    if metadata["pod-name"].is_string() {
+        return None;
+    }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let pod = text(&metadata["pod-name"]);
-    // CRI-O calls a container k8s_<name>_<pod>_<namespace>_<uid>_<attempt>.
-    let name = if pod.is_empty() { text(&container["names"][0]) } else { text(&metadata["metadata-name"]) };
-    let parts: Vec<String> = text(&metadata["name"]).split('_').map(str::to_owned).collect();
-    let of_pod = !pod.is_empty();
-    let part = |at: usize| parts.get(at).filter(|_| of_pod).cloned().unwrap_or_default();
-    Identity {
+    Some(Identity {
         facts: ContainerFacts {
-            namespace: part(3),
-            pod,
-            name,
+            name: text(&container["names"][0]),
             image: text(&metadata["image-name"]),
             ..ContainerFacts::default()
         },
-        pod_uid: part(4),
         image_digest: text(&container["image"]),
-        sandbox: metadata["pod"] == true,
         by: "podman",
         ..Identity::default()
-    }
+    })
 }
 
 #[cfg(test)]
@@ -85,13 +79,12 @@ mod tests {
 
     /// As CRI-O's documentation of its metadata has it; no CRI-O is run in the tests.
     #[test]
-    fn cri_o_names_pod_and_namespace() {
-        let found = identity(&serde_json::json!({
+    fn a_pods_container_is_left_to_who_knows_its_labels() {
+        let container = serde_json::json!({
             "id": "0a", "names": ["k8s_nginx_web-1_shop_u1_0"], "image": "9f86d0",
             "metadata": r#"{"pod":false,"pod-name":"web-1","pod-id":"p","image-name":"registry.example/web:1",
                             "name":"k8s_nginx_web-1_shop_u1_0","metadata-name":"nginx"}"#,
-        }));
-        assert_eq!((found.facts.namespace.as_str(), found.facts.pod.as_str()), ("shop", "web-1"));
-        assert_eq!((found.facts.name.as_str(), found.pod_uid.as_str()), ("nginx", "u1"));
+        });
+        assert_eq!(identity(&container), None);
     }
 }

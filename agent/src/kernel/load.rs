@@ -122,7 +122,13 @@ const TRACEPOINTS: &[&str] = &[
 ];
 /// Run on demand, never attached.
 const ON_DEMAND: &[&str] = &["learn_root", "probe_origin"];
-const LSM: &[&str] = &["bprm_check_security", "task_kill", "ptrace_access_check"];
+const LSM: &[&str] = &[
+    "bprm_check_security",
+    "bprm_committed_creds",
+    "task_kill",
+    "file_send_sigiotask",
+    "ptrace_access_check",
+];
 
 impl Kernel {
     /// Loads everything this kernel takes, and proves that origins can be told.
@@ -272,12 +278,24 @@ impl Kernel {
         if !crate::processes::is_same((pid, start)) {
             return Ok(());
         }
-        self.maps.let_go(pid)?;
+        if !kill {
+            // One that is to die stays held until it is dead: nobody may wake it before.
+            self.maps.let_go(pid)?;
+        }
         let signal = if kill { Signal::KILL } else { Signal::CONT };
         match pidfd_send_signal(handle, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error).context("cannot signal the process"),
         }
+    }
+
+    /// Whether a process has the host's own root directory and mount namespace.
+    pub fn is_at_home(&self, pid: u32) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let namespace =
+            |process: &Path| std::fs::metadata(process.join("ns/mnt")).map(|found| found.ino()).ok();
+        let found = namespace(&std::path::PathBuf::from(format!("/proc/{pid}")));
+        found.is_some() && found == namespace(self.host) && self.has_hosts_root(pid)
     }
 
     /// Whether a process has the host's own root directory, as the runtime has while it prepares a container.

@@ -250,7 +250,7 @@ impl Maps {
 
     /// Says that the agent is there until `until`, nanoseconds since boot.
     pub fn renew_lease(&mut self, until: u64) -> Result<()> {
-        let state = AgentState { lease_until: until, pid: std::process::id(), reserved: 0 };
+        let state = AgentState { lease_until: until };
         self.agent.set(0, state, BPF_ANY).context("cannot renew the agent's lease")
     }
 
@@ -258,6 +258,12 @@ impl Maps {
     pub fn admit(&mut self, path: &[u8], inode: u64) -> Result<()> {
         let key = AdmittedKey { path_hash: hash_path(self.hash_key, path), inode };
         self.admitted.insert(key, 1, BPF_ANY).context("the map of admitted files is full")
+    }
+
+    /// Takes back what [`Maps::admit`] gave.
+    pub fn admit_no_more(&mut self, path: &[u8], inode: u64) {
+        let key = AdmittedKey { path_hash: hash_path(self.hash_key, path), inode };
+        let _gone_is_gone = self.admitted.remove(&key);
     }
 
     /// The slot that a process belongs to.

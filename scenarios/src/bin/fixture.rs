@@ -27,6 +27,7 @@ fn main() {
         (_, ["attack", attack, nonce]) => attack_by_name(attack, nonce),
         (_, ["run", path, rest @ ..]) => execute(Path::new(path), rest),
         (_, ["after", file, program, rest @ ..]) => after(Path::new(file), Path::new(program), rest),
+        (_, ["wake", pid]) => wake(pid),
         (_, ["escape", program, rest @ ..]) => escape(Path::new(program), rest),
         (_, ["generate", path, nonce, count, rate]) => generate(path, nonce, count, rate),
         (_, ["loop", path, count]) => exec_loop(path, count),
@@ -60,6 +61,30 @@ fn after(file: &Path, program: &Path, rest: &[&str]) -> i32 {
         std::thread::sleep(Duration::from_millis(20));
     }
     execute(program, rest)
+}
+
+/// Tries to let a stopped process go: by a signal, by a file descriptor that sends one, as a tracer. Returns 0 when
+/// nobody objected to one of these.
+fn wake(pid: &str) -> i32 {
+    let Ok(pid) = pid.parse::<libc::pid_t>() else { return USAGE };
+    let mut ends = [0; 2];
+    // SAFETY: the calls take numbers, descriptors that are open, and a place for two of them.
+    unsafe {
+        if libc::kill(pid, libc::SIGCONT) == 0 || libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) == 0 {
+            return 0;
+        }
+        // F_SETSIG of fcntl(2) on Linux, which the library does not name.
+        const F_SETSIG: libc::c_int = 10;
+        if libc::pipe(ends.as_mut_ptr()) != 0
+            || libc::fcntl(ends[0], libc::F_SETOWN, pid) != 0
+            || libc::fcntl(ends[0], F_SETSIG, libc::SIGCONT) != 0
+            || libc::fcntl(ends[0], libc::F_SETFL, libc::O_ASYNC) != 0
+            || libc::write(ends[1], [0_u8].as_ptr().cast(), 1) != 1
+        {
+            return NOT_POSSIBLE;
+        }
+    }
+    1
 }
 
 /// Enters the mount namespace of the first process, as `nsenter -t 1 -m` does, and executes `program` there.

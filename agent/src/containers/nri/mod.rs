@@ -74,17 +74,42 @@ pub struct Question {
     pub answer: oneshot::Sender<()>,
 }
 
+/// Serves the runtimes at `sockets` on a thread of its own, so that an answer is given in time whatever the agent is
+/// at. It ends with the agent.
+///
+/// # Errors
+///
+/// When there can be no thread.
+pub fn spawn(sockets: &[PathBuf], questions: &mpsc::Sender<Question>) -> Result<()> {
+    let serving: Vec<_> = sockets.iter().map(|socket| serve(socket.clone(), questions.clone())).collect();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new()
+        .name("nri".to_owned())
+        .spawn(move || {
+            runtime.block_on(async {
+                let tasks: Vec<_> = serving.into_iter().map(tokio::spawn).collect();
+                for task in tasks {
+                    let _ends_with_the_agent = task.await;
+                }
+            });
+        })
+        .context("cannot start the thread that speaks NRI")?;
+    Ok(())
+}
+
 /// Serves the runtime at `socket` for ever: connects, and connects again when the connection ends.
-pub async fn serve(socket: PathBuf, questions: mpsc::Sender<Question>) {
+async fn serve(socket: PathBuf, questions: mpsc::Sender<Question>) {
     let mut wait = FIRST_WAIT;
     let mut said = String::new();
     while !questions.is_closed() {
         let mut registered = false;
+        let begun = Instant::now();
         let error = match connection(&socket, &questions, &mut registered).await {
             Ok(()) => "the runtime closed the connection".to_owned(),
             Err(error) => format!("{error:#}"),
         };
-        if registered {
+        // One that ends at once would be made again and again, and the runtime stops the node's starts for each.
+        if registered && begun.elapsed() > LONGEST_WAIT {
             wait = FIRST_WAIT;
             said.clear();
         }
@@ -239,9 +264,13 @@ impl Plugin<'_> {
         let (answer, answered) = oneshot::channel();
         let patience = self.deadline * 3 / 4;
         let question = Question { notice, asked, deadline: self.deadline, answer };
-        self.questions.send(question).await.context("the agent stops")?;
-        match tokio::time::timeout(patience.saturating_sub(asked.elapsed()), answered).await {
-            Ok(_answered_or_agent_stops) => {}
+        let asking = async {
+            self.questions.send(question).await.context("the agent stops")?;
+            anyhow::Ok(answered.await)
+        };
+        match tokio::time::timeout(patience.saturating_sub(asked.elapsed()), asking).await {
+            Ok(Err(stops)) => return Err(stops),
+            Ok(Ok(_answered_or_agent_stops)) => {}
             Err(_) => tracing::warn!(
                 deadline_ms = self.deadline.as_millis() as u64,
                 "NRI: answered before the work was done; the container starts under the unidentified policy"
