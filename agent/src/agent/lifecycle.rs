@@ -1,16 +1,14 @@
 //! Containers from their cgroup's creation to their end: found, identified, under a policy, let go.
 
-use std::{collections::HashMap, os::unix::fs::MetadataExt as _, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use anyhow::Result;
 use palisade_abi::{
-    codes::{action, mode, origin, reason, session, slot_flags, verdict},
+    codes::{session, slot_flags},
     maps::Process,
 };
-use palisade_profile::{evaluate::evaluate, image, policy::Policy};
-use palisade_proto::v1;
 
-use super::{Agent, flow::HeldExec};
+use super::{Agent, held::Settled};
 use crate::{
     containers::{
         Container, Identity, NO_PROFILE, UNIDENTIFIED,
@@ -19,12 +17,11 @@ use crate::{
         identify,
         nri::{Described, Notice, Question},
     },
-    processes::{self, ProcessKey},
-    records::Held,
+    processes,
 };
 
 /// How long a container that NRI has described starts in peace before others are asked about it.
-const DIGEST_WAIT: Duration = Duration::from_secs(2);
+const DIGEST_WAIT: Duration = Duration::from_millis(250);
 /// How often the lease is renewed, at most; a quarter of the shortest one.
 const RENEWAL: Duration = Duration::from_millis(500);
 /// Most descriptions that wait for their container.
@@ -212,7 +209,7 @@ impl Agent {
                 match cgroups::of_process(&self.cgroups, pid, id.clone()) {
                     Some(found) => self.take_over_or_say(&found),
                     None => {
-                        tracing::warn!(container = id, pid, "its cgroup is not found, so it is not covered")
+                        tracing::warn!(container = id, pid, "its cgroup is not found, so it is not covered");
                     }
                 }
             }
@@ -306,102 +303,6 @@ impl Agent {
         self.release_left_behind(slot);
     }
 
-    /// Decides what was stopped until its container was identified, and lets it go or kills it.
-    pub(super) fn settle(&mut self, slot: u64) {
-        let Some(held) = self.held.remove(&slot) else { return };
-        let policy = self
-            .containers
-            .get(&slot)
-            .and_then(|container| container.identity.as_ref())
-            .filter(|identity| !identity.sandbox)
-            .and_then(|identity| self.profiles.policy_for(&identity.facts));
-        for exec in held {
-            let decision = judge(policy.as_ref(), &exec.held);
-            self.finish(slot, exec, decision);
-        }
-    }
-
-    /// Carries a decision out and records it.
-    pub(super) fn finish(&mut self, slot: u64, exec: HeldExec, decision: Settled) {
-        let HeldExec { made, mut event, since, held: _ } = exec;
-        let killed = decision.verdict == verdict::DENIED;
-        self.let_go(made.process, killed);
-        let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
-        event.verdict = name(verdict::name(decision.verdict));
-        event.reason = name(reason::name(decision.reason));
-        event.action = name(action::name(if killed { action::KILLED } else { action::NONE }));
-        event.decided_mode = mode::name(decision.mode).unwrap_or_default().to_owned();
-        event.verdict_of_script = decision.of_script;
-        if let Some(container) = self.containers.get(&slot)
-            && decision.reason != reason::UNIDENTIFIED
-        {
-            event.decided_revision.clone_from(&container.revision);
-        }
-        event.held = since.elapsed().as_nanos() as u64;
-        self.deliver(slot, &made, event);
-    }
-
-    /// Lets a process go or kills it; tried again as long as that fails.
-    fn let_go(&mut self, process: ProcessKey, kill: bool) {
-        if let Err(error) = self.kernel.let_go(process, kill) {
-            tracing::error!(
-                pid = process.0,
-                error = format!("{error:#}"),
-                "a held process stays stopped for now"
-            );
-            self.not_let_go.push((process, kill));
-        }
-    }
-
-    /// Settles what is held without a record that says so: the record was lost. Nobody knows what it executed, so under
-    /// an enforced profile it is killed.
-    pub(super) fn settle_unrecorded(&mut self) {
-        let recorded: Vec<u32> = self.held.values().flatten().map(|exec| exec.made.process.0).collect();
-        let unrecorded: Vec<(u32, Process)> = self
-            .kernel
-            .maps
-            .processes()
-            .into_iter()
-            .filter(|(pid, process)| process.held != 0 && !recorded.contains(pid))
-            .collect();
-        for (pid, process) in unrecorded {
-            let Some(container) = self.containers.get(&process.slot) else { continue };
-            let Some((start, _)) = processes::start_and_parent(pid) else { continue };
-            if container.is_under_policy() && processes::is_stopped(pid) {
-                let kill = container.mode == "enforce";
-                tracing::warn!(pid, container = container.id, kill, "held, and its record was lost");
-                self.let_go((pid, start), kill);
-            }
-        }
-    }
-
-    pub(super) fn let_go_again(&mut self) {
-        for (process, kill) in std::mem::take(&mut self.not_let_go) {
-            self.let_go(process, kill);
-        }
-    }
-
-    /// Lets go whoever an agent that was killed left stopped, now that his container is identified: what an enforced
-    /// profile covers and nobody judged is killed. That is a container older than this agent in which everything is
-    /// stopped; what this agent holds itself is not meant.
-    fn release_left_behind(&mut self, slot: u64) {
-        let Some(container) = self.containers.get(&slot) else { return };
-        if !container.found_running || !container.is_under_policy() {
-            return;
-        }
-        let members: Vec<(u32, Process)> =
-            self.kernel.maps.processes().into_iter().filter(|(_, process)| process.slot == slot).collect();
-        if !members.iter().all(|(pid, process)| process.held == 0 && processes::is_stopped(*pid)) {
-            return;
-        }
-        let enforced = container.mode == "enforce";
-        for (pid, _) in members {
-            let Some((start, _)) = processes::start_and_parent(pid) else { continue };
-            tracing::warn!(pid, slot, killed = enforced, "it was left stopped");
-            self.let_go((pid, start), enforced);
-        }
-    }
-
     pub(super) fn end(&mut self, slot: u64) {
         self.empty_ring();
         let unsettled = self.held.remove(&slot).unwrap_or_default();
@@ -431,69 +332,6 @@ impl Agent {
             && self.slots.get(&container.id) == Some(&slot)
         {
             self.slots.remove(&container.id);
-        }
-    }
-
-    /// Remembers what a container that is not identified executed, in case it is a pod's sandbox.
-    pub(super) fn note_entrypoint(&mut self, slot: u64, exec: &v1::ProcessExec) {
-        let of_image = exec.origin == origin::name(origin::IMAGE).unwrap_or_default() && !exec.path_truncated;
-        if let Some(container) = self.containers.get_mut(&slot)
-            && container.entrypoint.is_none()
-            && of_image
-        {
-            container.entrypoint = Some((exec.executable.clone().into_bytes(), exec.inode));
-            self.admit_sandbox(slot);
-        }
-    }
-
-    /// Lets the pause program start in containers that are not identified, once it has been seen as one.
-    fn admit_sandbox(&mut self, slot: u64) {
-        let Some(container) = self.containers.get(&slot) else { return };
-        let is_sandbox = container.identity.as_ref().is_some_and(|identity| identity.sandbox);
-        if let Some((path, inode)) = container.entrypoint.clone()
-            && is_sandbox
-        {
-            self.admit(path, inode);
-        }
-    }
-
-    /// Takes the admission of a sandbox's program back with the last sandbox that runs it: the layer may be deleted then,
-    /// and its inodes given to others.
-    fn admit_no_more(&mut self, slot: u64) {
-        let Some(container) = self.containers.get(&slot) else { return };
-        let Some(program) = container.entrypoint.clone() else { return };
-        let is_sandbox =
-            |container: &Container| container.identity.as_ref().is_some_and(|identity| identity.sandbox);
-        let of_others = self.containers.iter().any(|(other, found)| {
-            *other != slot && is_sandbox(found) && found.entrypoint.as_ref() == Some(&program)
-        });
-        if is_sandbox(container) && !of_others && self.admitted.remove(&program) {
-            self.kernel.maps.admit_no_more(&program.0, program.1);
-        }
-    }
-
-    /// Lets the agent's own program start in a container that is not identified: its replacement, from the same image.
-    /// An agent on the host is replaced on the host, where nothing is refused.
-    pub(super) fn admit_own_program(&mut self) {
-        if self.kernel.has_hosts_root(std::process::id()) {
-            return;
-        }
-        let own = std::fs::read_link("/proc/self/exe")
-            .and_then(|path| Ok((path, std::fs::metadata("/proc/self/exe")?)));
-        match own {
-            Ok((path, metadata)) => {
-                self.admit(std::os::unix::ffi::OsStringExt::into_vec(path.into_os_string()), metadata.ino());
-            }
-            Err(error) => tracing::debug!(%error, "the agent's own program is not admitted"),
-        }
-    }
-
-    fn admit(&mut self, path: Vec<u8>, inode: u64) {
-        let result = self.kernel.maps.admit(&path, inode);
-        if self.admitted.insert((path, inode))
-            && let Err(error) = result
-        {
-            tracing::warn!(error = format!("{error:#}"), "not admitted while unidentified");
         }
     }
 
@@ -541,43 +379,4 @@ fn running_process(
         session_kind: if root == first { session::WORKLOAD } else { session::ENTERED },
         ..Process::new(slot, 0)
     }
-}
-
-/// A decision that was taken late.
-pub(super) struct Settled {
-    verdict: u8,
-    reason: u8,
-    mode: u8,
-    of_script: bool,
-}
-
-impl Settled {
-    /// Nobody will ever say what the container is: recorded, and let go.
-    pub(super) fn unidentified() -> Self {
-        Self { verdict: verdict::AUDITED, reason: reason::UNIDENTIFIED, mode: mode::HOLD, of_script: false }
-    }
-}
-
-/// Judges what was held as the kernel would have: the script first, then its interpreter, and the worse of the two.
-fn judge(policy: Option<&Policy>, held: &Held) -> Settled {
-    let Some(policy) = policy else {
-        return Settled { verdict: verdict::ALLOWED, reason: reason::NO_PROFILE, mode: 0, of_script: false };
-    };
-    let code = policy.mode.code();
-    let mismatch = |reason| Settled {
-        verdict: if code == mode::AUDIT { verdict::AUDITED } else { verdict::DENIED },
-        reason,
-        mode: code,
-        of_script: false,
-    };
-    if held.escaped {
-        return mismatch(reason::ESCAPED);
-    }
-    // A policy that cannot be compiled was not applied either.
-    let Ok(image) = image::compile(policy) else { return mismatch(reason::LOOKUP_MISSED) };
-    let own = evaluate(&image, &held.path, held.origin, held.failure);
-    let script = held.script.as_ref().map(|(path, origin)| evaluate(&image, path, *origin, 0));
-    let of_script = script.is_some_and(|script| script.verdict > own.verdict);
-    let worse = script.filter(|_| of_script).unwrap_or(own);
-    Settled { verdict: worse.verdict, reason: worse.reason, mode: code, of_script }
 }

@@ -1,7 +1,9 @@
 //! The agent at work: one task that owns the kernel's maps, the containers, the profiles and the process table,
 //! and takes one event after the other.
 
+mod admitted;
 mod flow;
+mod held;
 mod lifecycle;
 mod report;
 
@@ -307,7 +309,7 @@ impl Agent {
         // Nobody is left to ask for them.
         for (slot, held) in std::mem::take(&mut self.held) {
             for exec in held {
-                self.finish(slot, exec, lifecycle::Settled::unidentified());
+                self.finish(slot, exec, held::Settled::unidentified());
             }
         }
         for slot in self.waiting.keys().copied().collect::<Vec<_>>() {

@@ -1,0 +1,74 @@
+//! The few programs that may start in a container that is not identified, so that a node cannot lock itself out.
+
+use std::os::unix::fs::MetadataExt as _;
+
+use palisade_abi::codes::origin;
+use palisade_proto::v1;
+
+use super::Agent;
+use crate::containers::Container;
+
+impl Agent {
+    /// Remembers what a container that is not identified executed, in case it is a pod's sandbox.
+    pub(super) fn note_entrypoint(&mut self, slot: u64, exec: &v1::ProcessExec) {
+        let of_image = exec.origin == origin::name(origin::IMAGE).unwrap_or_default() && !exec.path_truncated;
+        if let Some(container) = self.containers.get_mut(&slot)
+            && container.entrypoint.is_none()
+            && of_image
+        {
+            container.entrypoint = Some((exec.executable.clone().into_bytes(), exec.inode));
+            self.admit_sandbox(slot);
+        }
+    }
+
+    /// Lets the pause program start in containers that are not identified, once it has been seen as one.
+    pub(super) fn admit_sandbox(&mut self, slot: u64) {
+        let Some(container) = self.containers.get(&slot) else { return };
+        let is_sandbox = container.identity.as_ref().is_some_and(|identity| identity.sandbox);
+        if let Some((path, inode)) = container.entrypoint.clone()
+            && is_sandbox
+        {
+            self.admit(path, inode);
+        }
+    }
+
+    /// Takes the admission of a sandbox's program back with the last sandbox that runs it: the layer may be deleted then,
+    /// and its inodes given to others.
+    pub(super) fn admit_no_more(&mut self, slot: u64) {
+        let Some(container) = self.containers.get(&slot) else { return };
+        let Some(program) = container.entrypoint.clone() else { return };
+        let is_sandbox =
+            |container: &Container| container.identity.as_ref().is_some_and(|identity| identity.sandbox);
+        let of_others = self.containers.iter().any(|(other, found)| {
+            *other != slot && is_sandbox(found) && found.entrypoint.as_ref() == Some(&program)
+        });
+        if is_sandbox(container) && !of_others && self.admitted.remove(&program) {
+            self.kernel.maps.admit_no_more(&program.0, program.1);
+        }
+    }
+
+    /// Lets the agent's own program start in a container that is not identified: its replacement, from the same image.
+    /// An agent on the host is replaced on the host, where nothing is refused.
+    pub(super) fn admit_own_program(&mut self) {
+        if self.kernel.has_hosts_root(std::process::id()) {
+            return;
+        }
+        let own = std::fs::read_link("/proc/self/exe")
+            .and_then(|path| Ok((path, std::fs::metadata("/proc/self/exe")?)));
+        match own {
+            Ok((path, metadata)) => {
+                self.admit(std::os::unix::ffi::OsStringExt::into_vec(path.into_os_string()), metadata.ino());
+            }
+            Err(error) => tracing::debug!(%error, "the agent's own program is not admitted"),
+        }
+    }
+
+    fn admit(&mut self, path: Vec<u8>, inode: u64) {
+        let result = self.kernel.maps.admit(&path, inode);
+        if self.admitted.insert((path, inode))
+            && let Err(error) = result
+        {
+            tracing::warn!(error = format!("{error:#}"), "not admitted while unidentified");
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! What is stopped until its container is identified: settled, let go or killed, and recorded.
+
+use palisade_abi::{
+    codes::{action, mode, reason, verdict},
+    maps::Process,
+};
+use palisade_profile::{evaluate::evaluate, image, policy::Policy};
+
+use super::{Agent, flow::HeldExec};
+use crate::{
+    processes::{self, ProcessKey},
+    records::Held,
+};
+
+impl Agent {
+    /// Decides what was stopped until its container was identified, and lets it go or kills it.
+    pub(super) fn settle(&mut self, slot: u64) {
+        let Some(held) = self.held.remove(&slot) else { return };
+        let policy = self
+            .containers
+            .get(&slot)
+            .and_then(|container| container.identity.as_ref())
+            .filter(|identity| !identity.sandbox)
+            .and_then(|identity| self.profiles.policy_for(&identity.facts));
+        for exec in held {
+            let decision = judge(policy.as_ref(), &exec.held);
+            self.finish(slot, exec, decision);
+        }
+    }
+
+    /// Carries a decision out and records it.
+    pub(super) fn finish(&mut self, slot: u64, exec: HeldExec, decision: Settled) {
+        let HeldExec { made, mut event, since, held: _ } = exec;
+        let killed = decision.verdict == verdict::DENIED;
+        self.let_go(made.process, killed);
+        let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
+        event.verdict = name(verdict::name(decision.verdict));
+        event.reason = name(reason::name(decision.reason));
+        event.action = name(action::name(if killed { action::KILLED } else { action::NONE }));
+        event.decided_mode = mode::name(decision.mode).unwrap_or_default().to_owned();
+        event.verdict_of_script = decision.of_script;
+        if let Some(container) = self.containers.get(&slot)
+            && decision.reason != reason::UNIDENTIFIED
+        {
+            event.decided_revision.clone_from(&container.revision);
+        }
+        event.held = since.elapsed().as_nanos() as u64;
+        self.deliver(slot, &made, event);
+    }
+
+    /// Lets a process go or kills it; tried again as long as that fails.
+    fn let_go(&mut self, process: ProcessKey, kill: bool) {
+        if let Err(error) = self.kernel.let_go(process, kill) {
+            tracing::error!(
+                pid = process.0,
+                error = format!("{error:#}"),
+                "a held process stays stopped for now"
+            );
+            self.not_let_go.push((process, kill));
+        }
+    }
+
+    /// Settles what is held without a record that says so: the record was lost. Nobody knows what it executed, so under
+    /// an enforced profile it is killed.
+    pub(super) fn settle_unrecorded(&mut self) {
+        let recorded: Vec<u32> = self.held.values().flatten().map(|exec| exec.made.process.0).collect();
+        let unrecorded: Vec<(u32, Process)> = self
+            .kernel
+            .maps
+            .processes()
+            .into_iter()
+            .filter(|(pid, process)| process.held != 0 && !recorded.contains(pid))
+            .collect();
+        for (pid, process) in unrecorded {
+            let Some(container) = self.containers.get(&process.slot) else { continue };
+            let Some((start, _)) = processes::start_and_parent(pid) else { continue };
+            if container.is_under_policy() && processes::is_stopped(pid) {
+                let kill = container.mode == "enforce";
+                tracing::warn!(pid, container = container.id, kill, "held, and its record was lost");
+                self.let_go((pid, start), kill);
+            }
+        }
+    }
+
+    pub(super) fn let_go_again(&mut self) {
+        for (process, kill) in std::mem::take(&mut self.not_let_go) {
+            self.let_go(process, kill);
+        }
+    }
+
+    /// Lets go whoever an agent that was killed left stopped, now that his container is identified: what an enforced
+    /// profile covers and nobody judged is killed. That is a container older than this agent in which everything is
+    /// stopped; what this agent holds itself is not meant.
+    pub(super) fn release_left_behind(&mut self, slot: u64) {
+        let Some(container) = self.containers.get(&slot) else { return };
+        if !container.found_running || !container.is_under_policy() {
+            return;
+        }
+        let members: Vec<(u32, Process)> =
+            self.kernel.maps.processes().into_iter().filter(|(_, process)| process.slot == slot).collect();
+        if !members.iter().all(|(pid, process)| process.held == 0 && processes::is_stopped(*pid)) {
+            return;
+        }
+        let enforced = container.mode == "enforce";
+        for (pid, _) in members {
+            let Some((start, _)) = processes::start_and_parent(pid) else { continue };
+            tracing::warn!(pid, slot, killed = enforced, "it was left stopped");
+            self.let_go((pid, start), enforced);
+        }
+    }
+}
+
+/// A decision that was taken late.
+pub(super) struct Settled {
+    verdict: u8,
+    reason: u8,
+    mode: u8,
+    of_script: bool,
+}
+
+impl Settled {
+    /// Nobody will ever say what the container is: recorded, and let go.
+    pub(super) fn unidentified() -> Self {
+        Self { verdict: verdict::AUDITED, reason: reason::UNIDENTIFIED, mode: mode::HOLD, of_script: false }
+    }
+}
+
+/// Judges what was held as the kernel would have: the script first, then its interpreter, and the worse of the two.
+fn judge(policy: Option<&Policy>, held: &Held) -> Settled {
+    let Some(policy) = policy else {
+        return Settled { verdict: verdict::ALLOWED, reason: reason::NO_PROFILE, mode: 0, of_script: false };
+    };
+    let code = policy.mode.code();
+    let mismatch = |reason| Settled {
+        verdict: if code == mode::AUDIT { verdict::AUDITED } else { verdict::DENIED },
+        reason,
+        mode: code,
+        of_script: false,
+    };
+    if held.escaped {
+        return mismatch(reason::ESCAPED);
+    }
+    // A policy that cannot be compiled was not applied either.
+    let Ok(image) = image::compile(policy) else { return mismatch(reason::LOOKUP_MISSED) };
+    let own = evaluate(&image, &held.path, held.origin, held.failure);
+    let script = held.script.as_ref().map(|(path, origin)| evaluate(&image, path, *origin, 0));
+    let of_script = script.is_some_and(|script| script.verdict > own.verdict);
+    let worse = script.filter(|_| of_script).unwrap_or(own);
+    Settled { verdict: worse.verdict, reason: worse.reason, mode: code, of_script }
+}
