@@ -31,11 +31,17 @@ struct Known {
 pub struct Processes {
     boot: String,
     known: HashMap<u32, Known>,
+    /// Parents that belong to no container.
+    outside: HashSet<ProcessKey>,
 }
 
 impl Processes {
     pub fn new(boot: &str) -> Self {
-        Self { boot: boot.chars().take(BOOT_DIGITS).collect(), known: HashMap::new() }
+        Self {
+            boot: boot.chars().take(BOOT_DIGITS).collect(),
+            known: HashMap::new(),
+            outside: HashSet::new(),
+        }
     }
 
     /// Takes what runs already from procfs.
@@ -120,14 +126,8 @@ impl Processes {
         let mut above = Vec::new();
         let mut process = parent;
         while above.len() < MOST_ANCESTORS && process.0 != 0 {
-            if self.find(process).is_none() {
-                // Healed: a lost record must not cut the tree.
-                match from_procfs(process.0) {
-                    Some(found) if same_start(found.start, process.1) && slot_of(process.0) == Some(slot) => {
-                        self.known.insert(process.0, Known { slot, ..found });
-                    }
-                    _ => break,
-                }
+            if self.find(process).is_none() && !self.heal(slot, process, &slot_of) {
+                break;
             }
             let Some(known) = self.find(process).filter(|known| known.slot == slot) else { break };
             above.push(v1::Ancestor {
@@ -142,9 +142,29 @@ impl Processes {
         above
     }
 
+    /// Takes a process of `slot` from procfs that no record told of: a lost record must not cut the tree. Most that are
+    /// asked for are the runtime's, and asked for with every exec, so who is none of the slot's is remembered.
+    fn heal(&mut self, slot: u64, process: ProcessKey, slot_of: impl Fn(u32) -> Option<u64>) -> bool {
+        if self.outside.contains(&process) {
+            return false;
+        }
+        let found = (slot_of(process.0) == Some(slot)).then(|| from_procfs(process.0)).flatten();
+        match found.filter(|found| same_start(found.start, process.1)) {
+            Some(found) => {
+                self.known.insert(process.0, Known { slot, ..found });
+                true
+            }
+            None => {
+                self.outside.insert(process);
+                false
+            }
+        }
+    }
+
     /// Forgets processes whose end was not told.
     pub fn prune(&mut self, alive: &HashSet<u32>) {
         self.known.retain(|pid, _| alive.contains(pid));
+        self.outside.clear();
     }
 
     fn find(&self, (pid, start): ProcessKey) -> Option<&Known> {
