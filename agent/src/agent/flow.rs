@@ -11,7 +11,7 @@ use palisade_proto::v1::{self, record::Event};
 
 use super::{Agent, RING_ROUND};
 use crate::{
-    containers::{Container, Containers},
+    containers::Containers,
     kernel::Kernel,
     processes::ProcessKey,
     records::{self, Held, Made},
@@ -205,8 +205,7 @@ impl Agent {
 
     fn push_now(&mut self, slot: u64, record: Outgoing) {
         let Outgoing { header, session, event, urgent } = record;
-        let unknown = Container::new(String::new(), false);
-        let container = self.containers.get(&slot).unwrap_or(&unknown);
+        let container = self.containers.get(&slot).unwrap_or(&self.unknown);
         let bytes = self.source.encode(slot, header.as_ref(), session, container.encoded(), event);
         if self.queue.push(bytes, urgent).is_err() {
             let time = header.map_or_else(|| self.source.now(), |header| self.source.wall(header.time));

@@ -31,7 +31,7 @@ use self::flow::{HeldExec, Waiting};
 use crate::{
     config::Config,
     containers::{
-        Containers, Identity, NOT_IN_FORCE, cgroups,
+        Container, Containers, Identity, NOT_IN_FORCE, cgroups,
         containerd::RuntimeEvent,
         identify::{self, Sources},
         nri,
@@ -58,6 +58,8 @@ pub struct Agent {
     kernel: Kernel,
     source: Source,
     containers: Containers,
+    /// Whose records belong to no container that is known.
+    unknown: Container,
     profiles: Profiles,
     revisions: Revisions,
     processes: Processes,
@@ -149,6 +151,7 @@ pub async fn run(config: Config) -> Result<()> {
         kernel,
         source,
         containers: Containers::new(),
+        unknown: Container::new(String::new(), false),
         profiles,
         revisions: Revisions::default(),
         processes: Processes::new(&boot),

@@ -3,7 +3,6 @@
 use palisade_proto::v1::{self, record::Event};
 
 use super::Agent;
-use crate::containers::Container;
 
 impl Agent {
     pub(super) fn tell_coverage(&mut self, slot: u64, change: &str, records_made: u64) {
@@ -23,8 +22,7 @@ impl Agent {
 
     /// Queues a record that the agent makes; it waits for room.
     fn tell(&mut self, slot: u64, event: Event) {
-        let unknown = Container::new(String::new(), false);
-        let container = self.containers.get(&slot).unwrap_or(&unknown);
+        let container = self.containers.get(&slot).unwrap_or(&self.unknown);
         let bytes = self.source.encode(slot, None, None, container.encoded(), event);
         self.unsaid.push_back(bytes);
         self.say();
@@ -77,10 +75,9 @@ impl Agent {
         for (slot, value) in self.kernel.maps.slots() {
             self.losses.lost_in_kernel(slot, value.lost, now);
         }
-        let unknown = Container::new(String::new(), false);
-        let Self { losses, source, containers, queue, .. } = self;
+        let Self { losses, source, containers, unknown, queue, .. } = self;
         losses.report(now, |slot, gap| {
-            let container = containers.get(&slot).unwrap_or(&unknown);
+            let container = containers.get(&slot).unwrap_or(unknown);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
             queue.push(bytes, true).is_ok()
         });
