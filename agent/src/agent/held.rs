@@ -60,8 +60,8 @@ impl Agent {
         }
     }
 
-    /// Settles what is held without a record that says so: the record was lost. Nobody knows what it executed, so under
-    /// an enforced profile it is killed.
+    /// Settles what is held without a record that says so, at two scans in a row: the record was lost. Nobody knows what
+    /// it executed, so under an enforced profile it is killed.
     pub(super) fn settle_unrecorded(&mut self) {
         let recorded: Vec<u32> = self.held.values().flatten().map(|exec| exec.made.process.0).collect();
         let unrecorded: Vec<(u32, Process)> = self
@@ -71,7 +71,9 @@ impl Agent {
             .into_iter()
             .filter(|(pid, process)| process.held != 0 && !recorded.contains(pid))
             .collect();
-        for (pid, process) in unrecorded {
+        let before =
+            std::mem::replace(&mut self.unrecorded, unrecorded.iter().map(|(pid, _)| *pid).collect());
+        for (pid, process) in unrecorded.into_iter().filter(|(pid, _)| before.contains(pid)) {
             let Some(container) = self.containers.get(&process.slot) else { continue };
             let Some((start, _)) = processes::start_and_parent(pid) else { continue };
             if container.is_under_policy() && processes::is_stopped(pid) {

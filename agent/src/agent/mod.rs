@@ -75,6 +75,8 @@ pub struct Agent {
     expected: HashMap<String, Identity>,
     /// What is stopped until its container is identified.
     held: HashMap<u64, Vec<HeldExec>>,
+    /// Held processes without a record, at the last scan.
+    unrecorded: HashSet<u32>,
     /// Held processes that could not be let go, or killed, and are tried again.
     not_let_go: Vec<(ProcessKey, bool)>,
     /// Records of containers that are not identified yet, and since when they wait.
@@ -164,6 +166,7 @@ pub async fn run(config: Config) -> Result<()> {
         slots: HashMap::new(),
         expected: HashMap::new(),
         held: HashMap::new(),
+        unrecorded: HashSet::new(),
         not_let_go: Vec::new(),
         waiting: HashMap::new(),
         admitted: HashSet::new(),
