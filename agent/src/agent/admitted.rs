@@ -1,6 +1,6 @@
 //! The few programs that may start in a container that is not identified, so that a node cannot lock itself out.
 
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::{ffi::OsStringExt as _, fs::MetadataExt as _};
 
 use palisade_abi::codes::origin;
 use palisade_proto::v1;
@@ -23,11 +23,15 @@ impl Agent {
 
     /// Lets the pause program start in containers that are not identified, once it has been seen as one.
     pub(super) fn admit_sandbox(&mut self, slot: u64) {
-        let Some(container) = self.containers.get(&slot) else { return };
-        let is_sandbox = container.identity.as_ref().is_some_and(|identity| identity.sandbox);
-        if let Some((path, inode)) = container.entrypoint.clone()
-            && is_sandbox
-        {
+        let workload = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
+        let Some(container) = self.containers.get_mut(&slot) else { return };
+        if !container.identity.as_ref().is_some_and(|identity| identity.sandbox) {
+            return;
+        }
+        if container.entrypoint.is_none() && container.found_running {
+            container.entrypoint = program_of(&format!("/proc/{workload}/exe"));
+        }
+        if let Some((path, inode)) = container.entrypoint.clone() {
             self.admit(path, inode);
         }
     }
@@ -53,13 +57,9 @@ impl Agent {
         if self.kernel.has_hosts_root(std::process::id()) {
             return;
         }
-        let own = std::fs::read_link("/proc/self/exe")
-            .and_then(|path| Ok((path, std::fs::metadata("/proc/self/exe")?)));
-        match own {
-            Ok((path, metadata)) => {
-                self.admit(std::os::unix::ffi::OsStringExt::into_vec(path.into_os_string()), metadata.ino());
-            }
-            Err(error) => tracing::debug!(%error, "the agent's own program is not admitted"),
+        match program_of("/proc/self/exe") {
+            Some((path, inode)) => self.admit(path, inode),
+            None => tracing::warn!("the agent's own program is not admitted under whenAgentAbsent: deny"),
         }
     }
 
@@ -71,4 +71,10 @@ impl Agent {
             tracing::warn!(error = format!("{error:#}"), "not admitted while unidentified");
         }
     }
+}
+
+/// Path and inode of the program that a process executes, as its own root directory shows it.
+fn program_of(link: &str) -> Option<(Vec<u8>, u64)> {
+    let path = std::fs::read_link(link).ok()?.into_os_string().into_vec();
+    Some((path, std::fs::metadata(link).ok()?.ino()))
 }
