@@ -322,14 +322,11 @@ pub extern "C" fn palisade_is_runtime_step(slot: u64) -> u64 {
         return 0;
     };
     let hosts_root = root.superblock == host.superblock && root.dentry == host.dentry;
-    if cfg!(feature = "plant-latch-stays") {
-        return 1;
-    }
     // Also in a mount namespace of its own: the runtime's hooks run there before the root is switched.
     // SAFETY: only a field is read.
     let host_is_root = unsafe { SLOT_POLICIES.get(slot) }
         .is_some_and(|policy| policy.flags & slot_flags::ROOT_IS_HOSTS != 0);
-    if hosts_root && !host_is_root {
+    if (hosts_root || cfg!(feature = "plant-latch-stays")) && !host_is_root {
         return 1;
     }
     if !hosts_root {
