@@ -339,7 +339,7 @@ pub extern "C" fn palisade_is_runtime_step(slot: u64) -> u64 {
 
 /// Whether the current task, which belongs to `slot`, has left it: it has the host's root directory, or is in the host's
 /// mount namespace with any other root than its container's. Of a container whose root is the host's own, only the
-/// mount namespace tells.
+/// mount namespace tells. What cannot be read counts as having left.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_is_outside(slot: u64) -> u64 {
@@ -353,7 +353,7 @@ pub extern "C" fn palisade_is_outside(slot: u64) -> u64 {
     }
     let Some(root) = origins::current_root() else {
         count::error(error::ROOT_READ);
-        return 0;
+        return 1;
     };
     // SAFETY: the entry is written when the root is learned.
     let own = unsafe { ROOTS.get(slot) }.is_some_and(|own| own.superblock == root.superblock);
@@ -365,7 +365,7 @@ pub extern "C" fn palisade_is_outside(slot: u64) -> u64 {
         Some(host) => u64::from(root.superblock == host.superblock && root.dentry == host.dentry),
         None => {
             count::error(error::HOST_ROOT_MISSING);
-            0
+            1
         }
     }
 }

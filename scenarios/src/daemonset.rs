@@ -100,6 +100,7 @@ async fn replaced(daemonset: &DaemonSet, runtime: &Runtime, agent: &str) -> Resu
     let pid = Pid::from_raw(i32::try_from(runtime.pid(agent).await?)?).context("no pid")?;
     kill_process(pid, Signal::STOP)?;
     let outcome = async {
+        // Twice the lease that the test configures: it ends by the clock alone.
         tokio::time::sleep(std::time::Duration::from_secs(4)).await;
         let pod = runtime.pod_with("replacement", "palisade", "", NamespaceMode::Node, &[]).await?;
         let replacement =

@@ -321,7 +321,7 @@ async fn absent(containerd: &Containerd, policy: &'static str) -> Result<()> {
     let pod = stage.runtime.pod(&format!("pod-absent-{policy}"), "disturbed", "").await?;
     let id = stage.marker(&pod, "c-absent").await?;
     stage.node.signal_agent(Signal::STOP)?;
-    // Longer than the lease: the runtime's own deadline adds to it.
+    // The lease of two seconds was renewed at the latest when the agent was stopped, and ends by the clock alone.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let act = async {
         let _outcome = stage.runtime.start(&id).await;

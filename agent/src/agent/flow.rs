@@ -22,7 +22,7 @@ use crate::{
 const SMALLEST_RECORD: usize = size_of::<ForkRecord>();
 /// How long records wait for the name of their container, and how many bytes of one container.
 const PATIENCE: Duration = Duration::from_secs(5);
-const MOST_WAITING: usize = 1 << 20;
+const MOST_WAITING: usize = 256 << 10;
 
 /// Records of a container that is not identified yet.
 pub(super) struct Waiting {

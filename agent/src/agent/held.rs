@@ -94,16 +94,20 @@ impl Agent {
     /// profile covers and nobody judged is killed. That is a container older than this agent in which everything is
     /// stopped; what this agent holds itself is not meant.
     pub(super) fn release_left_behind(&mut self, slot: u64) {
-        let Some(container) = self.containers.get(&slot) else { return };
+        let Some(container) = self.containers.get_mut(&slot) else { return };
         if !container.found_running || !container.is_under_policy() {
             return;
         }
+        // Once: what somebody stops later, he has stopped on purpose.
+        if std::mem::replace(&mut container.left_behind_settled, true) {
+            return;
+        }
+        let enforced = container.mode == "enforce";
         let members: Vec<(u32, Process)> =
             self.kernel.maps.processes().into_iter().filter(|(_, process)| process.slot == slot).collect();
         if !members.iter().all(|(pid, process)| process.held == 0 && processes::is_stopped(*pid)) {
             return;
         }
-        let enforced = container.mode == "enforce";
         for (pid, _) in members {
             let Some((start, _)) = processes::start_and_parent(pid) else { continue };
             tracing::warn!(pid, slot, killed = enforced, "it was left stopped");

@@ -262,7 +262,9 @@ impl Agent {
         let policy = if identity.sandbox { None } else { self.profiles.policy_for(&identity.facts) };
         let first = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
         let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
-        let flags = if is_its_own && self.kernel.has_hosts_root(first) {
+        // Only where the kernel has no other root for it: a `chroot` into a mounted host directory must not count.
+        let has_own_root = self.kernel.maps.has_root(slot);
+        let flags = if is_its_own && !has_own_root && self.kernel.has_hosts_root(first) {
             tracing::warn!(container = container.id, "its root file system is the host's own");
             slot_flags::ROOT_IS_HOSTS
         } else {

@@ -56,6 +56,8 @@ pub struct Container {
     pub in_force_since: u64,
     /// Whether it ran before the agent did.
     pub found_running: bool,
+    /// Whether what an agent before this one left stopped in it has been looked for.
+    pub left_behind_settled: bool,
     /// What it executed first out of its image: path and inode.
     pub entrypoint: Option<(Vec<u8>, u64)>,
     /// How long the runtime waited for the agent before its start, and would have waited; nanoseconds, 0 where it
@@ -86,6 +88,7 @@ impl Container {
             mode: UNIDENTIFIED,
             in_force_since: 0,
             found_running,
+            left_behind_settled: false,
             entrypoint: None,
             answered_in: 0,
             answer_deadline: 0,
