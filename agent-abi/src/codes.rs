@@ -88,6 +88,8 @@ codes! {
         DRIFT = 2 => "drift",
         MEMORY = 3 => "memory",
         HOST = 4 => "host",
+        /// A mount of the container; the path then names it, see [`crate::volume`].
+        VOLUME = 5 => "volume",
     }
 }
 
@@ -156,6 +158,8 @@ codes! {
         SCRIPT_MAP_FULL = 23 => "script-map-full",
         POLICY_MOVED = 24 => "policy-moved",
         STOP_FAILED = 25 => "stop-failed",
+        VOLUME_MAP_FULL = 26 => "volume-map-full",
+        VOLUME_NAME_MISSED = 27 => "volume-name-missed",
     }
 }
 

@@ -191,6 +191,44 @@ pub struct RootIdentity {
     pub reserved: u32,
 }
 
+/// The root of a mount in a container: the inode itself, which the mount keeps alive. Its number would not do: on some
+/// filesystems one superblock has a number twice.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct VolumeKey {
+    pub slot: u64,
+    pub inode: u64,
+}
+
+/// A mount in a container.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Volume {
+    /// Superblock and inode number, should a container have unmounted it and the inode be another's.
+    pub superblock: u64,
+    pub inode_number: u64,
+    /// Index into `VOLUME_NAMES`.
+    pub name: u32,
+    pub reserved: u32,
+}
+
+/// Bytes of a volume's name and of the path at which it is mounted, marks included. What does not fit has no name.
+pub const VOLUME_NAME_CAPACITY: usize = 256;
+
+/// What stands before the path within a volume: right-aligned, zero in front; see [`crate::volume`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct VolumeName {
+    pub text: [u8; VOLUME_NAME_CAPACITY],
+    /// Bytes used of the text.
+    pub length: u32,
+    /// Bytes of them that are the name with its marks; the mount point follows.
+    pub mark: u32,
+}
+
 /// Key of the host's own root in `ROOTS`; no cgroup has this id.
 pub const HOST_ROOT: u64 = 0;
 
@@ -214,13 +252,16 @@ sizes! {
     GlobState = 520,
     Process = 32,
     RootIdentity = 40,
+    VolumeKey = 16,
+    Volume = 24,
+    VolumeName = 264,
 }
 
 #[cfg(feature = "user")]
 mod user {
     use super::{
         AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings,
-        Slot, SlotPolicy,
+        Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     };
 
     macro_rules! pod {
@@ -243,6 +284,9 @@ mod user {
         RuleValue,
         Settings,
         Slot,
-        SlotPolicy
+        SlotPolicy,
+        Volume,
+        VolumeKey,
+        VolumeName
     );
 }

@@ -67,6 +67,9 @@ offsets! {
     task_exit_code = "task_struct" "exit_code" 4 required;
     task_thread_pid = "task_struct" "thread_pid" 8 required;
     task_ptrace = "task_struct" "ptrace" 4 required;
+    task_files = "task_struct" "files" 8 required;
+    files_table = "files_struct" "fdt" 8 required;
+    table_files = "fdtable" "fd" 8 required;
     task_stack = "task_struct" "stack" 8 optional;
     signal_live = "signal_struct" "live" 4 required;
     signal_tty = "signal_struct" "tty" 8 optional;

@@ -197,6 +197,8 @@ pub type LargeExec = ExecRecord<LARGE_PATH, LARGE_CWD, LARGE_ARGV, LONGEST_ARGUM
 
 /// Longest cgroup name that travels.
 pub const CGROUP_NAME: usize = 128;
+/// Longest path of a cgroup within its hierarchy that travels.
+pub const CGROUP_PATH: usize = 512;
 
 /// A cgroup of a container came or went.
 #[repr(C)]
@@ -211,6 +213,8 @@ pub struct ControlRecord {
     pub slot: u64,
     pub time: u64,
     pub name: [u8; CGROUP_NAME],
+    /// The cgroup's path within its hierarchy, zero padded; empty when it is longer.
+    pub path: [u8; CGROUP_PATH],
 }
 
 const _: () = assert!(size_of::<Header>() == 40);
@@ -224,7 +228,7 @@ const _: () = assert!(size_of::<ExecHead>() == 296);
 const _: () = assert!(size_of::<SmallExec>() == 296 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
 const _: () =
     assert!(size_of::<LargeExec>() == 296 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
-const _: () = assert!(size_of::<ControlRecord>() == 24 + CGROUP_NAME);
+const _: () = assert!(size_of::<ControlRecord>() == 24 + CGROUP_NAME + CGROUP_PATH);
 
 #[cfg(feature = "user")]
 pub use decode::{DecodeError, Decoded, DecodedExec, decode, decode_control};
@@ -349,7 +353,7 @@ mod decode {
             return Err(DecodeError::Abi(record.abi));
         }
         let length = u16::try_from(record.name_length).unwrap_or(u16::MAX);
-        let at = size_of::<ControlRecord>() - CGROUP_NAME;
+        let at = core::mem::offset_of!(ControlRecord, name);
         Ok((record, part(bytes, "name", at, CGROUP_NAME, length)?))
     }
 }
@@ -365,7 +369,7 @@ mod tests {
     fn the_bytes_of_a_fork_are_golden() {
         let mut bytes = Vec::new();
         bytes.extend(1_u16.to_le_bytes()); // kind
-        bytes.extend(2_u16.to_le_bytes()); // abi
+        bytes.extend(3_u16.to_le_bytes()); // abi
         bytes.extend(152_u32.to_le_bytes()); // size
         bytes.extend(0x1122_u64.to_le_bytes()); // slot
         bytes.extend(7_u64.to_le_bytes()); // sequence
@@ -394,7 +398,7 @@ mod tests {
             (fork.session.start, fork.session.pid, fork.session.kind),
             (30, 9, codes::session::ENTERED)
         );
-        assert_eq!(ABI_VERSION, 2, "a new ABI version needs new golden bytes");
+        assert_eq!(ABI_VERSION, 3, "a new ABI version needs new golden bytes");
     }
 
     #[test]

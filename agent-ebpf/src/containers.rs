@@ -6,13 +6,13 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::{bpf_ktime_get_boot_ns, bpf_probe_read_kernel_str_bytes},
+    helpers::{bpf_ktime_get_boot_ns, bpf_probe_read_kernel_str_bytes, generated::bpf_probe_read_kernel_str},
 };
 use palisade_abi::{
     ABI_VERSION,
     codes::{control, error},
     maps::{HOST_ROOT, RootIdentity, Slot},
-    record::{CGROUP_NAME, ControlRecord},
+    record::{CGROUP_NAME, CGROUP_PATH, ControlRecord},
 };
 
 use crate::{
@@ -119,20 +119,35 @@ fn is_monitors(name: &[u8; CGROUP_NAME]) -> bool {
 }
 
 #[inline(always)]
-fn tell(kind: u16, slot: u64, name: &[u8; CGROUP_NAME], name_length: u32) {
+fn tell(kind: u16, slot: u64, name: &[u8; CGROUP_NAME], name_length: u32, path: Address) {
     let Some(mut entry) = CONTROL.reserve::<ControlRecord>(0) else {
         count::error(error::CONTROL_RING_FULL);
         return;
     };
     // SAFETY: the helper has no preconditions.
     let time = unsafe { bpf_ktime_get_boot_ns() };
-    entry.write(ControlRecord { kind, abi: ABI_VERSION as u16, name_length, slot, time, name: *name });
+    let place = entry.as_mut_ptr();
+    // SAFETY: the place is a whole reserved record; the helper checks the address and writes at most the array's length.
+    unsafe {
+        (&raw mut (*place).kind).write(kind);
+        (&raw mut (*place).abi).write(ABI_VERSION as u16);
+        (&raw mut (*place).name_length).write(name_length);
+        (&raw mut (*place).slot).write(slot);
+        (&raw mut (*place).time).write(time);
+        (&raw mut (*place).name).write(*name);
+        let target = &raw mut (*place).path;
+        let read = bpf_probe_read_kernel_str(target.cast(), CGROUP_PATH as u32, path as *const _);
+        // What was cut fills the whole place.
+        if read <= 0 || read >= CGROUP_PATH as i64 {
+            (*target)[0] = 0;
+        }
+    }
     entry.submit(0);
 }
 
-/// Makes a slot when the new cgroup is a container's; returns it.
+/// Makes a slot when the new cgroup, at `path` in its hierarchy, is a container's; returns it.
 #[inline(always)]
-pub fn cgroup_made(cgroup: Address) -> Option<u64> {
+pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
     let cgroup = KernelPtr(cgroup);
     if !is_unified(cgroup) {
         return None;
@@ -177,7 +192,7 @@ pub fn cgroup_made(cgroup: Address) -> Option<u64> {
     if CGROUPS.insert(cgroup_id, cgroup_id, u64::from(BPF_ANY)).is_err() {
         count::error(error::CGROUP_MAP_FULL);
     }
-    tell(control::CONTAINER_CREATED, cgroup_id, &name, name_length);
+    tell(control::CONTAINER_CREATED, cgroup_id, &name, name_length, path);
     Some(cgroup_id)
 }
 
@@ -197,7 +212,7 @@ pub fn cgroup_removed(cgroup: Address) {
     if let Some(slot) = SLOTS.get_ptr_mut(cgroup_id) {
         // SAFETY: the pointer comes from a map lookup; the only writer of this field.
         unsafe { (&raw mut (*slot).ended).write_volatile(1) };
-        tell(control::CONTAINER_REMOVED, cgroup_id, &[0; CGROUP_NAME], 0);
+        tell(control::CONTAINER_REMOVED, cgroup_id, &[0; CGROUP_NAME], 0, 0);
     }
 }
 

@@ -31,6 +31,7 @@ use crate::{
     processes::{self, Address},
     record::{self, Lane},
     scratch::{self, Area, EXECUTABLE, Scratch, WORKING_DIRECTORY, arguments},
+    volumes::palisade_name_volume,
 };
 
 const SIGKILL: u32 = 9;
@@ -377,7 +378,9 @@ pub extern "C" fn palisade_report(task: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     let refused = unsafe { (*scratch).action } == action::REFUSED;
-    palisade_walk(task, working_directory().0, WORKING_DIRECTORY);
+    let directory = working_directory().0;
+    palisade_walk(task, directory, WORKING_DIRECTORY);
+    palisade_name_volume(task, directory, WORKING_DIRECTORY);
     let (kind, at, length) = if refused { arguments_of_caller() } else { arguments_of_new_image() };
     // SAFETY: as above.
     let (path_length, cwd_length, script_length) = unsafe {

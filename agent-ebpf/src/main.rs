@@ -22,6 +22,7 @@ mod path;
 mod processes;
 mod record;
 mod scratch;
+mod volumes;
 
 use aya_ebpf::{
     macros::{lsm, raw_tracepoint},
@@ -99,7 +100,7 @@ pub fn sched_process_exit(ctx: RawTracePointContext) -> i32 {
 /// `TP_PROTO(struct cgroup *cgrp, const char *path)`
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
 pub fn cgroup_mkdir(ctx: RawTracePointContext) -> i32 {
-    let _slot = containers::cgroup_made(ctx.arg(0));
+    let _slot = containers::cgroup_made(ctx.arg(0), ctx.arg(1));
     #[cfg(feature = "log")]
     if let Some(slot) = _slot {
         aya_log_ebpf::debug!(&ctx, "slot {} begins", slot);
@@ -128,6 +129,15 @@ pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
 #[unsafe(link_section = "raw_tp")]
 pub extern "C" fn learn_root(ctx: *mut core::ffi::c_void) -> u32 {
     u32::from(!containers::learn_root(RawTracePointContext::new(ctx).arg(0)))
+}
+
+/// Never attached, run on demand by a thread that holds the root of a mount open. The arguments are the slot, the file
+/// descriptor, and the index of the mount's name.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp")]
+pub extern "C" fn learn_volume(ctx: *mut core::ffi::c_void) -> u32 {
+    let ctx = RawTracePointContext::new(ctx);
+    u32::from(!volumes::learn(ctx.arg(0), ctx.arg(1), ctx.arg(2)))
 }
 
 /// Never attached, run on demand: the origin that the overlay logic gives the current working directory.

@@ -11,7 +11,7 @@ use palisade_abi::{
     codes,
     maps::{
         AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings,
-        Slot, SlotPolicy,
+        Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     },
     offsets::KernelOffsets,
 };
@@ -56,6 +56,13 @@ pub static ROOTS: HashMap<u64, RootIdentity> = HashMap::with_max_entries(2048, 0
 /// Slots by the superblock of their root filesystem: whose container a process of no slot has entered.
 #[map]
 pub static ROOT_SLOTS: HashMap<u64, u64> = HashMap::with_max_entries(2048, 0);
+
+/// Mounts of containers, by the inode that is their root.
+#[map]
+pub static VOLUMES: HashMap<VolumeKey, Volume> = HashMap::with_max_entries(8192, 0);
+
+#[map]
+pub static VOLUME_NAMES: Array<VolumeName> = Array::with_max_entries(1024, 0);
 
 /// The agent's lease and process id.
 #[map]

@@ -10,7 +10,8 @@ use crate::{
     count,
     kernel::KernelPtr,
     maps::{ROOTS, offset},
-    scratch,
+    scratch::{self, EXECUTABLE},
+    volumes::palisade_name_volume,
 };
 
 // Magic numbers of include/uapi/linux/magic.h.
@@ -47,11 +48,11 @@ pub extern "C" fn palisade_classify(task: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return u64::from(origin::UNKNOWN) };
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, dentry) = unsafe { ((*scratch).slot, KernelPtr((*scratch).dentry)) };
-    u64::from(classify(slot, dentry))
+    u64::from(classify(task, slot, dentry))
 }
 
 #[inline(always)]
-fn classify(slot: u64, dentry: KernelPtr) -> u8 {
+fn classify(task: u64, slot: u64, dentry: KernelPtr) -> u8 {
     let Some(file) = identity(dentry) else {
         count::error(error::ORIGIN_READ);
         return origin::UNKNOWN;
@@ -68,6 +69,9 @@ fn classify(slot: u64, dentry: KernelPtr) -> u8 {
             }
             return if file.magic == OVERLAYFS { overlay_origin(dentry) } else { origin::UNKNOWN };
         }
+    }
+    if palisade_name_volume(task, dentry.0, EXECUTABLE) != 0 {
+        return origin::VOLUME;
     }
     if file.magic == TMPFS || file.magic == RAMFS || file.magic == HUGETLBFS {
         return origin::MEMORY;

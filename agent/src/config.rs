@@ -105,6 +105,10 @@ pub struct MapSizes {
     pub processes: u32,
     pub rules: u32,
     pub glob_states: u32,
+    /// Mounts of containers, at a time.
+    pub volumes: u32,
+    /// Different names of mounts, each with its place.
+    pub volume_names: u32,
     pub ring_bytes: u32,
 }
 
@@ -141,7 +145,15 @@ impl Default for Queue {
 
 impl Default for MapSizes {
     fn default() -> Self {
-        Self { slots: 1024, processes: 16384, rules: 16384, glob_states: 4096, ring_bytes: 4 << 20 }
+        Self {
+            slots: 1024,
+            processes: 16384,
+            rules: 16384,
+            glob_states: 4096,
+            volumes: 8192,
+            volume_names: 1024,
+            ring_bytes: 4 << 20,
+        }
     }
 }
 
@@ -198,10 +210,15 @@ impl Config {
                 self.collector
             );
         }
-        let MapSizes { slots, processes, rules, glob_states, ring_bytes } = self.maps;
-        for (name, value) in
-            [("slots", slots), ("processes", processes), ("rules", rules), ("globStates", glob_states)]
-        {
+        let MapSizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = self.maps;
+        for (name, value) in [
+            ("slots", slots),
+            ("processes", processes),
+            ("rules", rules),
+            ("globStates", glob_states),
+            ("volumes", volumes),
+            ("volumeNames", volume_names),
+        ] {
             if value == 0 || value > 1 << 20 {
                 bail!("maps.{name}: {value} is not between 1 and 1048576");
             }
@@ -231,8 +248,8 @@ impl Config {
     }
 
     fn sizes(&self) -> Sizes {
-        let MapSizes { slots, processes, rules, glob_states, ring_bytes } = self.maps;
-        Sizes { slots, processes, rules, glob_states, ring_bytes }
+        let MapSizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = self.maps;
+        Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes }
     }
 }
 

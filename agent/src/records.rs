@@ -6,6 +6,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use palisade_abi::{
     codes::{self, exec_flags},
     record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart},
+    volume,
 };
 use palisade_proto::v1::{self, record::Event};
 use prost::Message as _;
@@ -153,19 +154,24 @@ fn make_exec(
     let part = &record.head.exec;
     let context = &record.head.context;
     let process = &record.head.process;
-    let executable = text(record.path);
+    let (executable, origin) = named(record.path, part.origin);
     let Header { slot, time, .. } = record.head.header;
     let ancestors = processes.ancestors(slot, parent_key(process), slot_of);
     let refused = part.action == codes::action::REFUSED;
     if !refused {
         processes.executed(slot, key(process), parent_key(process), &executable, time);
     }
+    let (script, script_origin) = if record.script.is_empty() {
+        (String::new(), String::new())
+    } else {
+        named(record.script, part.script_origin)
+    };
     let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
     let has = |flag| part.flags & flag != 0;
     let exec = v1::ProcessExec {
         process: Some(describe(source, processes, process)),
         executable,
-        origin: name(codes::origin::name(part.origin)),
+        origin,
         verdict: name(codes::verdict::name(part.verdict)),
         action: name(codes::action::name(part.action)),
         reason: name(codes::reason::name(part.reason)),
@@ -199,12 +205,8 @@ fn make_exec(
         terminal: text(until_zero(&context.tty)),
         decided_mode: codes::mode::name(part.mode).unwrap_or_default().to_owned(),
         decided_revision,
-        script: text(record.script),
-        script_origin: if record.script.is_empty() {
-            String::new()
-        } else {
-            name(codes::origin::name(part.script_origin))
-        },
+        script,
+        script_origin,
         escaped: has(exec_flags::ESCAPED),
         ancestors: ancestors
             .into_iter()
@@ -226,6 +228,17 @@ fn make_exec(
         event: Event::Exec(exec),
         urgent: part.verdict != codes::verdict::ALLOWED,
         held,
+    }
+}
+
+/// Path and origin of a file as they are recorded.
+pub fn named(path: &[u8], origin: u8) -> (String, String) {
+    let kind = codes::origin::name(origin).unwrap_or("unknown");
+    match volume::split(path) {
+        Some((name, path)) if origin == codes::origin::VOLUME => {
+            (text(path), format!("{kind}:{}", text(name)))
+        }
+        _ => (text(path), kind.to_owned()),
     }
 }
 

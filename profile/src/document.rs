@@ -8,7 +8,10 @@ use marked_yaml::{
     LoadError, LoaderOptions, Node, Span,
     types::{MarkedMappingNode, MarkedScalarNode},
 };
-use palisade_abi::codes::{mode, origin};
+use palisade_abi::{
+    codes::{mode, origin},
+    maps::VOLUME_NAME_CAPACITY,
+};
 
 use crate::{
     glob::Pattern,
@@ -48,34 +51,71 @@ impl Mode {
 }
 
 /// Where a file's bytes may come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Origin {
     Image,
     Drift,
     Memory,
     Host,
+    Volume(VolumeName),
 }
 
-impl Origin {
-    pub const ALL: [Self; 4] = [Self::Image, Self::Drift, Self::Memory, Self::Host];
+/// The name of a volume: as the pod has it, or the path at which the mount stands in the container where nobody gives it
+/// another name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VolumeName(String);
 
+impl VolumeName {
+    /// `None` for a text that is no volume's name: an empty or relative one, or one with a colon, which separates name
+    /// and path, or with control characters.
     #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Image => "image",
-            Self::Drift => "drift",
-            Self::Memory => "memory",
-            Self::Host => "host",
-        }
+    pub fn parse(text: &str) -> Option<Self> {
+        let is_path = text.starts_with('/') && Pattern::parse(text).is_ok_and(|pattern| pattern.is_exact());
+        let is_name = !text.is_empty() && !text.contains('/');
+        let plain = text.chars().all(|character| character != ':' && !character.is_control());
+        ((is_path || is_name) && plain && text.len() < VOLUME_NAME_CAPACITY).then(|| Self(text.to_owned()))
     }
 
     #[must_use]
-    pub fn code(self) -> u8 {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// How volumes are written as origins.
+const VOLUME: &str = "volume:";
+
+impl Origin {
+    /// Reads an origin as profiles and records have it.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        if let Some(name) = text.strip_prefix(VOLUME) {
+            return VolumeName::parse(name).map(Self::Volume);
+        }
+        let plain = [Self::Image, Self::Drift, Self::Memory, Self::Host];
+        plain.into_iter().find(|origin| origin.to_string() == text)
+    }
+
+    #[must_use]
+    pub fn code(&self) -> u8 {
         match self {
             Self::Image => origin::IMAGE,
             Self::Drift => origin::DRIFT,
             Self::Memory => origin::MEMORY,
             Self::Host => origin::HOST,
+            Self::Volume(_) => origin::VOLUME,
+        }
+    }
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Image => f.write_str("image"),
+            Self::Drift => f.write_str("drift"),
+            Self::Memory => f.write_str("memory"),
+            Self::Host => f.write_str("host"),
+            Self::Volume(name) => write!(f, "{VOLUME}{}", name.as_str()),
         }
     }
 }
@@ -523,17 +563,15 @@ impl Reader<'_> {
 
     fn origin(&mut self, node: &Node, field: &str) -> Option<Origin> {
         let text = self.text(node, field)?;
-        let found = Origin::ALL.into_iter().find(|origin| origin.as_str() == text.as_str());
+        let found = Origin::parse(text.as_str());
         if found.is_none() {
-            let (message, remedy) = if text.as_str().starts_with("volume:") {
-                (
-                    "this build cannot tell volumes apart".to_owned(),
-                    "remove the rule, or use a build that can",
-                )
+            let remedy = if text.as_str().starts_with(VOLUME) {
+                "write the volume's name as the pod has it (volume:plugins), or the path at which it is mounted where \
+                 it has none (volume:/etc/hosts)"
             } else {
-                (format!("{:?} is not an origin", text.as_str()), "write image, drift, memory or host")
+                "write image, drift, memory, host or volume:NAME"
             };
-            self.problem(text.span(), field, message, remedy);
+            self.problem(text.span(), field, format!("{:?} is not an origin", text.as_str()), remedy);
         }
         found
     }
@@ -641,12 +679,25 @@ spec:
         for (from, to, field) in [
             ("  mode: enforce", "  mode: enforce\n  network: {}", "spec.network"),
             ("/usr/sbin/nginx", "/usr/sbin/nginx\n        sha256: 9f86", "spec.exec.allow[0].sha256"),
-            ("from: drift", "from: \"volume:plugins\"", "spec.exec.allow[1].from"),
             ("mode: enforce", "mode: learn", "spec.mode"),
         ] {
             let found = problems(&GOOD.replace(from, to));
             assert!(found.len() == 1 && found[0].contains(field), "{field}: {found:?}");
             assert!(found[0].contains("this build cannot"), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn an_origin_is_one_of_the_five_kinds() {
+        for good in ["volume:plugins", "volume:/etc/hosts", "volume:pvc-1.a", "host"] {
+            let found = Origin::parse(good).map(|origin| origin.to_string());
+            assert_eq!(found.as_deref(), Some(good));
+        }
+        for bad in
+            ["volume:a:b", "volume:", "volume:a/b", "volume:/a//b", "volume:/a/../b", "volume:/*", "disk"]
+        {
+            let found = problems(&GOOD.replace("from: drift", &format!("from: \"{bad}\"")));
+            assert!(found.len() == 1 && found[0].contains("is not an origin; write"), "{bad}: {found:?}");
         }
     }
 

@@ -14,8 +14,8 @@ pub struct Decision {
     pub reason: u8,
 }
 
-/// Judges the execution of `path` with origin `file_origin` (a code). `failure` is the reason why the path is
-/// not known, or 0.
+/// Judges the execution of `path` with origin `file_origin` (a code). On a volume the path is a text of
+/// [`palisade_abi::volume`]. `failure` is the reason why the path is not known, or 0.
 #[must_use]
 pub fn evaluate(image: &PolicyImage, path: &[u8], file_origin: u8, failure: u8) -> Decision {
     if !image.restricts_exec {
@@ -61,7 +61,9 @@ mod tests {
     fn image(mode: &str) -> PolicyImage {
         let text = format!(
             "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {{name: a}}\n\
-             spec: {{selector: {{}}, mode: {mode}, exec: {{allow: [{{path: /bin/a}}, {{path: /opt/**, from: [image, drift]}}]}}}}\n"
+             spec: {{selector: {{}}, mode: {mode}, exec: {{allow: [{{path: /bin/a}}, {{path: /opt/**, from: [image, drift]}},
+             {{path: /opt/plugins/**, from: \"volume:plugins\"}}, {{path: /tools/run, from: [host, \"volume:tools\"]}},
+             {{path: /etc/hosts, from: \"volume:/etc/hosts\"}}]}}}}\n"
         );
         compile(&unite(&parse("x", &text).unwrap(), &ContainerFacts::default()).unwrap()).unwrap()
     }
@@ -78,6 +80,32 @@ mod tests {
         assert_eq!(decide("enforce", "/bin/b", origin::IMAGE), (verdict::DENIED, reason::NO_RULE));
         assert_eq!(decide("enforce", "/bin/a", origin::UNKNOWN), (verdict::DENIED, reason::ORIGIN_UNKNOWN));
         assert_eq!(decide("audit", "/bin/b", origin::IMAGE), (verdict::AUDITED, reason::NO_RULE));
+    }
+
+    #[test]
+    fn a_rule_for_a_volume_is_for_that_volume_alone() {
+        let decide = |path: &str, origin| {
+            let decision = evaluate(&image("enforce"), path.as_bytes(), origin, 0);
+            (decision.verdict, decision.reason)
+        };
+        for path in [":plugins:/opt/plugins/a/b", ":tools:/tools/run", ":/etc/hosts:/etc/hosts"] {
+            assert_eq!(decide(path, origin::VOLUME), (verdict::ALLOWED, reason::RULE), "{path}");
+        }
+        for path in [
+            ":other:/opt/plugins/a",
+            ":plugins:/opt/other",
+            ":tools:/tools/run2",
+            ":plugins:/opt/plugins:/opt/plugins/a",
+            ":/etc/host:/etc/hosts",
+            // The image's rules are not the volume's.
+            ":x:/bin/a",
+            ":x:/opt/a",
+        ] {
+            assert_eq!(decide(path, origin::VOLUME).0, verdict::DENIED, "{path}");
+        }
+        assert_eq!(decide("/tools/run", origin::HOST), (verdict::ALLOWED, reason::RULE));
+        assert_eq!(decide("/tools/run", origin::IMAGE), (verdict::DENIED, reason::ORIGIN));
+        assert_eq!(decide("/opt/plugins/a", origin::DRIFT), (verdict::ALLOWED, reason::RULE));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! | `/opt/**` | `/opt/a`, `/opt/a/b/c` | `/opt` |
 //! | `/opt/**/run` | `/opt/run`, `/opt/a/b/run` | `/opt/a/runner` |
 
-use palisade_abi::PATH_CAPACITY;
+use palisade_abi::{PATH_CAPACITY, volume::MARK};
 use thiserror::Error;
 
 /// Why a text is not a path pattern.
@@ -98,6 +98,18 @@ impl Pattern {
     #[must_use]
     pub fn is_exact(&self) -> bool {
         !self.text.contains('*')
+    }
+
+    /// The text of this pattern on the volume `name`; see [`palisade_abi::volume`].
+    pub(crate) fn text_on(&self, name: &str) -> String {
+        let mark = char::from(MARK);
+        format!("{mark}{name}{mark}{}", self.text)
+    }
+
+    /// The pieces of this pattern on the volume `name`.
+    pub(crate) fn pieces_on(&self, name: &str) -> Vec<Piece> {
+        let prefix = std::iter::once(MARK).chain(name.bytes()).chain(std::iter::once(MARK));
+        prefix.map(Piece::Byte).chain(self.pieces()).collect()
     }
 
     pub(crate) fn pieces(&self) -> Vec<Piece> {

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::{
     document::{Mode, Origin},
-    glob::{Pattern, Piece},
+    glob::Piece,
     policy::Policy,
 };
 
@@ -19,7 +19,7 @@ pub const MOST_GLOB_STATES: usize = 2048;
 pub struct PolicyImage {
     pub mode: Mode,
     pub restricts_exec: bool,
-    /// Exact paths with the mask of `1 << origin` that each allows.
+    /// Exact paths with the mask of `1 << origin` that each allows; on volumes as [`palisade_abi::volume`] has them.
     pub exact: BTreeMap<Vec<u8>, u32>,
     /// The automaton of all patterns with wildcards; empty when there are none. The first state is the start.
     pub globs: Vec<GlobState>,
@@ -35,10 +35,6 @@ pub enum CompileError {
     TooManyStates { profiles: String },
 }
 
-fn mask(origins: &BTreeSet<Origin>) -> u32 {
-    origins.iter().fold(0, |mask, origin| mask | 1 << u32::from(origin.code()))
-}
-
 /// Compiles `policy`.
 ///
 /// # Errors
@@ -49,10 +45,21 @@ pub fn compile(policy: &Policy) -> Result<PolicyImage, CompileError> {
     let mut exact = BTreeMap::new();
     let mut patterns = Vec::new();
     for (pattern, origins) in exec.iter().flatten() {
-        if pattern.is_exact() {
-            exact.insert(pattern.as_str().as_bytes().to_vec(), mask(origins));
-        } else {
-            patterns.push((pattern, mask(origins)));
+        let mut plain = 0;
+        for origin in origins {
+            let bit = 1 << u32::from(origin.code());
+            match origin {
+                Origin::Volume(name) if pattern.is_exact() => {
+                    exact.insert(pattern.text_on(name.as_str()).into_bytes(), bit);
+                }
+                Origin::Volume(name) => patterns.push((pattern.pieces_on(name.as_str()), bit)),
+                _ => plain |= bit,
+            }
+        }
+        if plain != 0 && pattern.is_exact() {
+            exact.insert(pattern.as_str().as_bytes().to_vec(), plain);
+        } else if plain != 0 {
+            patterns.push((pattern.pieces(), plain));
         }
     }
     let globs =
@@ -64,11 +71,11 @@ pub fn compile(policy: &Policy) -> Result<PolicyImage, CompileError> {
 type Place = (usize, usize, bool);
 
 /// The deterministic automaton over bytes that runs all patterns at once, by subset construction.
-fn automaton(patterns: &[(&Pattern, u32)]) -> Option<Vec<GlobState>> {
+fn automaton(patterns: &[(Vec<Piece>, u32)]) -> Option<Vec<GlobState>> {
     if patterns.is_empty() {
         return Some(Vec::new());
     }
-    let pieces: Vec<Vec<Piece>> = patterns.iter().map(|(pattern, _)| pattern.pieces()).collect();
+    let pieces: Vec<Vec<Piece>> = patterns.iter().map(|(pieces, _)| pieces.clone()).collect();
     let start = closure(&pieces, (0..pieces.len()).map(|pattern| (pattern, 0, false)));
     let mut numbers = BTreeMap::from([(start.clone(), 0_u16)]);
     let mut sets = vec![start];
@@ -147,6 +154,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::glob::Pattern;
 
     fn run(globs: &[GlobState], path: &str) -> u32 {
         let mut state = 0;
@@ -175,7 +183,9 @@ mod tests {
                 patterns.iter().map(|components| Pattern::parse(&format!("/{}", components.join("/"))).unwrap()).collect();
             let numbered: Vec<(&Pattern, u32)> =
                 patterns.iter().enumerate().map(|(index, pattern)| (pattern, 1 << index)).collect();
-            let globs = automaton(&numbered).unwrap();
+            let pieces: Vec<(Vec<Piece>, u32)> =
+                numbered.iter().map(|(pattern, bit)| (pattern.pieces(), *bit)).collect();
+            let globs = automaton(&pieces).unwrap();
             for path in paths {
                 let path = format!("/{}", path.join("/"));
                 let expected = numbered

@@ -91,8 +91,8 @@ pub fn draft(observations: &[Observation]) -> String {
             let _ = writeln!(text, "      - path: {}", quoted(path));
         }
         for (path, origin) in paths.iter().filter(|(_, origin)| origin != "image") {
-            let _ =
-                writeln!(text, "      # seen with origin {}, decide: {}", one_line(origin), one_line(path));
+            let rule = format!("- {{path: {}, from: {}}}", quoted(path), quoted(origin));
+            let _ = writeln!(text, "      # decide, it is not the image's: {rule}");
         }
     }
     text
@@ -109,7 +109,7 @@ fn quoted(text: &str) -> String {
         match character {
             '"' => out.push_str("\\\""),
             '\\' => out.push_str("\\\\"),
-            control if control.is_control() => {
+            control if control.is_control() || matches!(control, '\u{2028}' | '\u{2029}') => {
                 let _ = write!(out, "\\U{:08x}", u32::from(control));
             }
             other => out.push(other),
@@ -159,7 +159,11 @@ mod tests {
 
     #[test]
     fn a_draft_is_a_valid_profile_that_allows_what_the_image_ran() {
-        let text = draft(&[seen("/usr/sbin/nginx", "image"), seen("/tmp/x\n- path: /evil", "drift")]);
+        let text = draft(&[
+            seen("/usr/sbin/nginx", "image"),
+            seen("/tmp/x\n- path: /evil", "drift"),
+            seen("/opt/p", "volume:plugins"),
+        ]);
         let profiles = parse("draft", &text).unwrap();
         assert_eq!(profiles.len(), 1);
         assert_eq!(profiles[0].mode, Mode::Audit);
@@ -167,5 +171,10 @@ mod tests {
         assert_eq!(rules.len(), 1, "{text}");
         assert_eq!(rules[0].path.as_str(), "/usr/sbin/nginx");
         assert!(!profiles[0].selector.labels.contains_key("pod-template-hash"));
+        // What was decided for is a rule when the comment is taken away.
+        let decided = text.replace("# decide, it is not the image's: ", "");
+        let rules = parse("draft", &decided).unwrap().remove(0).exec.unwrap();
+        let volume = crate::document::Origin::parse("volume:plugins").unwrap();
+        assert!(rules.iter().any(|rule| rule.path.as_str() == "/opt/p" && rule.from.contains(&volume)));
     }
 }

@@ -41,7 +41,7 @@ pub fn unite(profiles: &[Profile], facts: &ContainerFacts) -> Option<Policy> {
     for rules in chosen.iter().filter_map(|profile| profile.exec.as_ref()) {
         let union = exec.get_or_insert_default();
         for rule in rules {
-            union.entry(rule.path.clone()).or_default().extend(&rule.from);
+            union.entry(rule.path.clone()).or_default().extend(rule.from.iter().cloned());
         }
     }
     Some(Policy { profiles: names, mode, exec })
@@ -53,7 +53,7 @@ pub fn alone(profile: &Profile) -> Policy {
     let exec = profile.exec.as_ref().map(|rules| {
         let mut union: BTreeMap<Pattern, BTreeSet<Origin>> = BTreeMap::new();
         for rule in rules {
-            union.entry(rule.path.clone()).or_default().extend(&rule.from);
+            union.entry(rule.path.clone()).or_default().extend(rule.from.iter().cloned());
         }
         union
     });
@@ -61,6 +61,14 @@ pub fn alone(profile: &Profile) -> Policy {
 }
 
 impl Policy {
+    /// Whether a verdict can depend on which volume a file is on. Such a policy means nothing before the container's
+    /// mounts are known: until then a volume's files pass for the host's.
+    #[must_use]
+    pub fn needs_mounts(&self) -> bool {
+        let mut origins = self.exec.iter().flat_map(BTreeMap::values).flatten();
+        origins.any(|origin| matches!(origin, Origin::Volume(_) | Origin::Host))
+    }
+
     /// Names the revision by its content: the first 12 hexadecimal digits of a SHA-256.
     #[must_use]
     pub fn revision_name(&self) -> String {
@@ -80,7 +88,7 @@ impl Policy {
                 for (pattern, origins) in rules {
                     part(pattern.as_str());
                     for origin in origins {
-                        part(origin.as_str());
+                        part(&origin.to_string());
                     }
                 }
             }

@@ -37,6 +37,8 @@ pub struct Spec<'a> {
     pub command: &'a [&'a str],
     /// Folders of the host and where the container sees them.
     pub mounts: &'a [(&'a Path, &'a str)],
+    /// Further mounts, which are more than a folder and a place.
+    pub volumes: &'a [Mount],
     pub annotations: &'a [(&'a str, &'a str)],
     pub privileged: bool,
 }
@@ -122,7 +124,7 @@ impl Runtime {
 
     /// Creates a container.
     pub async fn create(&self, pod: &Pod, spec: &Spec<'_>) -> Result<String> {
-        let Spec { name, image, command, mounts, annotations, privileged } = spec;
+        let Spec { name, image, command, mounts, volumes, annotations, privileged } = spec;
         let image = if image.is_empty() { WORKLOAD_IMAGE } else { image };
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata { name: (*name).to_owned(), attempt: 0 }),
@@ -135,6 +137,7 @@ impl Runtime {
                     container_path: (*container).to_owned(),
                     ..Default::default()
                 })
+                .chain(volumes.iter().cloned())
                 .collect(),
             annotations: annotations
                 .iter()

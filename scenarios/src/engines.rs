@@ -12,7 +12,7 @@ use crate::{
     attacks::{PAYLOAD_RAN, nonce},
     cri::{WORKLOAD_IMAGE, until},
     events,
-    node::{AgentOptions, Node},
+    node::{AgentOptions, Node, which},
     report::Report,
 };
 
@@ -28,14 +28,14 @@ pub async fn run(cri: &Path, archive: &Path) -> Result<ExitCode> {
     let options = AgentOptions { engines: true, unidentified: Some("hold"), ..AgentOptions::default() };
     node.start_agent(&options).await?;
     report.case("ctr run: found by containerd's events, named, guarded", ctr(&node, cri)).await;
-    if which("podman") {
+    if which("podman").is_ok() {
         report
             .case("Podman: named by its storage, guarded from its first exec", podman(&node, archive))
             .await;
     } else {
         println!("skip Podman: it is not installed here");
     }
-    if which("dockerd") {
+    if which("dockerd").is_ok() {
         report.case("Docker: named by its engine, guarded from its first exec", docker(&node, archive)).await;
     } else {
         println!("skip Docker: it is not installed here");
@@ -45,11 +45,6 @@ pub async fn run(cri: &Path, archive: &Path) -> Result<ExitCode> {
         println!("--- the agent's log\n{}", node.log("agent"));
     }
     Ok(report.close())
-}
-
-fn which(program: &str) -> bool {
-    std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
-        .any(|folder| folder.join(program).exists())
 }
 
 /// Runs a command to its end; returns its exit code and what it wrote.

@@ -22,6 +22,7 @@ mod planted;
 mod report;
 mod smoke;
 mod starts;
+mod volumes;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -77,6 +78,14 @@ enum Command {
         /// Only cases whose name holds this
         #[arg(long, default_value = "")]
         only: String,
+    },
+    /// Volumes of every kind: each file named by its volume and by its path in the pod
+    ///
+    /// Stops the guest's containerd and starts its own, so it comes late.
+    Volumes {
+        /// Only the runtime that is running
+        #[arg(long)]
+        here: bool,
     },
     /// Nested cgroups, moved processes, nsenter, the host's namespaces, sessions: each in the right container
     Members,
@@ -137,6 +146,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Engines { archive } => engines::run(&cri, &archive).await,
             Command::Disturbed { only } => disturbed::run(&only).await,
             Command::Members => members::run(&cri).await,
+            Command::Volumes { here } => volumes::run(&cri, here).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,
             Command::Planted { objects } => planted::run(&cri, &objects).await,

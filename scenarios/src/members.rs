@@ -15,7 +15,7 @@ use crate::{
     attacks::{PAYLOAD_RAN, nonce, profile},
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
-    node::{AgentOptions, Node},
+    node::{AgentOptions, Node, which},
     report::Report,
 };
 
@@ -320,7 +320,7 @@ async fn escape(node: &Node, runtime: &Runtime, app: &str, verdict: &str) -> Res
     };
     events::in_mode(node, &container, mode).await?;
     let nonce = nonce("escape");
-    let host = which("palisade-fixture")?;
+    let host = which("palisade-fixture")?.display().to_string();
     let words = ["/usr/bin/attacker", "escape", &host, "payload", &nonce];
     let ended = runtime.exec(&container, &words).await?;
     ensure!((ended.code == PAYLOAD_RAN) != (verdict == "denied"), "it ended with {ended:?}");
@@ -336,14 +336,6 @@ async fn escape(node: &Node, runtime: &Runtime, app: &str, verdict: &str) -> Res
         ensure!(record["exec"]["reason"] == "escaped-to-host", "{record}");
     }
     runtime.remove_pod(&pod).await
-}
-
-fn which(program: &str) -> Result<String> {
-    std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
-        .map(|folder| folder.join(program))
-        .find(|path| path.exists())
-        .map(|path| path.display().to_string())
-        .with_context(|| format!("{program} is not on the PATH"))
 }
 
 /// Where the unified cgroup hierarchy is mounted.

@@ -12,6 +12,14 @@ use tokio::net::TcpStream;
 
 use crate::cri::until;
 
+/// Where a program is found on the PATH.
+pub fn which(program: &str) -> Result<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
+        .map(|folder| folder.join(program))
+        .find(|path| path.exists())
+        .with_context(|| format!("{program} is not on the PATH"))
+}
+
 /// A running collector, and an agent when one was started.
 pub struct Node {
     pub folder: tempfile::TempDir,

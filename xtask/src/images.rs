@@ -155,9 +155,11 @@ fn nginx_files() -> Result<PathBuf> {
 }
 
 fn base(root: &Path) -> Result<()> {
-    for folder in ["usr/bin", "tmp", "etc", "proc", "sys", "dev", "run", "mnt"] {
+    for folder in ["usr/bin", "tmp", "etc", "proc", "sys", "dev", "run", "mnt", "var"] {
         std::fs::create_dir_all(root.join(folder))?;
     }
+    // As in most images: what is mounted below it stands elsewhere than its description says.
+    std::os::unix::fs::symlink("/run", root.join("var/run"))?;
     std::fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")?;
     Ok(())
 }

@@ -41,6 +41,10 @@ struct Outgoing {
 }
 
 impl Waiting {
+    pub(super) fn events(&mut self) -> impl Iterator<Item = &mut Event> {
+        self.records.iter_mut().map(|record| &mut record.event)
+    }
+
     fn begin() -> Self {
         Self { since: Instant::now(), records: Vec::new(), bytes: 0 }
     }
@@ -85,8 +89,13 @@ impl Agent {
         });
         self.more = taken == RING_ROUND;
         let mut settled = HashSet::new();
-        for made in made {
+        for mut made in made {
             let slot = made.header.slot;
+            if let Event::Exec(event) = &mut made.event {
+                // By its first exec it has its mounts.
+                self.mounts_may_be_there(slot);
+                self.name_early(slot, made.header.time, event, made.held.as_mut());
+            }
             if self.take_record(made) && containers_know(&self.containers, slot) {
                 settled.insert(slot);
             }

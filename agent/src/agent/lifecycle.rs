@@ -1,12 +1,13 @@
 //! Containers from their cgroup's creation to their end: found, identified, under a policy, let go.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, path::PathBuf, time::Duration};
 
 use anyhow::Result;
 use palisade_abi::{
     codes::{session, slot_flags},
     maps::Process,
 };
+use palisade_profile::policy::Policy;
 
 use super::{Agent, held::Settled};
 use crate::{
@@ -96,7 +97,7 @@ impl Agent {
         }
         // A slot that the kernel made itself has a time of creation.
         let found_running = is_new || self.kernel.maps.slot(found.slot).is_some_and(|slot| slot.created == 0);
-        self.begin(found.slot, found.id.clone(), found_running);
+        self.begin(found.slot, found.id.clone(), found.folder.clone(), found_running);
         Ok(())
     }
 
@@ -104,7 +105,7 @@ impl Agent {
     /// forged, a number can be hit.
     fn learn_root(&mut self, found: &Found, members: &[u32]) {
         let Some(first) = processes::oldest(members) else { return };
-        let root = std::path::PathBuf::from(format!("/proc/{first}/root"));
+        let root = PathBuf::from(format!("/proc/{first}/root"));
         if let Err(error) = self.kernel.learn_root(found.slot, &root) {
             tracing::warn!(
                 container = found.id,
@@ -115,11 +116,11 @@ impl Agent {
     }
 
     /// A container is there; find out what it is.
-    pub(super) fn begin(&mut self, slot: u64, id: String, found_running: bool) {
+    pub(super) fn begin(&mut self, slot: u64, id: String, cgroup: PathBuf, found_running: bool) {
         if self.containers.contains_key(&slot) {
             return;
         }
-        self.containers.insert(slot, Container::new(id.clone(), found_running));
+        self.containers.insert(slot, Container::new(id.clone(), cgroup, found_running));
         self.slots.insert(id.clone(), slot);
         self.tell_coverage(slot, "found", 0);
         // Who has been described by the runtime already only lacks the image's digest, which need not compete with its
@@ -158,6 +159,9 @@ impl Agent {
             Notice::Starting(described) => {
                 let id = described.id.clone();
                 self.describe(described);
+                if let Some(slot) = self.slots.get(&id).copied() {
+                    self.mounts_may_be_there(slot);
+                }
                 let took = asked.elapsed();
                 self.note_answer(&id, took, deadline);
             }
@@ -203,7 +207,10 @@ impl Agent {
             RuntimeEvent::Created { id, pid } => {
                 self.take_control();
                 // One that the kernel knows by its cgroup's name needs no more.
-                if cgroups::container_id(&id).is_some() && self.slots.contains_key(&id) {
+                if cgroups::container_id(&id).is_some()
+                    && let Some(slot) = self.slots.get(&id).copied()
+                {
+                    self.mounts_may_be_there(slot);
                     return;
                 }
                 match cgroups::of_process(&self.cgroups, pid, id.clone()) {
@@ -256,10 +263,18 @@ impl Agent {
     pub(super) fn apply(&mut self, slot: u64, change: &str) {
         // Records made before the change belong under what held then.
         self.take_records();
-        let Some(container) = self.containers.get_mut(&slot) else { return };
+        let Some(container) = self.containers.get(&slot) else { return };
         let Some(identity) = &container.identity else { return };
         // The pause container runs nothing but itself and is no workload.
         let policy = if identity.sandbox { None } else { self.profiles.policy_for(&identity.facts) };
+        let needs_mounts = policy.as_ref().is_some_and(Policy::needs_mounts);
+        if !self.learn_volumes(slot) && needs_mounts {
+            // Not under a policy that would refuse what it allows: until then it is as one that is not identified.
+            self.awaiting_mounts.insert(slot);
+            return;
+        }
+        self.awaiting_mounts.remove(&slot);
+        let Some(container) = self.containers.get_mut(&slot) else { return };
         let first = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
         let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
         // Only where the kernel has no other root for it: a `chroot` into a mounted host directory must not count.
@@ -326,6 +341,7 @@ impl Agent {
             asking.abort();
         }
         self.pending.remove(&slot);
+        self.awaiting_mounts.remove(&slot);
         self.revisions.release(&mut self.kernel.maps, slot);
         self.kernel.maps.remove_slot(slot);
         self.losses.forget(slot);

@@ -6,6 +6,7 @@ mod flow;
 mod held;
 mod lifecycle;
 mod report;
+mod volumes;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -90,6 +91,8 @@ pub struct Agent {
     cgroups: std::path::PathBuf,
     /// Slots whose policy could not be put in force; tried again.
     pending: HashSet<u64>,
+    /// Slots whose policy speaks of volumes and waits until they are mounted.
+    awaiting_mounts: HashSet<u64>,
     /// Changes of coverage that found no room in the queue.
     unsaid: VecDeque<Bytes>,
     /// Whether the ring may hold more than the last round took.
@@ -153,7 +156,7 @@ pub async fn run(config: Config) -> Result<()> {
         kernel,
         source,
         containers: Containers::new(),
-        unknown: Container::new(String::new(), false),
+        unknown: Container::new(String::new(), std::path::PathBuf::new(), false),
         profiles,
         revisions: Revisions::default(),
         processes: Processes::new(&boot),
@@ -175,6 +178,7 @@ pub async fn run(config: Config) -> Result<()> {
         slowest_answer: Duration::ZERO,
         cgroups: cgroup_root,
         pending: HashSet::new(),
+        awaiting_mounts: HashSet::new(),
         unsaid: VecDeque::new(),
         more: false,
         ring_bytes: config.maps.ring_bytes as usize,
@@ -254,7 +258,9 @@ impl Agent {
             match record.kind {
                 control::CONTAINER_CREATED => {
                     let id = cgroups::container_id(&name).unwrap_or(&name).to_owned();
-                    self.begin(record.slot, id, false);
+                    let path = record.path.split(|byte| *byte == 0).next().unwrap_or_default();
+                    let folder = cgroups::folder(&self.cgroups, path, record.slot);
+                    self.begin(record.slot, id, folder, false);
                 }
                 // The slot stays until its last process is gone; see `keep_house`.
                 control::CONTAINER_REMOVED => {}
@@ -284,6 +290,9 @@ impl Agent {
         }
         for slot in self.pending.iter().copied().collect::<Vec<_>>() {
             self.apply(slot, "policy-changed");
+        }
+        for slot in self.awaiting_mounts.iter().copied().collect::<Vec<_>>() {
+            self.mounts_may_be_there(slot);
         }
         self.kernel.maps.reap();
         self.push_overdue();

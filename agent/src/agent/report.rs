@@ -16,6 +16,15 @@ impl Agent {
             records_made,
             answered_in: container.answered_in,
             answer_deadline: container.answer_deadline,
+            volumes: container
+                .volumes
+                .iter()
+                .flatten()
+                .map(|volume| v1::Volume {
+                    name: volume.name.as_str().to_owned(),
+                    mount_point: volume.mounted.point.display().to_string(),
+                })
+                .collect(),
         };
         self.tell(slot, Event::Coverage(coverage));
     }

@@ -95,6 +95,18 @@ pub fn scan(root: &Path) -> Vec<Found> {
     found
 }
 
+/// The folder of the cgroup `slot`, of which the kernel tells its path below `root`. Where that does not lead to it (the path
+/// is too long to be told, or the agent sees the hierarchy from another root) it is looked for.
+pub fn folder(root: &Path, path: &[u8], slot: u64) -> PathBuf {
+    use std::os::unix::ffi::OsStrExt as _;
+    let below = path.strip_prefix(b"/").unwrap_or(path);
+    let told = root.join(std::ffi::OsStr::from_bytes(below));
+    if !below.is_empty() && cgroup_id(&told) == Some(slot) {
+        return told;
+    }
+    scan(root).into_iter().find(|found| found.slot == slot).map(|found| found.folder).unwrap_or_default()
+}
+
 /// The cgroup below `root` that the process `pid` is in, as the container `id`. `None` when it is gone, or in the
 /// root, which is nobody's.
 pub fn of_process(root: &Path, pid: u32, id: String) -> Option<Found> {

@@ -17,7 +17,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tonic::{Code, Request, metadata::MetadataValue, transport::Channel};
 
-use super::{Identity, kubernetes};
+use super::{Identity, kubernetes, mounts};
 
 /// containerd's namespace of pods.
 const PODS: &str = "k8s.io";
@@ -109,6 +109,7 @@ fn identity(container: &Container, spec: &Value) -> Identity {
         },
         pod_uid: annotation("io.kubernetes.cri.sandbox-uid"),
         sandbox,
+        mounts: mounts::of_spec(spec),
         by: "containerd",
         ..Identity::default()
     }

@@ -9,14 +9,16 @@ use std::{
 use anyhow::{Context as _, Result};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
-    ContainerFilter, ImageSpec, ImageStatusRequest, ListContainersRequest, PodSandboxStatusRequest,
-    VersionRequest, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
+    ContainerFilter, ContainerStatusRequest, ImageSpec, ImageStatusRequest, ListContainersRequest,
+    PodSandboxStatusRequest, VersionRequest, image_service_client::ImageServiceClient,
+    runtime_service_client::RuntimeServiceClient,
 };
 use palisade_profile::selector::ContainerFacts;
+use serde_json::Value;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use super::{Identity, kubernetes};
+use super::{Identity, kubernetes, mounts};
 
 /// Longest wait for one answer.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -64,6 +66,11 @@ pub async fn ask(channel: Channel, id: &str) -> Result<Option<Identity>> {
     let Some((pod, annotations)) = sandbox(&mut runtime, &container.pod_sandbox_id).await? else {
         return Ok(None);
     };
+    let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
+    let status = runtime.container_status(request).await?.into_inner();
+    let verbose: Value =
+        status.info.get("info").and_then(|text| serde_json::from_str(text).ok()).unwrap_or(Value::Null);
+    let mounts = mounts::of_spec(&verbose["runtimeSpec"]);
     let spec = container.image.unwrap_or_default();
     let image =
         if spec.user_specified_image.is_empty() { spec.image.clone() } else { spec.user_specified_image };
@@ -77,6 +84,7 @@ pub async fn ask(channel: Channel, id: &str) -> Result<Option<Identity>> {
         sandbox: false,
         by: "cri",
         probes,
+        mounts,
     }))
 }
 

@@ -10,7 +10,7 @@ use palisade_profile::selector::ContainerFacts;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::Identity;
+use super::{Identity, mounts};
 
 /// Longest description of a container that is read.
 const LONGEST_ANSWER: usize = 4 << 20;
@@ -69,6 +69,7 @@ fn identity(container: &Value) -> Identity {
             ..ContainerFacts::default()
         },
         image_digest: text(&container["Image"]),
+        mounts: mounts::of_docker(container),
         by: "docker",
         ..Identity::default()
     }

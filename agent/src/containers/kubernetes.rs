@@ -6,7 +6,7 @@ use palisade_profile::selector::ContainerFacts;
 use palisade_proto::runtime::nri;
 use serde_json::Value;
 
-use super::{Identity, nri::Described};
+use super::{Identity, mounts, nri::Described};
 
 /// Labels of the kubelet's and of containerd's own, which no author wrote.
 const OWN_LABELS: &[&str] = &["io.kubernetes.", "io.cri-containerd."];
@@ -50,6 +50,7 @@ pub fn of_nri(pod: &nri::PodSandbox, container: &nri::Container) -> Described {
     identity.image_digest = image.digest;
     identity.sandbox = false;
     identity.probes = probes(&container.name, &pod.annotations, &container.annotations);
+    identity.mounts = mounts::of_nri(&container.mounts);
     Described { id: container.id.clone(), identity }
 }
 

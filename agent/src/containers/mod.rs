@@ -6,15 +6,18 @@ pub mod cri;
 pub mod docker;
 pub mod identify;
 pub mod kubernetes;
+pub mod mounts;
 pub mod nri;
 pub mod storage;
 
-use std::collections::HashMap;
+use std::{collections::HashMap, path::PathBuf};
 
 use bytes::Bytes;
 use palisade_profile::selector::ContainerFacts;
 use palisade_proto::v1;
 use prost::Message as _;
+
+use self::mounts::{Described, Volume};
 
 /// What the runtime says of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +31,8 @@ pub struct Identity {
     pub by: &'static str,
     /// Commands that the pod declares as probes and lifecycle handlers of this container.
     pub probes: Vec<Vec<String>>,
+    /// What the runtime mounted for it.
+    pub mounts: Vec<Described>,
 }
 
 impl Identity {
@@ -56,6 +61,12 @@ pub struct Container {
     pub in_force_since: u64,
     /// Whether it ran before the agent did.
     pub found_running: bool,
+    /// Its cgroup's folder; empty when it is not known.
+    pub cgroup: PathBuf,
+    /// Its mounts that are volumes; `None` until they are known.
+    pub volumes: Option<Vec<Volume>>,
+    /// Since when they are, nanoseconds since boot.
+    pub volumes_since: u64,
     /// Whether what an agent before this one left stopped in it has been looked for.
     pub left_behind_settled: bool,
     /// What it executed first out of its image: path and inode.
@@ -79,7 +90,7 @@ pub const NO_PROFILE: &str = "none";
 pub const NOT_IN_FORCE: &str = "not-in-force";
 
 impl Container {
-    pub fn new(id: String, found_running: bool) -> Self {
+    pub fn new(id: String, cgroup: PathBuf, found_running: bool) -> Self {
         let mut container = Self {
             id,
             identity: None,
@@ -88,6 +99,9 @@ impl Container {
             mode: UNIDENTIFIED,
             in_force_since: 0,
             found_running,
+            cgroup,
+            volumes: None,
+            volumes_since: 0,
             left_behind_settled: false,
             entrypoint: None,
             answered_in: 0,

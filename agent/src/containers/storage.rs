@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use palisade_profile::selector::ContainerFacts;
 use serde_json::Value;
 
-use super::Identity;
+use super::{Identity, mounts};
 
 /// The list of containers below the storage's root, by storage driver.
 const LIST: &str = "overlay-containers/containers.json";
@@ -27,10 +27,17 @@ pub fn ask(root: &Path, id: &str) -> Result<Option<Identity>> {
             serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
         let found = containers.as_array().into_iter().flatten().find(|container| container["id"] == id);
         if let Some(container) = found {
-            return Ok(identity(container));
+            return Ok(identity(container).map(|found| Identity { mounts: mounts_of(root, id), ..found }));
         }
     }
     Ok(None)
+}
+
+/// What the container's runtime was told to mount; nothing when that is not there to read.
+fn mounts_of(root: &Path, id: &str) -> Vec<mounts::Described> {
+    let path = root.join("overlay-containers").join(id).join("userdata/config.json");
+    let text = std::fs::read(path).unwrap_or_default();
+    mounts::of_spec(&serde_json::from_slice(&text).unwrap_or(Value::Null))
 }
 
 /// The metadata is JSON in a text: Podman's, or CRI-O's, which names the pod.

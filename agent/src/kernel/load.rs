@@ -1,7 +1,7 @@
 //! Loading and attaching the programs.
 
 use std::{
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
 };
 
@@ -17,7 +17,8 @@ use palisade_abi::{
 };
 use thiserror::Error;
 
-use super::{BtfError, Features, Layout, Maps, Ring, Sizes, btf::OverlayLayout, roots};
+use super::{BtfError, Features, Layout, Maps, Ring, Sizes, btf::OverlayLayout, roots, volumes};
+use crate::containers::mounts::Volume;
 
 static FETCH_ADD: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_FETCH_ADD"));
 static LANES: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_LANES"));
@@ -121,7 +122,7 @@ const TRACEPOINTS: &[&str] = &[
     "cgroup_attach_task",
 ];
 /// Run on demand, never attached.
-const ON_DEMAND: &[&str] = &["learn_root", "probe_origin"];
+const ON_DEMAND: &[&str] = &["learn_root", "learn_volume", "probe_origin"];
 const LSM: &[&str] = &[
     "bprm_check_security",
     "bprm_committed_creds",
@@ -158,7 +159,7 @@ impl Kernel {
             reserved: 0,
         };
         let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
-        let Sizes { slots, processes, rules, glob_states, ring_bytes } = options.sizes;
+        let Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = options.sizes;
         let object = object(features)?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
@@ -174,6 +175,8 @@ impl Kernel {
             .map_max_entries("PROCESSES", processes)
             .map_max_entries("RULES", rules)
             .map_max_entries("GLOB_STATES", glob_states)
+            .map_max_entries("VOLUMES", volumes)
+            .map_max_entries("VOLUME_NAMES", volume_names)
             .map_max_entries("RECORDS", ring_bytes)
             .load(&object)
             .map_err(|error| LoadError::Other(anyhow::Error::new(error).context("cannot create the maps")))?;
@@ -259,6 +262,18 @@ impl Kernel {
     pub fn learn_root(&mut self, slot: u64, path: &Path) -> anyhow::Result<()> {
         let program = raw_tracepoint(&mut self.ebpf, "learn_root")?;
         roots::learn(program, slot, path)
+    }
+
+    /// Tells the kernel a mount of `slot` that is a volume, looked for from the root directory `root`.
+    ///
+    /// # Errors
+    ///
+    /// When it is not to be found there, or a map is full.
+    pub fn learn_volume(&mut self, slot: u64, root: &OwnedFd, volume: &Volume) -> anyhow::Result<()> {
+        let (text, mark) = volume.text().context("its name is too long")?;
+        let name = self.maps.volumes.index(slot, &text, mark)?;
+        let program = raw_tracepoint(&mut self.ebpf, "learn_volume")?;
+        volumes::learn(program, slot, root, &volume.mounted, name)
     }
 
     /// Lets a held process go, or kills it. One that has ended meanwhile is no error, nor is its number another's.

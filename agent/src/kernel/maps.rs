@@ -20,6 +20,8 @@ use palisade_abi::{
 };
 use palisade_profile::image::PolicyImage;
 
+use super::volumes::VolumeMaps;
+
 /// Capacities of the maps.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
@@ -31,6 +33,10 @@ pub struct Sizes {
     pub rules: u32,
     /// Automaton states over all revisions in force.
     pub glob_states: u32,
+    /// Mounts of containers, at a time.
+    pub volumes: u32,
+    /// Different names of mounts, each with its place.
+    pub volume_names: u32,
     /// Bytes of the record ring, a power of two.
     pub ring_bytes: u32,
 }
@@ -61,6 +67,7 @@ pub struct Maps {
     processes: HashMap<MapData, u32, Process>,
     roots: HashMap<MapData, u64, RootIdentity>,
     root_slots: HashMap<MapData, u64, u64>,
+    pub(super) volumes: VolumeMaps,
     agent: Array<MapData, AgentState>,
     admitted: HashMap<MapData, AdmittedKey, u32>,
     errors: Array<MapData, u64>,
@@ -86,6 +93,7 @@ impl Maps {
             processes: take("PROCESSES")?.try_into()?,
             roots: take("ROOTS")?.try_into()?,
             root_slots: take("ROOT_SLOTS")?.try_into()?,
+            volumes: VolumeMaps::new(take("VOLUMES")?.try_into()?, take("VOLUME_NAMES")?.try_into()?),
             agent: take("AGENT")?.try_into()?,
             admitted: take("ADMITTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
@@ -271,6 +279,11 @@ impl Maps {
         self.processes.get(&pid, 0).ok().map(|process| process.slot)
     }
 
+    /// Whether a process is stopped until its container is identified.
+    pub fn is_held(&self, pid: u32) -> bool {
+        self.processes.get(&pid, 0).is_ok_and(|process| process.held != 0)
+    }
+
     /// Processes of all slots.
     pub fn processes(&self) -> Vec<(u32, Process)> {
         self.processes.iter().filter_map(Result::ok).collect()
@@ -317,6 +330,7 @@ impl Maps {
         }
         let _as_above = self.roots.remove(&slot);
         let _as_above = self.cgroups.remove(&slot);
+        self.volumes.forget(slot);
         if let Some(lanes) = &mut self.slot_lanes {
             let _as_above = lanes.remove(&slot);
         }

@@ -8,9 +8,11 @@ mod maps;
 mod probe;
 mod ring;
 mod roots;
+mod volumes;
 
 pub use btf::{BtfError, Layout};
 pub use load::{Kernel, LoadError, Options, Tier};
 pub use maps::{Maps, Sizes};
 pub use probe::{Features, features};
 pub use ring::Ring;
+pub use volumes::{Mounted, mount_at, mounts_of, root_of};

@@ -28,6 +28,9 @@ fn main() {
         (_, ["run", path, rest @ ..]) => execute(Path::new(path), rest),
         (_, ["after", file, program, rest @ ..]) => after(Path::new(file), Path::new(program), rest),
         (_, ["wake", pid]) => wake(pid),
+        (_, ["rebind", from, to, program, rest @ ..]) => {
+            rebind(Path::new(from), Path::new(to), Path::new(program), rest)
+        }
         (_, ["escape", program, rest @ ..]) => escape(Path::new(program), rest),
         (_, ["generate", path, nonce, count, rate]) => generate(path, nonce, count, rate),
         (_, ["loop", path, count]) => exec_loop(path, count),
@@ -85,6 +88,17 @@ fn wake(pid: &str) -> i32 {
         }
     }
     1
+}
+
+/// Puts the folder `from` in the place of `to`, as anybody can in a user namespace of his own, and executes `program`.
+fn rebind(from: &Path, to: &Path, program: &Path, rest: &[&str]) -> i32 {
+    match enter_user_namespace().and_then(|()| bind(from, to)) {
+        Ok(()) => execute(program, rest),
+        Err(error) => {
+            eprintln!("rebind {}: {error}", from.display());
+            NOT_POSSIBLE
+        }
+    }
 }
 
 /// Enters the mount namespace of the first process, as `nsenter -t 1 -m` does, and executes `program` there.
