@@ -20,6 +20,8 @@ use crate::{
 
 /// Bytes that a record takes in the ring at least.
 const SMALLEST_RECORD: usize = size_of::<ForkRecord>();
+/// The reason of what the runtime executes while it prepares a container, as records have it.
+const RUNTIME_STEP: &str = "runtime-step";
 /// How long records wait for the name of their container, and how many bytes of one container.
 const PATIENCE: Duration = Duration::from_secs(5);
 const MOST_WAITING: usize = 256 << 10;
@@ -92,8 +94,10 @@ impl Agent {
         for mut made in made {
             let slot = made.header.slot;
             if let Event::Exec(event) = &mut made.event {
-                // By its first exec it has its mounts.
-                self.mounts_may_be_there(slot);
+                // By its workload's first exec it has its mounts.
+                if event.reason != RUNTIME_STEP {
+                    self.mounts_may_be_there(slot);
+                }
                 self.name_early(slot, made.header.time, event, made.held.as_mut());
             }
             if self.take_record(made) && containers_know(&self.containers, slot) {
@@ -140,7 +144,7 @@ impl Agent {
     /// Passes an exec on, after the start of its session when it is the first.
     pub(super) fn deliver(&mut self, slot: u64, stamp: &Stamp, event: v1::ProcessExec) {
         let allowed = event.verdict == "allowed";
-        if event.reason != "runtime-step" {
+        if event.reason != RUNTIME_STEP {
             let probes = self
                 .containers
                 .get(&slot)

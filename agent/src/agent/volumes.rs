@@ -101,7 +101,9 @@ impl Agent {
         let by_links: Vec<(i32, &mounts::Described)> = identity
             .mounts
             .iter()
-            .filter(|_| untouched)
+            .filter(|described| {
+                untouched && table.iter().all(|mounted| mounted.point != described.destination)
+            })
             .filter_map(|described| Some((kernel::mount_at(&root, &described.destination).ok()?, described)))
             .collect();
         let mut found = Vec::new();
