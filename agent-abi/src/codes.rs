@@ -184,6 +184,13 @@ pub mod slot_flags {
     pub const ROOT_IS_HOSTS: u32 = 1 << 0;
 }
 
+/// Bits of [`crate::maps::Volume::flags`].
+pub mod volume_flags {
+    /// The kubelet keeps its files in a folder that it replaces whole (`..2026_11_22_…`, to which `..data` and every name
+    /// lead); no path has that folder. `AtomicWriter` in `pkg/volume/util/atomic_writer.go` of Kubernetes.
+    pub const REPLACED_WHOLE: u32 = 1 << 0;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,10 +10,8 @@
 pub struct Settings {
     /// Key of the path hash, random per load.
     pub hash_key: [u64; 2],
-    /// [`crate::codes::mode`] for containers that are not identified yet.
-    pub unidentified: u32,
-    /// [`crate::codes::mode`], `AUDIT` or `ENFORCE`, for those that start while the agent does not renew its lease.
-    pub when_agent_absent: u32,
+    /// The set that these programs belong to; see [`SetMeta`].
+    pub epoch: u64,
     /// 1 when the helper `bpf_task_pt_regs` exists (kernel 5.15).
     pub have_task_pt_regs: u32,
     /// Distance from a task's stack to its saved registers where that helper is missing; 0 when unknown.
@@ -23,6 +21,33 @@ pub struct Settings {
     pub reserved: u32,
 }
 
+/// What a set of programs and maps is, for the agent that finds it pinned; the one entry of `META`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct SetMeta {
+    /// [`crate::ABI_VERSION`] of the set. First in every version.
+    pub abi: u32,
+    pub reserved: u32,
+    /// Names the set on this boot, in its records and in `ACTIVE_EPOCH`: the time it was made, nanoseconds since the Unix
+    /// epoch.
+    pub epoch: u64,
+    /// Key of the path hash.
+    pub hash_key: [u64; 2],
+}
+
+/// What became of a slot's records that the kernel numbered: written by the agent, so that the next one knows what this
+/// one took with it when it was killed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Account {
+    /// Records that the collector has acknowledged.
+    pub delivered: u64,
+    /// Records that gap records have counted, which the collector has acknowledged.
+    pub reported: u64,
+}
+
 /// What the kernel knows of the agent; the one entry of `AGENT`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,6 +55,13 @@ pub struct Settings {
 pub struct AgentState {
     /// Boot time until which the agent counts as present, nanoseconds. It renews this as long as it works.
     pub lease_until: u64,
+    /// [`crate::codes::mode`] for containers that are not identified yet.
+    pub unidentified: u32,
+    /// [`crate::codes::mode`], `AUDIT` or `ENFORCE`, for those that start while the agent does not renew its lease.
+    pub when_agent_absent: u32,
+    /// The agent's process id.
+    pub pid: u32,
+    pub reserved: u32,
 }
 
 /// A file of an image that may start while its container is not identified: the pause program, the agent itself. Image
@@ -73,6 +105,8 @@ pub struct SlotPolicy {
     pub revision: u32,
     /// [`crate::codes::slot_flags`].
     pub flags: u32,
+    /// Boot time since when the slot is under this revision, nanoseconds.
+    pub since: u64,
 }
 
 /// The head of a policy image in the kernel.
@@ -88,6 +122,8 @@ pub struct Revision {
     pub glob_base: u32,
     /// Rows of the automaton; 0 when the revision has no globs.
     pub glob_states: u32,
+    /// The revision's name: its 12 hexadecimal digits as a number. The kernel does not read it.
+    pub name: u64,
 }
 
 /// An exact path of a revision.
@@ -151,6 +187,9 @@ pub struct Process {
     /// 1 while it is stopped because its container is not identified.
     pub held: u8,
     pub reserved: [u8; 3],
+    /// Device of the script in `SCRIPTS`.
+    pub script_device: u32,
+    pub reserved_too: u32,
 }
 
 impl Process {
@@ -171,6 +210,8 @@ impl Process {
             script_start: crate::PATH_CAPACITY as u16,
             held: 0,
             reserved: [0; 3],
+            script_device: 0,
+            reserved_too: 0,
         }
     }
 }
@@ -211,7 +252,8 @@ pub struct Volume {
     pub inode_number: u64,
     /// Index into `VOLUME_NAMES`.
     pub name: u32,
-    pub reserved: u32,
+    /// [`crate::codes::volume_flags`].
+    pub flags: u32,
 }
 
 /// Bytes of a volume's name and of the path at which it is mounted, marks included. What does not fit has no name.
@@ -242,15 +284,17 @@ macro_rules! sizes {
 
 sizes! {
     Settings = 40,
-    AgentState = 8,
+    SetMeta = 32,
+    Account = 16,
+    AgentState = 24,
     AdmittedKey = 24,
     Slot = 40,
-    SlotPolicy = 16,
-    Revision = 16,
+    SlotPolicy = 24,
+    Revision = 24,
     RuleKey = 24,
     RuleValue = 4,
     GlobState = 520,
-    Process = 32,
+    Process = 40,
     RootIdentity = 40,
     VolumeKey = 16,
     Volume = 24,
@@ -260,8 +304,8 @@ sizes! {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings,
-        Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
+        Account, AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue,
+        SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     };
 
     macro_rules! pod {
@@ -274,6 +318,7 @@ mod user {
         };
     }
     pod!(
+        Account,
         AdmittedKey,
         AgentState,
         GlobState,
@@ -282,6 +327,7 @@ mod user {
         RootIdentity,
         RuleKey,
         RuleValue,
+        SetMeta,
         Settings,
         Slot,
         SlotPolicy,

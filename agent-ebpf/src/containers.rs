@@ -18,7 +18,7 @@ use palisade_abi::{
 use crate::{
     count,
     kernel::KernelPtr,
-    maps::{CGROUPS, CONTROL, PROCESSES, ROOT_SLOTS, ROOTS, SLOTS, offset},
+    maps::{CGROUPS, CONTROL, NAMES, PROCESSES, ROOT_SLOTS, ROOTS, SLOTS, offset},
     origin,
     processes::{self, Address, slot_of_cgroup},
 };
@@ -187,6 +187,9 @@ pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
     }
     #[cfg(not(feature = "fetch-add"))]
     if crate::maps::SLOT_LANES.insert(cgroup_id, [0_u64; 4], u64::from(BPF_NOEXIST)).is_err() {
+        count::error(error::SLOT_MAP_FULL);
+    }
+    if NAMES.insert(cgroup_id, name, u64::from(BPF_ANY)).is_err() {
         count::error(error::SLOT_MAP_FULL);
     }
     if CGROUPS.insert(cgroup_id, cgroup_id, u64::from(BPF_ANY)).is_err() {

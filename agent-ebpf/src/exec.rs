@@ -125,6 +125,9 @@ unsafe fn keep_script(scratch: *mut Scratch, entry: *mut Process, first: bool) {
         }
         (&raw mut (*entry).script_start).write_volatile(if kept { start } else { PATH_CAPACITY as u16 });
         (&raw mut (*entry).script_origin).write_volatile((*scratch).origin);
+        let superblock = (*scratch).executable.superblock;
+        let device = context::palisade_word(superblock, u64::from(offset!(superblock_device)));
+        (&raw mut (*entry).script_device).write_volatile(device as u32);
     }
 }
 
@@ -286,6 +289,7 @@ fn examine(task: u64, scratch: *mut Scratch, bprm: Address, process: &Process) -
         (*scratch).dentry = dentry.0;
         (*scratch).script_start = process.script_start;
         (*scratch).script_origin = process.script_origin;
+        (*scratch).script_device = process.script_device;
         palisade_walk(task, dentry.0, EXECUTABLE);
     }
     let runtime = process.entering != 0 && palisade_is_runtime_step(process.slot) != 0;
@@ -378,9 +382,8 @@ pub extern "C" fn palisade_report(task: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     let refused = unsafe { (*scratch).action } == action::REFUSED;
-    let directory = working_directory().0;
-    palisade_walk(task, directory, WORKING_DIRECTORY);
-    palisade_name_volume(task, directory, WORKING_DIRECTORY);
+    palisade_walk(task, working_directory().0, WORKING_DIRECTORY);
+    palisade_name_volume(task, WORKING_DIRECTORY);
     let (kind, at, length) = if refused { arguments_of_caller() } else { arguments_of_new_image() };
     // SAFETY: as above.
     let (path_length, cwd_length, script_length) = unsafe {
@@ -664,6 +667,7 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
         (&raw mut (*exec).class).write(class);
         (&raw mut (*exec).script_length).write((&raw const (*scratch).script_length).read_volatile());
         (&raw mut (*exec).script_origin).write((*scratch).script_origin);
-        (&raw mut (*exec).reserved_too).write([0; 5]);
+        (&raw mut (*exec).reserved_too).write(0);
+        (&raw mut (*exec).script_device).write((*scratch).script_device);
     }
 }

@@ -13,7 +13,7 @@ use palisade_abi::{
 use crate::{
     containers::TOO_DEEP,
     context, count,
-    maps::{ADMITTED, AGENT, GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, offset, setting},
+    maps::{ADMITTED, AGENT, GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, offset},
     path,
     scratch::{self, Area, Scratch},
 };
@@ -163,11 +163,14 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
 fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_boot_ns() };
-    let present = AGENT.get(0).is_some_and(|agent| now < agent.lease_until);
-    let (mode, reason) = if present {
-        (setting!(unidentified) as u8, reason::UNIDENTIFIED)
+    // Without an entry both modes are 0, which is none of them and so refuses.
+    let (until, unidentified, when_absent) = AGENT
+        .get(0)
+        .map_or((0, 0, 0), |agent| (agent.lease_until, agent.unidentified, agent.when_agent_absent));
+    let (mode, reason) = if now < until {
+        (unidentified as u8, reason::UNIDENTIFIED)
     } else {
-        (setting!(when_agent_absent) as u8, reason::AGENT_ABSENT)
+        (when_absent as u8, reason::AGENT_ABSENT)
     };
     if mode == mode::AUDIT {
         return mismatch(reason, mode, 0);

@@ -132,12 +132,12 @@ pub extern "C" fn learn_root(ctx: *mut core::ffi::c_void) -> u32 {
 }
 
 /// Never attached, run on demand by a thread that holds the root of a mount open. The arguments are the slot, the file
-/// descriptor, and the index of the mount's name.
+/// descriptor, the index of the mount's name, and its flags.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "raw_tp")]
 pub extern "C" fn learn_volume(ctx: *mut core::ffi::c_void) -> u32 {
     let ctx = RawTracePointContext::new(ctx);
-    u32::from(!volumes::learn(ctx.arg(0), ctx.arg(1), ctx.arg(2)))
+    u32::from(!volumes::learn(ctx.arg(0), ctx.arg(1), ctx.arg(2), ctx.arg(3)))
 }
 
 /// Never attached, run on demand: the origin that the overlay logic gives the current working directory.

@@ -10,10 +10,11 @@ use aya_ebpf::{
 use palisade_abi::{
     codes,
     maps::{
-        AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Settings,
-        Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
+        Account, AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue,
+        SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     },
     offsets::KernelOffsets,
+    record::CGROUP_NAME,
 };
 
 use crate::scratch::Scratch;
@@ -64,7 +65,23 @@ pub static VOLUMES: HashMap<VolumeKey, Volume> = HashMap::with_max_entries(8192,
 #[map]
 pub static VOLUME_NAMES: Array<VolumeName> = Array::with_max_entries(1024, 0);
 
-/// The agent's lease and process id.
+/// Names of the cgroups of slots, zero padded: what an agent that comes later knows a container by.
+#[map]
+pub static NAMES: HashMap<u64, [u8; CGROUP_NAME]> = HashMap::with_max_entries(2048, 0);
+
+/// For the agent's own bookkeeping; no program reads it.
+#[map]
+pub static ACCOUNTS: HashMap<u64, Account> = HashMap::with_max_entries(2048, 0);
+
+/// For the agent that finds the set; no program reads it.
+#[map]
+pub static META: Array<SetMeta> = Array::with_max_entries(1, 0);
+
+/// The one map that all sets share, whatever their version: which of them makes records. All of them refuse.
+#[map]
+pub static ACTIVE_EPOCH: Array<u64> = Array::with_max_entries(1, 0);
+
+/// The agent's lease, settings and process id.
 #[map]
 pub static AGENT: Array<AgentState> = Array::with_max_entries(1, 0);
 
@@ -99,8 +116,7 @@ pub static OFFSETS: KernelOffsets = KernelOffsets::poison();
 #[unsafe(no_mangle)]
 pub static SETTINGS: Settings = Settings {
     hash_key: [0x5061_6c69_7361_6465, 0x6861_7368_206b_6579],
-    unidentified: 0x7b00_0001,
-    when_agent_absent: 0x7b00_0002,
+    epoch: 0x7b00_0001_7b00_0002,
     have_task_pt_regs: 0x7b00_0003,
     pt_regs_at: 0x7b00_0004,
     host_mount_namespace: 0x7b00_0005,

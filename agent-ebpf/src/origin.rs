@@ -70,7 +70,7 @@ fn classify(task: u64, slot: u64, dentry: KernelPtr) -> u8 {
             return if file.magic == OVERLAYFS { overlay_origin(dentry) } else { origin::UNKNOWN };
         }
     }
-    if palisade_name_volume(task, dentry.0, EXECUTABLE) != 0 {
+    if palisade_name_volume(task, EXECUTABLE) != 0 {
         return origin::VOLUME;
     }
     if file.magic == TMPFS || file.magic == RAMFS || file.magic == HUGETLBFS {

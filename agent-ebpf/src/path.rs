@@ -7,7 +7,7 @@ use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY, PATH_DEPTH,
-    codes::{error, reason},
+    codes::{error, reason, volume_flags},
     hash::SipHasher,
 };
 
@@ -16,6 +16,7 @@ use crate::{
     kernel::KernelPtr,
     maps::{offset, setting},
     scratch::{self, Area, EXECUTABLE, Walk},
+    volumes,
 };
 
 /// Copies one name in front of `start`. `None` when it does not fit or cannot be read.
@@ -53,16 +54,15 @@ fn prepend(area: *mut Area, start: u32, dentry: KernelPtr, separator: u32) -> Re
 pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return u64::from(reason::NO_SCRATCH) };
     // SAFETY: the memory belongs to this task until it is released.
-    let (area, walk) = unsafe {
+    let (slot, area, walk) = unsafe {
         if which == EXECUTABLE {
-            (&raw mut (*scratch).path, &raw mut (*scratch).executable)
+            ((*scratch).slot, &raw mut (*scratch).path, &raw mut (*scratch).executable)
         } else {
-            (&raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
+            ((*scratch).slot, &raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
         }
     };
-    let mut start = PATH_CAPACITY as u32;
-    let mut superblock = 0;
-    let failure = climb(area, KernelPtr(dentry), &mut start, &mut superblock);
+    let mut way = Way { start: PATH_CAPACITY as u32, superblock: 0, volume: 0 };
+    let failure = climb(slot, area, KernelPtr(dentry), &mut way);
     match failure {
         reason::PATH_TOO_DEEP => count::error(error::WALK_DEEP),
         reason::PATH_TOO_LONG => count::error(error::WALK_LONG),
@@ -70,19 +70,44 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
         _ => {}
     }
     // SAFETY: as above.
-    unsafe { walk.write(Walk { superblock, start, failure: u32::from(failure) }) };
+    let Way { start, superblock, volume } = way;
+    // SAFETY: as above.
+    unsafe { walk.write(Walk { superblock, start, failure: u32::from(failure), volume, reserved: 0 }) };
     u64::from(failure)
 }
 
+/// What a climb comes by. One climb tells both the path and the mount that it is on: two could be told of different
+/// places, when somebody renames meanwhile.
+struct Way {
+    start: u32,
+    superblock: u64,
+    /// See [`Walk`].
+    volume: u32,
+}
+
 #[inline(always)]
-fn climb(area: *mut Area, dentry: KernelPtr, start: &mut u32, superblock: &mut u64) -> u8 {
+fn climb(slot: u64, area: *mut Area, dentry: KernelPtr, way: &mut Way) -> u8 {
     let Some(found) = dentry.follow(offset!(dentry_superblock)) else { return reason::READ_FAILED };
-    *superblock = found.0;
+    way.superblock = found.0;
+    // What is on the container's own root is on no volume.
+    let may_be_volume = !volumes::is_own_root(slot, found.0);
+    let mut outer = PATH_CAPACITY as u32;
     let Some(root) = found.follow(offset!(superblock_root)) else { return reason::READ_FAILED };
     let mut current = dentry;
     let mut depth = 0;
     while depth < PATH_DEPTH {
+        if may_be_volume && let Some(volume) = volumes::rooted_at(slot, found.0, current) {
+            // The rest of the way is the host's affair; on NFS it does not even lead to the superblock's root.
+            let hidden =
+                volume.flags & volume_flags::REPLACED_WHOLE != 0 && names_a_generation(area, way.start);
+            if hidden {
+                way.start = outer;
+            }
+            way.volume = volume.name + 1;
+            return 0;
+        }
         if current == root {
+            let start = &mut way.start;
             if *start == PATH_CAPACITY as u32 {
                 *start -= 1;
                 // SAFETY: the last byte of the path's place, within the area.
@@ -94,20 +119,30 @@ fn climb(area: *mut Area, dentry: KernelPtr, start: &mut u32, superblock: &mut u
         if parent == current {
             // A memfd, a pipe, or a subtree that was cut off: its own name is all there is to show.
             if depth == 0
-                && let Ok(shown) = prepend(area, *start, current, 0)
+                && let Ok(shown) = prepend(area, way.start, current, 0)
             {
-                *start = shown;
+                way.start = shown;
             }
             return reason::WALK_INCOMPLETE;
         }
-        match prepend(area, *start, current, 1) {
-            Ok(next) => *start = next,
+        outer = way.start;
+        match prepend(area, way.start, current, 1) {
+            Ok(next) => way.start = next,
             Err(reason) => return reason,
         }
         current = parent;
         depth += 1;
     }
     reason::PATH_TOO_DEEP
+}
+
+/// Whether the first component of the path that starts at `start` is `..` and more, which only names a generation of files.
+#[inline(always)]
+fn names_a_generation(area: *mut Area, start: u32) -> bool {
+    start + 3 < PATH_CAPACITY as u32
+        && byte(area, start + 1) == b'.'
+        && byte(area, start + 2) == b'.'
+        && byte(area, start + 3) != b'/'
 }
 
 /// The lookup name of the path; see [`palisade_abi::hash::hash_path`].

@@ -12,7 +12,7 @@ use palisade_abi::{ABI_VERSION, codes::error, record::Header};
 
 use crate::{
     count,
-    maps::{RECORDS, SLOTS},
+    maps::{ACTIVE_EPOCH, RECORDS, SLOTS, setting},
 };
 
 /// The program that makes a record: its own lane where numbers are kept per CPU.
@@ -63,9 +63,18 @@ fn number(slot: u64, lane: Lane) -> Option<(u64, u32)> {
     Some((number, ((cpu << 4) | lane as u32) + 1))
 }
 
-/// Numbers a record of `slot` and reserves room for it. `None` is counted.
+/// Whether this set makes the records. While one takes over from another both refuse, and one records.
+#[inline(always)]
+fn is_active() -> bool {
+    ACTIVE_EPOCH.get(0).is_some_and(|active| *active == setting!(epoch))
+}
+
+/// Numbers a record of `slot` and reserves room for it. `None` is counted, unless another set records.
 #[inline(always)]
 pub fn reserve<T: 'static>(slot: u64, kind: u16, lane: Lane) -> Option<(RingBufEntry<T>, Header)> {
+    if !is_active() {
+        return None;
+    }
     let Some((sequence, lane)) = number(slot, lane) else {
         count::error(error::SEQUENCE_MISSED);
         return None;
@@ -101,6 +110,9 @@ fn count_lost(slot: u64) {
 /// Numbers a record that cannot be made, so that it is missed and counted.
 #[inline(always)]
 pub fn lose(slot: u64, lane: Lane) {
+    if !is_active() {
+        return;
+    }
     if number(slot, lane).is_some() {
         count_lost(slot);
     } else {

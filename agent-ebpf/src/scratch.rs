@@ -28,6 +28,9 @@ pub struct Walk {
     pub start: u32,
     /// 0 when the walk reached the superblock's root; else a [`palisade_abi::codes::reason`].
     pub failure: u32,
+    /// The mount of the container at which it ended instead: index of its name and one. 0 when there was none.
+    pub volume: u32,
+    pub reserved: u32,
 }
 
 /// Where the arguments are.
@@ -67,7 +70,7 @@ pub struct Scratch {
     pub script_origin: u8,
     /// 1 when the process is in the host's mount namespace or root directory.
     pub escaped: u8,
-    pub reserved: [u8; 4],
+    pub script_device: u32,
     pub session: SessionPart,
     pub executable: Walk,
     pub working_directory: Walk,
@@ -75,7 +78,7 @@ pub struct Scratch {
     pub cwd: Area,
 }
 
-const NOTHING: Walk = Walk { superblock: 0, start: PATH_CAPACITY as u32, failure: 0 };
+const NOTHING: Walk = Walk { superblock: 0, start: PATH_CAPACITY as u32, failure: 0, volume: 0, reserved: 0 };
 
 static EMPTY: Scratch = Scratch {
     bprm: 0,
@@ -100,7 +103,7 @@ static EMPTY: Scratch = Scratch {
     script_start: PATH_CAPACITY as u16,
     script_origin: 0,
     escaped: 0,
-    reserved: [0; 4],
+    script_device: 0,
     session: SessionPart { start: 0, pid: 0, kind: 0, reserved: [0; 3] },
     executable: NOTHING,
     working_directory: NOTHING,

@@ -7,7 +7,7 @@
 use aya_ebpf::{bindings::BPF_ANY, helpers::generated::bpf_probe_read_kernel};
 use core::hint::black_box;
 use palisade_abi::{
-    PATH_CAPACITY, PATH_DEPTH,
+    PATH_CAPACITY,
     codes::{error, reason},
     maps::{HOST_ROOT, VOLUME_NAME_CAPACITY, Volume, VolumeKey},
 };
@@ -26,7 +26,7 @@ const POINTER: u64 = 8;
 /// Notes that the file open as `descriptor` is the root of a mount of `slot`, named by `name` of `VOLUME_NAMES`. Returns
 /// whether it could.
 #[inline(always)]
-pub fn learn(slot: u64, descriptor: u64, name: u64) -> bool {
+pub fn learn(slot: u64, descriptor: u64, name: u64, flags: u64) -> bool {
     let Some(dentry) = opened(descriptor) else { return false };
     let Some(found) = origin::identity(dentry) else { return false };
     // SAFETY: the host's entry is written before any program is attached and never again.
@@ -40,7 +40,8 @@ pub fn learn(slot: u64, descriptor: u64, name: u64) -> bool {
     }
     let Some(inode) = dentry.follow(offset!(dentry_inode)) else { return false };
     let Some(inode_number) = inode.read(offset!(inode_number)) else { return false };
-    let volume = Volume { superblock: found.superblock, inode_number, name: name as u32, reserved: 0 };
+    let volume =
+        Volume { superblock: found.superblock, inode_number, name: name as u32, flags: flags as u32 };
     let stored = VOLUMES.insert(VolumeKey { slot, inode: inode.0 }, volume, u64::from(BPF_ANY)).is_ok();
     if !stored {
         count::error(error::VOLUME_MAP_FULL);
@@ -56,35 +57,48 @@ fn opened(descriptor: u64) -> Option<KernelPtr> {
     KernelPtr(files.0 + descriptor * POINTER).follow(0)?.follow(offset!(file_dentry))
 }
 
-/// Names what was walked to from `dentry` for `task`, area `which`, by the volume that it is on: the executable as
+/// Whether `superblock` is the root filesystem of `slot`.
+#[inline(always)]
+pub fn is_own_root(slot: u64, superblock: u64) -> bool {
+    // SAFETY: the entry is written when the root is learned.
+    unsafe { ROOTS.get(slot) }.is_some_and(|root| root.superblock == superblock)
+}
+
+/// The mount of `slot` whose root is `dentry`, on `superblock`.
+#[inline(always)]
+pub fn rooted_at(slot: u64, superblock: u64, dentry: KernelPtr) -> Option<Volume> {
+    let inode = context::palisade_pointer(dentry.0, u64::from(offset!(dentry_inode)));
+    // SAFETY: the entry is written once, by the agent.
+    let volume = unsafe { VOLUMES.get(VolumeKey { slot, inode }) }?;
+    let number = context::palisade_pointer(inode, u64::from(offset!(inode_number)));
+    (volume.superblock == superblock && volume.inode_number == number).then_some(*volume)
+}
+
+/// Names what `task` has walked to, area `which`, by the volume that it is on: the executable as
 /// [`palisade_abi::volume`] has it, the working directory by its path alone. Returns 0 and changes nothing when it is
 /// on none.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_name_volume(task: u64, dentry: u64, which: u64) -> u64 {
+pub extern "C" fn palisade_name_volume(task: u64, which: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return 0 };
     // SAFETY: the memory belongs to this task until it is released.
-    let (slot, area, walk) = unsafe {
+    let (area, walk) = unsafe {
         if which == EXECUTABLE {
-            ((*scratch).slot, &raw mut (*scratch).path, &raw mut (*scratch).executable)
+            (&raw mut (*scratch).path, &raw mut (*scratch).executable)
         } else {
-            ((*scratch).slot, &raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
+            (&raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
         }
     };
     // SAFETY: as above.
-    let (superblock, failure) = unsafe { ((*walk).superblock, (*walk).failure as u8) };
-    // SAFETY: the entry is written when the root is learned.
-    if unsafe { ROOTS.get(slot) }.is_some_and(|root| root.superblock == superblock) {
+    let (volume, start) = unsafe { ((*walk).volume, (*walk).start) };
+    if volume == 0 {
         return 0;
     }
-    // Where the superblock's root is not above (NFS), the mount's root may be.
-    if failure != 0 && failure != reason::WALK_INCOMPLETE {
-        return 0;
-    }
-    let Some((volume, start)) = mount_above(slot, superblock, KernelPtr(dentry)) else { return 0 };
-    let Some(name) = VOLUME_NAMES.get(volume.name) else {
+    let Some(name) = VOLUME_NAMES.get(volume - 1) else {
         count::error(error::VOLUME_NAME_MISSED);
-        return 0;
+        // SAFETY: as above.
+        unsafe { (&raw mut (*walk).failure).write_volatile(u32::from(reason::LOOKUP_MISSED)) };
+        return 1;
     };
     let (length, mark) = (name.length, name.mark);
     let too_long = start < VOLUME_NAME_CAPACITY as u32;
@@ -94,14 +108,13 @@ pub extern "C" fn palisade_name_volume(task: u64, dentry: u64, which: u64) -> u6
         // the zeros before it are what the path's hash expects there.
         let failed = unsafe {
             let target = area.cast::<u8>().add(at);
-            bpf_probe_read_kernel(
-                target.cast(),
-                VOLUME_NAME_CAPACITY as u32,
-                (&raw const (*name).text).cast(),
-            )
+            let text = (&raw const (*name).text).cast();
+            bpf_probe_read_kernel(target.cast(), VOLUME_NAME_CAPACITY as u32, text)
         };
         if failed != 0 {
-            return 0;
+            // SAFETY: as above.
+            unsafe { (&raw mut (*walk).failure).write_volatile(u32::from(reason::READ_FAILED)) };
+            return 1;
         }
     }
     let shown = if which == EXECUTABLE { length } else { length.wrapping_sub(mark) };
@@ -112,40 +125,7 @@ pub extern "C" fn palisade_name_volume(task: u64, dentry: u64, which: u64) -> u6
             count::error(error::WALK_LONG);
         } else {
             (&raw mut (*walk).start).write_volatile(start - shown);
-            (&raw mut (*walk).failure).write_volatile(0);
         }
     }
     1
-}
-
-/// The nearest mount of `slot` at or above `dentry`, and where the path below its root begins.
-#[inline(always)]
-fn mount_above(slot: u64, superblock: u64, dentry: KernelPtr) -> Option<(Volume, u32)> {
-    let mut current = dentry;
-    let mut start = PATH_CAPACITY as u32;
-    let mut depth = 0;
-    while depth < PATH_DEPTH {
-        let inode = context::palisade_pointer(current.0, u64::from(offset!(dentry_inode)));
-        let key = VolumeKey { slot, inode };
-        // SAFETY: the entry is written once, by the agent.
-        if let Some(volume) = unsafe { VOLUMES.get(key) }
-            && volume.superblock == superblock
-            && volume.inode_number == context::palisade_pointer(inode, u64::from(offset!(inode_number)))
-        {
-            return Some((*volume, start));
-        }
-        let parent = context::palisade_pointer(current.0, u64::from(offset!(dentry_parent)));
-        if parent == current.0 || parent == 0 {
-            return None;
-        }
-        let length = context::palisade_word(current.0, u64::from(offset!(dentry_name_length))) as u32;
-        let needed = length.wrapping_add(1);
-        if needed > start {
-            return None;
-        }
-        start -= needed;
-        current = KernelPtr(parent);
-        depth += 1;
-    }
-    None
 }

@@ -10,7 +10,7 @@ use palisade_abi::codes::mode;
 use serde::Deserialize;
 use tonic::transport::Uri;
 
-use crate::kernel::{self, Sizes};
+use crate::kernel::Sizes;
 
 /// What happens to what a container executes before it is identified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -239,15 +239,7 @@ impl Config {
     }
 
     /// What the kernel programs are to know.
-    pub fn kernel_options(&self) -> kernel::Options {
-        kernel::Options {
-            unidentified: self.unidentified.mode(),
-            when_agent_absent: self.when_agent_absent.mode(),
-            sizes: self.sizes(),
-        }
-    }
-
-    fn sizes(&self) -> Sizes {
+    pub fn sizes(&self) -> Sizes {
         let MapSizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = self.maps;
         Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes }
     }

@@ -143,7 +143,7 @@ async fn examine(config: &Config) -> Report {
         },
         "enable NRI in the runtime (containerd 1.7 and later, CRI-O), or set unidentified: hold",
     );
-    let loaded = Kernel::load(&config.kernel_options(), &features);
+    let loaded = Kernel::load(&config.sizes(), &features);
     check(
         "kernel layout (BTF)",
         !matches!(loaded, Err(LoadError::Btf(_))),

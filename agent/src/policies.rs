@@ -229,7 +229,7 @@ impl Revisions {
         let number = match self.by_name.get(&name) {
             Some(revision) => revision.number,
             None => {
-                let number = maps.install(&image::compile(policy)?)?;
+                let number = maps.install(number_of(&name), &image::compile(policy)?)?;
                 self.by_name.insert(name.clone(), Revision { number, slots: 0 });
                 self.names.insert(number, name.clone());
                 number
@@ -269,6 +269,11 @@ impl Revisions {
             self.by_name.remove(name);
         }
     }
+}
+
+/// A revision's name as the kernel keeps it; its 12 hexadecimal digits always fit.
+fn number_of(name: &str) -> u64 {
+    u64::from_str_radix(name, 16).unwrap_or(0)
 }
 
 #[cfg(test)]

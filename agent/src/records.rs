@@ -19,7 +19,7 @@ pub struct Source {
     pub node: String,
     pub boot: String,
     /// Start of this run, nanoseconds since the Unix epoch.
-    pub epoch: u64,
+    pub started: u64,
     /// The fields that all records share, encoded once.
     head: Bytes,
     /// What to add to a time since boot to get the time since the Unix epoch. Fixed for a run, so that the order
@@ -28,11 +28,12 @@ pub struct Source {
 }
 
 impl Source {
-    pub fn new(node: String, boot: String) -> Self {
+    /// `epoch` names the set of programs that numbers the records.
+    pub fn new(node: String, boot: String, epoch: u64) -> Self {
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-        let head = v1::Record { node: node.clone(), boot: boot.clone(), epoch: wall, ..Default::default() };
+        let head = v1::Record { node: node.clone(), boot: boot.clone(), epoch, ..Default::default() };
         let head = head.encode_to_vec().into();
-        Self { node, boot, epoch: wall, head, boot_offset: wall.saturating_sub(now_since_boot()) }
+        Self { node, boot, started: wall, head, boot_offset: wall.saturating_sub(now_since_boot()) }
     }
 
     /// Nanoseconds since the Unix epoch of a kernel time; 0 stays 0.
@@ -183,7 +184,7 @@ fn make_exec(
         path_truncated: has(exec_flags::PATH_TRUNCATED),
         verdict_of_script: has(exec_flags::VERDICT_OF_SCRIPT),
         inode: part.inode,
-        device: format!("{}:{}", part.device >> 20, part.device & 0xf_ffff),
+        device: device(part.device),
         file_mode: part.file_mode,
         capabilities: Some(v1::Capabilities {
             inheritable: context.capabilities_inheritable,
@@ -205,6 +206,7 @@ fn make_exec(
         terminal: text(until_zero(&context.tty)),
         decided_mode: codes::mode::name(part.mode).unwrap_or_default().to_owned(),
         decided_revision,
+        script_device: if script.is_empty() { String::new() } else { device(part.script_device) },
         script,
         script_origin,
         escaped: has(exec_flags::ESCAPED),
@@ -229,6 +231,11 @@ fn make_exec(
         urgent: part.verdict != codes::verdict::ALLOWED,
         held,
     }
+}
+
+/// Major and minor number, as procfs writes them.
+fn device(number: u32) -> String {
+    format!("{}:{}", number >> 20, number & 0xf_ffff)
 }
 
 /// Path and origin of a file as they are recorded.
@@ -332,7 +339,7 @@ mod tests {
 
     #[test]
     fn a_spliced_container_block_is_read_back() {
-        let source = Source::new("n".to_owned(), "b".to_owned());
+        let source = Source::new("n".to_owned(), "b".to_owned(), 7);
         let container = v1::Container { id: "c1".to_owned(), ..Default::default() };
         let bytes = source.encode(
             9,

@@ -62,11 +62,11 @@ pub fn alone(profile: &Profile) -> Policy {
 
 impl Policy {
     /// Whether a verdict can depend on which volume a file is on. Such a policy means nothing before the container's
-    /// mounts are known: until then a volume's files pass for the host's.
+    /// mounts are known: until then a volume's files pass for the host's, or for memory.
     #[must_use]
     pub fn needs_mounts(&self) -> bool {
         let mut origins = self.exec.iter().flat_map(BTreeMap::values).flatten();
-        origins.any(|origin| matches!(origin, Origin::Volume(_) | Origin::Host))
+        origins.any(|origin| matches!(origin, Origin::Volume(_) | Origin::Host | Origin::Memory))
     }
 
     /// Names the revision by its content: the first 12 hexadecimal digits of a SHA-256.

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
@@ -128,7 +129,18 @@ impl Kubelet {
                 mount(&["-t", "tmpfs", "tmpfs"], &volume)?;
                 kubelet.mounted.push(volume.clone());
             }
-            fs::copy(&program, volume.join("tool"))?;
+            if name == "token" {
+                // As the kubelet keeps what it replaces as a whole.
+                fs::create_dir(volume.join("..2026_11_22_09_00_00.1"))?;
+                fs::copy(&program, volume.join("..2026_11_22_09_00_00.1/tool"))?;
+                symlink("..2026_11_22_09_00_00.1", volume.join("..data"))?;
+                symlink("..data/tool", volume.join("tool"))?;
+            } else {
+                fs::copy(&program, volume.join("tool"))?;
+            }
+            let script = volume.join("script");
+            fs::write(&script, "#!/usr/bin/workload payload\n")?;
+            fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
         }
         let below = kubelet.volume("empty-dir", "shared").join("below");
         fs::create_dir(&below)?;
@@ -236,14 +248,41 @@ async fn cell(
         }
         report.case(&title("one volume in the place of another"), stage.rebound(&first)).await;
         report.case(&title("an entrypoint on a volume"), stage.entrypoint()).await;
+        report.case(&title("an entrypoint that is a script on a volume"), stage.script()).await;
         if guarded {
             report.case(&title("the attestation names the volumes"), stage.attested(&first)).await;
+            let go = kubelet.volume("empty-dir", "memory").join("go");
+            let command = [
+                "/usr/bin/attacker",
+                "rebind",
+                "/mnt/bin",
+                "/tools",
+                "/usr/bin/attacker",
+                "after",
+                "/memory/go",
+                "/tools/tool",
+                "payload",
+                "rebound-before",
+            ];
+            let volumes = kubelet.first();
+            let spec = Spec { name: "c-rebound", command: &command, volumes: &volumes, ..Spec::default() };
+            let rebound = runtime.create(&pod, &spec).await?;
+            runtime.start(&rebound).await?;
+            let table = format!("/proc/{}/mountinfo", runtime.pid(&rebound).await?);
+            until("it has swapped its volumes", async || {
+                let at_tools = fs::read_to_string(&table)?.matches(" /tools ").count();
+                Ok((at_tools == 2).then_some(()))
+            })
+            .await?;
             // Containers that ran before the agent: what the runtime describes has its name again.
             node.stop_agent()?;
             node.start_agent(&options).await?;
             let stage = Stage { node: &node, runtime: &runtime, pod: &pod, kubelet: &kubelet, guarded };
             events::in_mode(&node, &first, "enforce").await?;
-            for act in FIRST.iter().filter(|act| act.volume != "token") {
+            report
+                .case(&title("volumes swapped before the agent's restart"), stage.rebound_before(&go))
+                .await;
+            for act in FIRST {
                 let title = title(&format!("after the agent's restart, {}", act.name));
                 report.case(&title, stage.carry_out(&first, act)).await;
             }
@@ -330,6 +369,58 @@ impl Stage<'_> {
             self.check(&nonce, volume, program, runs).await?;
             self.runtime.remove_container(&container).await?;
         }
+        Ok(())
+    }
+
+    /// The same for a script, which is on the record beside its interpreter.
+    async fn script(&self) -> Result<()> {
+        for (program, volume, allowed) in
+            [("/tools/script", "shared", true), ("/mnt/bin/script", "scratch", false)]
+        {
+            let nonce = nonce("script");
+            let name = format!("c-script-{volume}");
+            let command = [program, &nonce];
+            let volumes = self.kubelet.first();
+            let spec = Spec { name: &name, command: &command, volumes: &volumes, ..Spec::default() };
+            let container = self.runtime.create(self.pod, &spec).await?;
+            let runs = allowed || !self.guarded;
+            let started = self.runtime.start(&container).await;
+            ensure!(!runs || started.is_ok(), "{started:?}");
+            if started.is_ok() {
+                let code = self.runtime.ended(&container).await?;
+                ensure!((code == PAYLOAD_RAN) == runs, "{program} ended with {code}");
+            }
+            let record = until("the record", async || {
+                let records = events::query(self.node, &["--kind", "exec", "--container", &container])?;
+                Ok(records.into_iter().find(|record| events::has_argument(record, &nonce)))
+            })
+            .await?;
+            let exec = &record["exec"];
+            ensure!(exec["verdict"] == if runs { "allowed" } else { "denied" }, "{record}");
+            // Refused in its own pass it is the executable, let through it stands beside its interpreter.
+            let named = |path: &str, origin: &str| {
+                exec[path] == program && exec[origin] == format!("volume:{volume}")
+            };
+            ensure!(named("script", "script_origin") || named("executable", "origin"), "{record}");
+            self.runtime.remove_container(&container).await?;
+        }
+        Ok(())
+    }
+
+    /// A container that puts one of its volumes in the place of another before the agent comes gains nothing by it.
+    async fn rebound_before(&self, go: &Path) -> Result<()> {
+        fs::write(go, "")?;
+        let record = until("what it executed", async || {
+            let records = events::query(self.node, &["--kind", "exec"])?;
+            Ok(records.into_iter().find(|record| {
+                events::has_argument(record, "rebound-before")
+                    && record["exec"]["executable"] != "/usr/bin/attacker"
+            }))
+        })
+        .await?;
+        let exec = &record["exec"];
+        ensure!(exec["verdict"] == "denied" && exec["origin"] == "volume:scratch", "{record}");
+        ensure!(exec["executable"] == "/mnt/bin/tool", "{record}");
         Ok(())
     }
 

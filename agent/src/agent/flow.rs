@@ -91,18 +91,26 @@ impl Agent {
         });
         self.more = taken == RING_ROUND;
         let mut settled = HashSet::new();
+        let mut mounted = HashSet::new();
         for mut made in made {
             let slot = made.header.slot;
             if let Event::Exec(event) = &mut made.event {
-                // By its workload's first exec it has its mounts.
-                if event.reason != RUNTIME_STEP {
-                    self.mounts_may_be_there(slot);
+                // By its workload's first exec it has its mounts. Its policy is for after this round, which it would
+                // overtake.
+                if event.reason != RUNTIME_STEP
+                    && self.containers.get(&slot).is_some_and(|container| container.volumes.is_none())
+                {
+                    self.learn_volumes(slot);
+                    mounted.insert(slot);
                 }
                 self.name_early(slot, made.header.time, event, made.held.as_mut());
             }
             if self.take_record(made) && containers_know(&self.containers, slot) {
                 settled.insert(slot);
             }
+        }
+        for slot in mounted {
+            self.apply_if_mounted(slot);
         }
         // What was stopped just before its container was identified.
         for slot in settled {

@@ -1,15 +1,19 @@
 //! Containers from their cgroup's creation to their end: found, identified, under a policy, let go.
 
-use std::{collections::HashMap, path::PathBuf, time::Duration};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use palisade_abi::{
     codes::{session, slot_flags},
-    maps::Process,
+    maps::{AgentState, Process},
 };
 use palisade_profile::policy::Policy;
 
-use super::{Agent, held::Settled};
+use super::{Agent, held::Settled, volumes};
 use crate::{
     containers::{
         Container, Identity, NO_PROFILE, UNIDENTIFIED,
@@ -270,8 +274,14 @@ impl Agent {
         let needs_mounts = policy.as_ref().is_some_and(Policy::needs_mounts);
         if !self.learn_volumes(slot) && needs_mounts {
             // Not under a policy that would refuse what it allows: until then it is as one that is not identified.
-            self.awaiting_mounts.insert(slot);
-            return;
+            let since = *self.awaiting_mounts.entry(slot).or_insert_with(Instant::now);
+            if since.elapsed() <= volumes::PATIENCE {
+                return;
+            }
+            tracing::error!(
+                slot,
+                "the mounts of a container cannot be read; its policy holds, and refuses what is on its volumes"
+            );
         }
         self.awaiting_mounts.remove(&slot);
         let Some(container) = self.containers.get_mut(&slot) else { return };
@@ -360,8 +370,8 @@ impl Agent {
             return;
         }
         self.renewed = now;
-        let until = now + self.lease.as_nanos() as u64;
-        if let Err(error) = self.kernel.maps.renew_lease(until) {
+        let state = AgentState { lease_until: now + self.lease.as_nanos() as u64, ..self.state };
+        if let Err(error) = self.kernel.maps.renew_lease(state) {
             tracing::error!(error = format!("{error:#}"), "containers that start fall under whenAgentAbsent");
         }
     }

@@ -11,13 +11,14 @@ mod volumes;
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use palisade_abi::{
     codes::control,
+    maps::AgentState,
     record::{ControlRecord, decode_control},
 };
 use palisade_proto::v1;
@@ -85,6 +86,8 @@ pub struct Agent {
     /// Files that may start in containers that are not identified.
     admitted: HashSet<(Vec<u8>, u64)>,
     lease: Duration,
+    /// What the kernel is told with every renewal.
+    state: AgentState,
     /// When the lease was renewed last, nanoseconds since boot.
     renewed: u64,
     slowest_answer: Duration,
@@ -92,7 +95,7 @@ pub struct Agent {
     /// Slots whose policy could not be put in force; tried again.
     pending: HashSet<u64>,
     /// Slots whose policy speaks of volumes and waits until they are mounted.
-    awaiting_mounts: HashSet<u64>,
+    awaiting_mounts: HashMap<u64, Instant>,
     /// Changes of coverage that found no room in the queue.
     unsaid: VecDeque<Bytes>,
     /// Whether the ring may hold more than the last round took.
@@ -122,11 +125,11 @@ pub async fn run(config: Config) -> Result<()> {
     let mut profiles = Profiles::new(&config.profiles);
     profiles.load()?;
     let features = kernel::features();
-    let mut kernel = Kernel::load(&config.kernel_options(), &features)?;
+    let mut kernel = Kernel::load(&config.sizes(), &features)?;
     #[cfg(debug_assertions)]
     kernel.forward_logs();
     let boot = boot_id()?;
-    let source = Source::new(node_name(&config)?, boot.clone());
+    let source = Source::new(node_name(&config)?, boot.clone(), kernel.epoch);
     let sources = Arc::new(Sources::new(&config.runtimes));
     if !config.runtimes.sockets().any(|socket| socket.exists()) {
         tracing::error!(
@@ -138,7 +141,7 @@ pub async fn run(config: Config) -> Result<()> {
     let hello = v1::Hello {
         node: source.node.clone(),
         boot: source.boot.clone(),
-        epoch: source.epoch,
+        epoch: source.started,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
     let delivery = tokio::spawn(delivery::deliver(config.collector.clone(), hello, Arc::clone(&queue)));
@@ -174,11 +177,17 @@ pub async fn run(config: Config) -> Result<()> {
         waiting: HashMap::new(),
         admitted: HashSet::new(),
         lease,
+        state: AgentState {
+            unidentified: u32::from(config.unidentified.mode()),
+            when_agent_absent: u32::from(config.when_agent_absent.mode()),
+            pid: std::process::id(),
+            ..AgentState::default()
+        },
         renewed: 0,
         slowest_answer: Duration::ZERO,
         cgroups: cgroup_root,
         pending: HashSet::new(),
-        awaiting_mounts: HashSet::new(),
+        awaiting_mounts: HashMap::new(),
         unsaid: VecDeque::new(),
         more: false,
         ring_bytes: config.maps.ring_bytes as usize,
@@ -239,9 +248,9 @@ impl Agent {
                 }
                 Some(event) = inputs.events.recv() => self.runtime_event(event),
                 ready = self.kernel.records.readable() => { ready?; self.take_records(); }
-                _ = ring.tick() => self.take_records(),
+                _ = ring.tick() => { self.look_for_mounts(); self.take_records(); }
                 _ = housekeeping.tick() => self.keep_house(),
-                _ = scan.tick() => { self.find_running(); self.prune(); }
+                _ = scan.tick() => { self.find_running(); self.look_for_more_mounts(); self.prune(); }
                 // What is left of a full ring, after everything else had its turn.
                 () = tokio::task::yield_now(), if self.more => self.take_records(),
             }
@@ -290,9 +299,6 @@ impl Agent {
         }
         for slot in self.pending.iter().copied().collect::<Vec<_>>() {
             self.apply(slot, "policy-changed");
-        }
-        for slot in self.awaiting_mounts.iter().copied().collect::<Vec<_>>() {
-            self.mounts_may_be_there(slot);
         }
         self.kernel.maps.reap();
         self.push_overdue();

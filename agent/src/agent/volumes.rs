@@ -1,77 +1,124 @@
 //! The volumes of a container: learned as soon as the runtime has mounted them, and before its policy where that speaks
 //! of them.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use palisade_abi::codes::origin;
 use palisade_proto::v1::{self, record::Event};
 
-use super::Agent;
+use super::{Agent, flow::Waiting};
 use crate::{
     containers::{
         cgroups::Found,
         mounts::{self, Volume},
     },
-    kernel, processes,
-    records::{self, Held},
+    processes,
+    records::{self, Held, now_since_boot},
 };
+
+/// How long a policy that speaks of volumes waits for them. Afterwards it holds without them, and refuses what is on them.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// What a held exec may be later than the first of its container, to be that one: nanoseconds.
+const SAME_EXEC: u64 = 10_000_000;
 
 impl Agent {
     /// Something has happened after which the mounts of a container may be there.
     pub(super) fn mounts_may_be_there(&mut self, slot: u64) {
-        if self.containers.get(&slot).is_none_or(|container| container.volumes.is_some()) {
-            return;
+        if self.containers.get(&slot).is_some_and(|container| container.volumes.is_none()) {
+            self.learn_volumes(slot);
         }
-        if self.learn_volumes(slot) && self.awaiting_mounts.remove(&slot) {
+        self.apply_if_mounted(slot);
+    }
+
+    /// Puts a container under a policy that has waited for its mounts.
+    pub(super) fn apply_if_mounted(&mut self, slot: u64) {
+        let Some(since) = self.awaiting_mounts.get(&slot) else { return };
+        let known = self.containers.get(&slot).is_some_and(|container| container.volumes.is_some());
+        if known || since.elapsed() > PATIENCE {
             self.apply(slot, "identified");
+        }
+    }
+
+    /// Tries again to put those under their policy that wait for their mounts.
+    pub(super) fn look_for_mounts(&mut self) {
+        for slot in self.awaiting_mounts.keys().copied().collect::<Vec<_>>() {
+            self.mounts_may_be_there(slot);
+        }
+    }
+
+    /// Tries again to open the mounts that could not be opened.
+    pub(super) fn look_for_more_mounts(&mut self) {
+        let open: Vec<u64> = self
+            .containers
+            .iter()
+            .filter(|(_, container)| container.volumes_open)
+            .map(|(slot, _)| *slot)
+            .collect();
+        for slot in open {
+            self.learn_volumes(slot);
         }
     }
 
     /// Learns the mounts of an identified container; returns whether they are known.
     pub(super) fn learn_volumes(&mut self, slot: u64) -> bool {
         let Some(container) = self.containers.get(&slot) else { return false };
-        if container.volumes.is_some() {
+        if container.volumes.is_some() && !container.volumes_open {
             return true;
         }
         let Some(identity) = &container.identity else { return false };
-        let found = if identity.sandbox {
-            Vec::new()
-        } else {
+        if identity.sandbox {
+            return self.note_volumes(slot, Vec::new(), false);
+        }
+        let Some(pid) = self.process_in_its_root(slot) else {
+            // One that runs on the host's root has nothing mounted that the host has not.
             let workload = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
-            let Some(pid) = self.process_in_its_root(slot) else {
-                // One that runs on the host's root has nothing mounted that the host has not.
-                if workload == 0 || !self.kernel.has_hosts_root(workload) {
-                    return false;
-                }
-                return self.note_volumes(slot, Vec::new());
-            };
-            let first_exec = self.kernel.maps.slot(slot).map_or(0, |slot| slot.first_exec);
-            let untouched = !container.found_running && (first_exec == 0 || self.kernel.maps.is_held(pid));
-            match self.read_volumes(slot, pid, untouched) {
-                Ok(found) => found,
-                // It ended meanwhile.
-                Err(_) if self.kernel.maps.slot_of_process(pid) != Some(slot) => return false,
-                Err(error) => {
-                    tracing::error!(
-                        slot,
-                        error = format!("{error:#}"),
-                        "the mounts of a container cannot be read, so files on its volumes have no names and an enforced profile refuses them"
-                    );
-                    Vec::new()
-                }
-            }
+            return workload != 0
+                && self.kernel.has_hosts_root(workload)
+                && self.note_volumes(slot, Vec::new(), false);
         };
-        self.note_volumes(slot, found)
+        let untouched = self.is_untouched(slot, pid);
+        match self.read_volumes(slot, pid, untouched) {
+            // If it has run meanwhile, what was read may be its own doing.
+            Ok(_) if untouched && !self.is_untouched(slot, pid) => false,
+            Ok((found, complete)) => self.note_volumes(slot, found, !complete),
+            Err(error) => {
+                tracing::debug!(slot, pid, error = format!("{error:#}"), "mounts cannot be read now");
+                false
+            }
+        }
     }
 
-    fn note_volumes(&mut self, slot: u64, found: Vec<Volume>) -> bool {
-        let Some(container) = self.containers.get_mut(&slot) else { return false };
-        let any = !found.is_empty();
-        container.volumes = Some(found);
-        container.volumes_since = records::now_since_boot();
-        if any {
-            self.name_waiting(slot);
-            self.tell_coverage(slot, "volumes-known", 0);
+    /// Whether nothing but the runtime has run in a container, as far as its process `pid` is concerned.
+    fn is_untouched(&self, slot: u64, pid: u32) -> bool {
+        if self.containers.get(&slot).is_none_or(|container| container.found_running) {
+            return false;
         }
+        let first_exec = self.kernel.maps.slot(slot).map_or(0, |slot| slot.first_exec);
+        let held = self.held.get(&slot).into_iter().flatten();
+        first_exec == 0
+            || held.into_iter().any(|exec| {
+                let header = &exec.made.header;
+                exec.made.process.0 == pid && header.time.saturating_sub(first_exec) < SAME_EXEC
+            }) && self.kernel.maps.is_held(pid)
+    }
+
+    fn note_volumes(&mut self, slot: u64, found: Vec<Volume>, open: bool) -> bool {
+        let Some(container) = self.containers.get_mut(&slot) else { return false };
+        container.volumes_open = open;
+        let known = container.volumes.get_or_insert_default();
+        let before = known.len();
+        for volume in found {
+            if !known.iter().any(|other| other.mounted.point == volume.mounted.point) {
+                known.push(volume);
+            }
+        }
+        if known.len() == before {
+            return true;
+        }
+        container.volumes_since = now_since_boot();
+        self.name_waiting(slot);
+        self.tell_coverage(slot, "volumes-known", 0);
         true
     }
 
@@ -79,55 +126,38 @@ impl Agent {
     fn process_in_its_root(&self, slot: u64) -> Option<u32> {
         let container = self.containers.get(&slot)?;
         let found = Found { slot, id: container.id.clone(), folder: container.cgroup.clone() };
-        let inside: Vec<u32> = found
-            .members()
-            .into_iter()
-            .filter(|pid| {
-                self.kernel.maps.slot_of_process(*pid) == Some(slot) && !self.kernel.has_hosts_root(*pid)
-            })
-            .collect();
+        let mut inside = found.members();
+        inside.retain(|pid| !self.kernel.has_hosts_root(*pid));
         processes::oldest(&inside)
     }
 
-    /// Reads the mounts of the process `pid` and tells the kernel those that are volumes. `untouched` says that nothing but
-    /// the runtime has run there.
-    fn read_volumes(&mut self, slot: u64, pid: u32, untouched: bool) -> Result<Vec<Volume>> {
+    /// Reads the mounts of the process `pid` and tells the kernel those that are volumes; whether that was all of them.
+    fn read_volumes(&mut self, slot: u64, pid: u32, untouched: bool) -> Result<(Vec<Volume>, bool)> {
         let Self { containers, kernel, .. } = self;
-        let Some(container) = containers.get(&slot) else { return Ok(Vec::new()) };
-        let Some(identity) = &container.identity else { return Ok(Vec::new()) };
-        let root = kernel::root_of(pid)?;
-        let table = kernel::mounts_of(pid)?;
-        // A destination may lead over links of the image. Once a container has run, its links are its own.
-        let by_links: Vec<(i32, &mounts::Described)> = identity
-            .mounts
-            .iter()
-            .filter(|described| {
-                untouched && table.iter().all(|mounted| mounted.point != described.destination)
-            })
-            .filter_map(|described| Some((kernel::mount_at(&root, &described.destination).ok()?, described)))
-            .collect();
+        let Some(container) = containers.get(&slot) else { return Ok((Vec::new(), true)) };
+        let Some(identity) = &container.identity else { return Ok((Vec::new(), true)) };
+        let mut table = kernel.open_mounts(pid, identity.mounts.clone(), untouched)?;
         let mut found = Vec::new();
-        for mounted in table {
-            let described = identity
-                .mounts
-                .iter()
-                .find(|described| described.destination == mounted.point)
-                .or_else(|| Some(by_links.iter().find(|(id, _)| *id == mounted.id)?.1));
-            let Some(name) = mounts::name(&mounted, described, &identity.pod_uid, untouched) else {
-                continue;
-            };
-            let volume = Volume { name, mounted };
-            match kernel.learn_volume(slot, &root, &volume) {
+        for opened in &table.opened {
+            let described = opened.described.as_ref();
+            let volume = mounts::volume(&opened.mounted, described, &identity.pod_uid, untouched);
+            let Some(volume) = volume else { continue };
+            match kernel.learn_volume(slot, opened, &volume) {
                 Ok(()) => found.push(volume),
-                Err(error) => tracing::warn!(
-                    container = container.id,
-                    volume = volume.name.as_str(),
-                    error = format!("{error:#}"),
-                    "files on this mount have no name"
-                ),
+                Err(error) => {
+                    table.complete = false;
+                    if !container.volumes_open {
+                        tracing::warn!(
+                            container = container.id,
+                            volume = volume.name.as_str(),
+                            error = format!("{error:#}"),
+                            "files on this mount have no name; this is tried again"
+                        );
+                    }
+                }
             }
         }
-        Ok(found)
+        Ok((found, table.complete))
     }
 
     /// Names what an exec recorded before the volumes of its container were known.
@@ -139,52 +169,105 @@ impl Agent {
         held: Option<&mut Held>,
     ) {
         let Some(container) = self.containers.get(&slot) else { return };
-        let Some(volumes) = container.volumes.as_deref().filter(|_| time < container.volumes_since) else {
-            return;
-        };
-        name_on(volumes, event);
-        let Some(held) = held else { return };
-        if may_be_volume(held.origin)
-            && held.failure == 0
-            && let Some(text) = mounts::rename(volumes, &event.device, &held.path)
+        if time < container.volumes_since
+            && let Some(volumes) = &container.volumes
         {
-            held.path = text;
-            held.origin = origin::VOLUME;
+            name_on(volumes, event, held);
         }
     }
 
-    /// The same for records that wait for their container's name.
+    /// The same for records that wait for their container's name, and for what is held.
     fn name_waiting(&mut self, slot: u64) {
         let Self { containers, waiting, held, .. } = self;
         let Some(volumes) = containers.get(&slot).and_then(|container| container.volumes.as_deref()) else {
             return;
         };
-        for event in waiting.get_mut(&slot).into_iter().flat_map(super::flow::Waiting::events) {
+        for event in waiting.get_mut(&slot).into_iter().flat_map(Waiting::events) {
             if let Event::Exec(event) = event {
-                name_on(volumes, event);
+                name_on(volumes, event, None);
             }
         }
-        let mut waiting_for_verdict = held.remove(&slot).unwrap_or_default();
-        for exec in &mut waiting_for_verdict {
-            self.name_early(slot, 0, &mut exec.event, Some(&mut exec.held));
-        }
-        if !waiting_for_verdict.is_empty() {
-            self.held.insert(slot, waiting_for_verdict);
+        for exec in held.get_mut(&slot).into_iter().flatten() {
+            name_on(volumes, &mut exec.event, Some(&mut exec.held));
         }
     }
 }
 
-/// Origins that a file on a volume has for a kernel that does not know the volume.
-fn may_be_volume(code: u8) -> bool {
-    matches!(code, origin::HOST | origin::UNKNOWN | origin::MEMORY)
+/// Names the executable and the script of a record by the volumes they are on.
+fn name_on(volumes: &[Volume], event: &mut v1::ProcessExec, held: Option<&mut Held>) {
+    let text = |path: &[u8], origin: &str, device: &str| {
+        let code = origin::ALL.iter().find(|(_, name)| *name == origin).map(|(code, _)| *code);
+        // What a file on a volume is for a kernel that does not know the volume.
+        let may_be = matches!(code, Some(origin::HOST | origin::UNKNOWN | origin::MEMORY));
+        may_be.then(|| mounts::rename(volumes, device, path)).flatten()
+    };
+    if let Some(found) = text(event.executable.as_bytes(), &event.origin, &event.device) {
+        (event.executable, event.origin) = records::named(&found, origin::VOLUME);
+    }
+    if let Some(found) = text(event.script.as_bytes(), &event.script_origin, &event.script_device) {
+        (event.script, event.script_origin) = records::named(&found, origin::VOLUME);
+    }
+    let Some(held) = held else { return };
+    let name = |code| origin::name(code).unwrap_or_default();
+    if held.failure == 0
+        && let Some(found) = text(&held.path, name(held.origin), &event.device)
+    {
+        (held.path, held.origin) = (found, origin::VOLUME);
+    }
+    if let Some((path, code)) = &mut held.script
+        && let Some(found) = text(path, name(*code), &event.script_device)
+    {
+        (*path, *code) = (found, origin::VOLUME);
+    }
 }
 
-/// Names the executable of a record by the volume it is on.
-fn name_on(volumes: &[Volume], event: &mut v1::ProcessExec) {
-    let code = origin::ALL.iter().find(|(_, name)| *name == event.origin).map(|(code, _)| *code);
-    if code.is_some_and(may_be_volume)
-        && let Some(text) = mounts::rename(volumes, &event.device, event.executable.as_bytes())
-    {
-        (event.executable, event.origin) = records::named(&text, origin::VOLUME);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Mounted;
+    use palisade_profile::document::VolumeName;
+
+    /// A script on a volume was held with its interpreter before anybody knew the volume.
+    #[test]
+    fn what_is_held_is_named_before_it_is_judged() {
+        let mounted = Mounted {
+            id: 1,
+            device: "8:1".to_owned(),
+            root: "/v/tools".into(),
+            point: "/tools".into(),
+            filesystem: "ext4".to_owned(),
+        };
+        let volumes = [Volume { name: VolumeName::parse("shared").unwrap(), mounted, replaced_whole: false }];
+        let mut event = v1::ProcessExec {
+            executable: "/usr/bin/workload".to_owned(),
+            origin: "image".to_owned(),
+            device: "0:40".to_owned(),
+            script: "/v/tools/start.sh".to_owned(),
+            script_origin: "host".to_owned(),
+            script_device: "8:1".to_owned(),
+            ..Default::default()
+        };
+        let mut held = Held {
+            path: b"/usr/bin/workload".to_vec(),
+            origin: origin::IMAGE,
+            failure: 0,
+            script: Some((b"/v/tools/start.sh".to_vec(), origin::HOST)),
+            escaped: false,
+        };
+        name_on(&volumes, &mut event, Some(&mut held));
+        assert_eq!(
+            (event.script.as_str(), event.script_origin.as_str()),
+            ("/tools/start.sh", "volume:shared")
+        );
+        assert_eq!((event.executable.as_str(), event.origin.as_str()), ("/usr/bin/workload", "image"));
+        assert_eq!(held.script, Some((b":shared:/tools/start.sh".to_vec(), origin::VOLUME)));
+        assert_eq!((held.path.as_slice(), held.origin), (&b"/usr/bin/workload"[..], origin::IMAGE));
+        // The file itself, of another device, is not on it.
+        (held.path, held.origin) = (b"/v/tools/x".to_vec(), origin::HOST);
+        name_on(&volumes, &mut event, Some(&mut held));
+        assert_eq!(held.origin, origin::HOST);
+        event.device = "8:1".to_owned();
+        name_on(&volumes, &mut event, Some(&mut held));
+        assert_eq!((held.path.as_slice(), held.origin), (&b":shared:/tools/x"[..], origin::VOLUME));
     }
 }

@@ -67,6 +67,8 @@ pub struct Container {
     pub volumes: Option<Vec<Volume>>,
     /// Since when they are, nanoseconds since boot.
     pub volumes_since: u64,
+    /// Whether another attempt may find more.
+    pub volumes_open: bool,
     /// Whether what an agent before this one left stopped in it has been looked for.
     pub left_behind_settled: bool,
     /// What it executed first out of its image: path and inode.
@@ -102,6 +104,7 @@ impl Container {
             cgroup,
             volumes: None,
             volumes_since: 0,
+            volumes_open: false,
             left_behind_settled: false,
             entrypoint: None,
             answered_in: 0,

@@ -33,6 +33,8 @@ pub struct Described {
 pub struct Volume {
     pub name: VolumeName,
     pub mounted: Mounted,
+    /// Whether the kubelet replaces its files as a whole: [`palisade_abi::codes::volume_flags::REPLACED_WHOLE`].
+    pub replaced_whole: bool,
 }
 
 /// File systems that are windows into the kernel: what is on them is no file of anybody's.
@@ -58,6 +60,13 @@ const PSEUDO: &[&str] = &[
     "selinuxfs",
     "sysfs",
     "tracefs",
+];
+/// Plugins of the kubelet that replace a volume's files as a whole.
+const REPLACING: &[&str] = &[
+    "kubernetes.io~configmap",
+    "kubernetes.io~secret",
+    "kubernetes.io~projected",
+    "kubernetes.io~downward-api",
 ];
 /// Memory, unless the runtime says that it mounted one of a pod there.
 const MEMORY: &str = "tmpfs";
@@ -106,43 +115,51 @@ fn is_bind<'a>(kind: &str, mut options: impl Iterator<Item = &'a str>) -> bool {
     kind == "bind" || options.any(|option| option == "bind" || option == "rbind")
 }
 
-/// The name that the source of a mount has, if it is a volume of the pod `pod_uid` or one with a name of its own.
-fn name_of_source(source: &Path, pod_uid: &str) -> Option<VolumeName> {
+/// Whether a mount can be a volume by what it is.
+pub fn may_be_volume(mounted: &Mounted) -> bool {
+    mounted.point != Path::new("/") && !PSEUDO.contains(&mounted.filesystem.as_str())
+}
+
+/// The name that the source of a mount has, if it is a volume of the pod `pod_uid` or one with a name of its own, and
+/// whether its files are replaced as a whole.
+fn name_of_source(source: &Path, pod_uid: &str) -> Option<(VolumeName, bool)> {
     let parts: Vec<&str> = source.iter().map(|part| part.to_str().unwrap_or_default()).collect();
     let of_pod = parts.windows(2).rposition(|pair| !pod_uid.is_empty() && pair == ["pods", pod_uid]);
-    let name = match of_pod.map(|at| &parts[at + 2..]) {
-        Some(["volumes", _, name, ..] | ["volume-subpaths", name, ..]) => name,
+    let (name, replaced_whole) = match of_pod.map(|at| &parts[at + 2..]) {
+        Some(["volumes", plugin, name]) => (name, REPLACING.contains(plugin)),
+        Some(["volumes", _, name, ..] | ["volume-subpaths", name, ..]) => (name, false),
         Some(_) => return None,
         None => match parts.as_slice() {
-            [.., "volumes", name, "_data"] => name,
+            [.., "volumes", name, "_data"] => (name, false),
             _ => return None,
         },
     };
-    VolumeName::parse(name)
+    Some((VolumeName::parse(name)?, replaced_whole))
 }
 
 /// Whether `mounted` is a volume, and its name. `described` is the runtime's word on the very mount, if it has one;
 /// `trusted` says that nothing but the runtime can have mounted it.
-pub fn name(
+pub fn volume(
     mounted: &Mounted,
     described: Option<&Described>,
     pod_uid: &str,
     trusted: bool,
-) -> Option<VolumeName> {
-    if mounted.point == Path::new("/") || PSEUDO.contains(&mounted.filesystem.as_str()) {
+) -> Option<Volume> {
+    let called = |name, replaced_whole| Volume { name, mounted: mounted.clone(), replaced_whole };
+    if !may_be_volume(mounted) {
         return None;
     }
     if described.is_none() && (!trusted || mounted.filesystem == MEMORY) {
         return None;
     }
     let by_source = described.and_then(|described| name_of_source(&described.source, pod_uid));
-    if let Some(name) = by_source {
-        return Some(name);
+    if let Some((name, replaced_whole)) = by_source {
+        return Some(called(name, replaced_whole));
     }
     if mounted.filesystem == MEMORY && mounted.point == Path::new(SHARED_MEMORY) {
         return None;
     }
-    VolumeName::parse(mounted.point.to_str()?)
+    Some(called(VolumeName::parse(mounted.point.to_str()?)?, false))
 }
 
 impl Volume {
@@ -166,7 +183,13 @@ pub fn rename(volumes: &[Volume], device: &str, path: &[u8]) -> Option<Vec<u8>> 
         .filter(|volume| volume.mounted.device == device && path.starts_with(&volume.mounted.root));
     let nearest = on.max_by_key(|volume| volume.mounted.root.as_os_str().len())?;
     let (text, _) = nearest.text()?;
-    let below = path.strip_prefix(&nearest.mounted.root).ok()?;
+    let mut below = path.strip_prefix(&nearest.mounted.root).ok()?;
+    if nearest.replaced_whole
+        && let Some(first) = below.iter().next()
+        && first.as_bytes().starts_with(b"..")
+    {
+        below = below.strip_prefix(first).ok()?;
+    }
     let mut text = text.into_bytes();
     if !below.as_os_str().is_empty() {
         text.push(b'/');
@@ -196,8 +219,8 @@ mod tests {
     }
 
     fn named(source: &str, filesystem: &str, point: &str) -> Option<String> {
-        name(&mounted(filesystem, point), Some(&described(source)), UID, true)
-            .map(|name| name.as_str().to_owned())
+        volume(&mounted(filesystem, point), Some(&described(source)), UID, true)
+            .map(|volume| volume.name.as_str().to_owned())
     }
 
     /// Sources as a kubelet makes them (kubelet_getters.go, subpath_linux.go) and engines do.
@@ -240,11 +263,23 @@ mod tests {
         // A colon would end the name early.
         assert_eq!(named("/srv", "ext4", "/a:b"), None);
         // Nobody mentioned these.
-        assert_eq!(name(&mounted("tmpfs", "/dev"), None, UID, true), None);
-        assert_eq!(name(&mounted("ext4", "/added"), None, UID, false), None);
+        assert_eq!(volume(&mounted("tmpfs", "/dev"), None, UID, true), None);
+        assert_eq!(volume(&mounted("ext4", "/added"), None, UID, false), None);
         // A driver's hook did, before the workload ran.
-        let found = name(&mounted("ext4", "/usr/bin/nvidia-smi"), None, UID, true);
-        assert_eq!(found.unwrap().as_str(), "/usr/bin/nvidia-smi");
+        let found = volume(&mounted("ext4", "/usr/bin/nvidia-smi"), None, UID, true);
+        assert_eq!(found.unwrap().name.as_str(), "/usr/bin/nvidia-smi");
+    }
+
+    #[test]
+    fn only_what_the_kubelet_replaces_whole_hides_a_folder() {
+        let replaced = |source: &str| {
+            let source = described(&format!("/var/lib/kubelet/pods/{UID}/volumes/{source}"));
+            volume(&mounted("tmpfs", "/v"), Some(&source), UID, true).unwrap().replaced_whole
+        };
+        assert!(replaced("kubernetes.io~configmap/scripts"));
+        assert!(!replaced("kubernetes.io~empty-dir/scripts"));
+        // A subPath leads to one of its files or folders.
+        assert!(!replaced("kubernetes.io~configmap/scripts/..2026/run.sh"));
     }
 
     #[test]
@@ -276,6 +311,7 @@ mod tests {
         let volume = |name: &str, root: &str, point: &str| Volume {
             name: VolumeName::parse(name).unwrap(),
             mounted: Mounted { root: root.into(), ..mounted("ext4", point) },
+            replaced_whole: false,
         };
         let volumes = [volume("data", "/v/data", "/data"), volume("logs", "/v/data/logs", "/var/log")];
         let renamed = |device: &str, path: &str| {

@@ -1,7 +1,7 @@
 //! Loading and attaching the programs.
 
 use std::{
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _},
     path::Path,
 };
 
@@ -12,13 +12,16 @@ use aya::{
     programs::{Lsm, Program, RawTracePoint},
 };
 use palisade_abi::{
+    codes::volume_flags,
     maps::{HOST_ROOT, Settings},
     offsets::ABSENT,
 };
 use thiserror::Error;
 
-use super::{BtfError, Features, Layout, Maps, Ring, Sizes, btf::OverlayLayout, roots, volumes};
-use crate::containers::mounts::Volume;
+use super::{
+    BtfError, Features, Layout, Maps, Opened, Ring, Sizes, Table, btf::OverlayLayout, roots, volumes,
+};
+use crate::containers::mounts::{Described, Volume};
 
 static FETCH_ADD: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_FETCH_ADD"));
 static LANES: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_LANES"));
@@ -43,16 +46,6 @@ impl Tier {
             Self::Fallback => "fallback",
         }
     }
-}
-
-/// What to load.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// [`mode`] for containers that are not identified.
-    pub unidentified: u8,
-    /// The same while the agent does not renew its lease.
-    pub when_agent_absent: u8,
-    pub sizes: Sizes,
 }
 
 /// The process whose root directory and mount namespace are the host's: the first one, or this one where a
@@ -111,6 +104,8 @@ pub struct Kernel {
     pub programs: Vec<ProgramReport>,
     /// The process in procfs whose root and mount namespace are the host's.
     host: &'static Path,
+    /// Names this set of programs and maps: the time it was made, nanoseconds since the Unix epoch.
+    pub epoch: u64,
 }
 
 const TRACEPOINTS: &[&str] = &[
@@ -137,7 +132,7 @@ impl Kernel {
     /// # Errors
     ///
     /// Without rights, without BTF, or when the verifier refuses a program that every supported kernel takes.
-    pub fn load(options: &Options, features: &Features) -> Result<Self, LoadError> {
+    pub fn load(sizes: &Sizes, features: &Features) -> Result<Self, LoadError> {
         if !rustix::process::geteuid().is_root() {
             return Err(LoadError::NotPermitted);
         }
@@ -149,23 +144,25 @@ impl Kernel {
         let host = host_process();
         let layout = Layout::of_running_kernel()?;
         let hash_key = random_key()?;
+        let epoch = now();
         let settings = Settings {
             hash_key,
-            unidentified: u32::from(options.unidentified),
-            when_agent_absent: u32::from(options.when_agent_absent),
+            epoch,
             have_task_pt_regs: u32::from(layout.have_task_pt_regs),
             pt_regs_at: if layout.pt_regs_size == 0 { 0 } else { THREAD_SIZE - layout.pt_regs_size },
             host_mount_namespace: mount_namespace(host)?,
             reserved: 0,
         };
         let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
-        let Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = options.sizes;
+        let Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = *sizes;
         let object = object(features)?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
             .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
             .override_global("SETTINGS", bytemuck::bytes_of(&settings), true)
             .map_max_entries("SLOTS", slots)
+            .map_max_entries("NAMES", slots)
+            .map_max_entries("ACCOUNTS", slots)
             .map_max_entries("SLOT_LANES", slots)
             .map_max_entries("SLOT_POLICIES", slots)
             .map_max_entries("ROOTS", slots + 1)
@@ -201,7 +198,8 @@ impl Kernel {
         let records = ring(&mut ebpf, "RECORDS")?;
         let control = ring(&mut ebpf, "CONTROL")?;
         let maps = Maps::take(&mut ebpf, hash_key)?;
-        let mut kernel = Self { ebpf, maps, records, control, tier, tier_reason, layout, programs, host };
+        let mut kernel =
+            Self { ebpf, maps, records, control, tier, tier_reason, layout, programs, host, epoch };
         // Before anything is attached, so that no decision is taken without it.
         kernel.learn_root(HOST_ROOT, &host.join("root"))?;
         if kernel.layout.offsets.ovl_inode_upper == ABSENT {
@@ -225,6 +223,7 @@ impl Kernel {
     ///
     /// When the kernel refuses an attachment.
     pub fn attach(&mut self) -> Result<(), LoadError> {
+        self.maps.record_as(self.epoch)?;
         for name in ["cgroup_mkdir", "cgroup_rmdir", "cgroup_attach_task"]
             .into_iter()
             .chain(TRACEPOINTS.iter().copied().filter(|name| name.starts_with("sched_")))
@@ -264,16 +263,26 @@ impl Kernel {
         roots::learn(program, slot, path)
     }
 
-    /// Tells the kernel a mount of `slot` that is a volume, looked for from the root directory `root`.
+    /// Opens the mounts of the process `pid` that may be volumes; see [`volumes::open_mounts`].
     ///
     /// # Errors
     ///
-    /// When it is not to be found there, or a map is full.
-    pub fn learn_volume(&mut self, slot: u64, root: &OwnedFd, volume: &Volume) -> anyhow::Result<()> {
+    /// When they cannot be read.
+    pub fn open_mounts(&self, pid: u32, described: Vec<Described>, untouched: bool) -> anyhow::Result<Table> {
+        volumes::open_mounts(pid, described, untouched, self.host)
+    }
+
+    /// Tells the kernel that a mount is a volume of `slot`.
+    ///
+    /// # Errors
+    ///
+    /// When a map is full.
+    pub fn learn_volume(&mut self, slot: u64, opened: &Opened, volume: &Volume) -> anyhow::Result<()> {
         let (text, mark) = volume.text().context("its name is too long")?;
         let name = self.maps.volumes.index(slot, &text, mark)?;
+        let flags = if volume.replaced_whole { volume_flags::REPLACED_WHOLE } else { 0 };
         let program = raw_tracepoint(&mut self.ebpf, "learn_volume")?;
-        volumes::learn(program, slot, root, &volume.mounted, name)
+        volumes::learn(program, slot, opened, name, flags)
     }
 
     /// Lets a held process go, or kills it. One that has ended meanwhile is no error, nor is its number another's.
@@ -400,6 +409,12 @@ fn report(
         verified_instructions: info.as_ref().and_then(|info| info.verified_instruction_count()),
         translated_bytes: info.as_ref().and_then(|info| info.size_translated()),
     }
+}
+
+/// The present, nanoseconds since the Unix epoch.
+fn now() -> u64 {
+    let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    wall.map_or(0, |time| time.as_nanos() as u64)
 }
 
 fn random_key() -> anyhow::Result<[u64; 2]> {

@@ -69,6 +69,7 @@ pub struct Maps {
     root_slots: HashMap<MapData, u64, u64>,
     pub(super) volumes: VolumeMaps,
     agent: Array<MapData, AgentState>,
+    active_epoch: Array<MapData, u64>,
     admitted: HashMap<MapData, AdmittedKey, u32>,
     errors: Array<MapData, u64>,
     hash_key: [u64; 2],
@@ -95,6 +96,7 @@ impl Maps {
             root_slots: take("ROOT_SLOTS")?.try_into()?,
             volumes: VolumeMaps::new(take("VOLUMES")?.try_into()?, take("VOLUME_NAMES")?.try_into()?),
             agent: take("AGENT")?.try_into()?,
+            active_epoch: take("ACTIVE_EPOCH")?.try_into()?,
             admitted: take("ADMITTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
             hash_key,
@@ -110,11 +112,11 @@ impl Maps {
     /// # Errors
     ///
     /// When a map is full; what was written is taken out again.
-    pub fn install(&mut self, image: &PolicyImage) -> Result<u32> {
+    pub fn install(&mut self, name: u64, image: &PolicyImage) -> Result<u32> {
         let number = self.next_revision;
         self.next_revision += 1;
         let mut done = Installed { globs: 0..0, keys: Vec::new() };
-        match self.write_image(number, image, &mut done) {
+        match self.write_image(number, name, image, &mut done) {
             Ok(()) => {
                 self.installed.insert(number, done);
                 Ok(number)
@@ -127,7 +129,13 @@ impl Maps {
         }
     }
 
-    fn write_image(&mut self, number: u32, image: &PolicyImage, done: &mut Installed) -> Result<()> {
+    fn write_image(
+        &mut self,
+        number: u32,
+        name: u64,
+        image: &PolicyImage,
+        done: &mut Installed,
+    ) -> Result<()> {
         let PolicyImage { mode, restricts_exec, exact, globs } = image;
         done.globs = self.free_globs(globs.len() as u32)?;
         for (index, state) in done.globs.clone().zip(globs) {
@@ -145,6 +153,7 @@ impl Maps {
             restricts_exec: u32::from(*restricts_exec),
             glob_base: done.globs.start,
             glob_states: globs.len() as u32,
+            name,
         };
         self.revisions
             .insert(number, head, BPF_ANY)
@@ -203,8 +212,12 @@ impl Maps {
 
     /// Puts a slot under a revision; 0 is "no profile". `flags` are [`codes::slot_flags`].
     pub fn set_policy(&mut self, slot: u64, revision: u32, flags: u32) -> Result<()> {
+        let since = match self.slot_policies.get(&slot, 0) {
+            Ok(policy) if policy.revision == revision => policy.since,
+            _ => crate::records::now_since_boot(),
+        };
         self.slot_policies
-            .insert(slot, SlotPolicy { slot, revision, flags }, BPF_ANY)
+            .insert(slot, SlotPolicy { slot, revision, flags, since }, BPF_ANY)
             .context("the map of slot policies is full; raise maps.slots in the agent's configuration")
     }
 
@@ -256,9 +269,13 @@ impl Maps {
         }
     }
 
-    /// Says that the agent is there until `until`, nanoseconds since boot.
-    pub fn renew_lease(&mut self, until: u64) -> Result<()> {
-        let state = AgentState { lease_until: until };
+    /// Says which set of programs makes the records.
+    pub fn record_as(&mut self, epoch: u64) -> Result<()> {
+        self.active_epoch.set(0, epoch, BPF_ANY).context("cannot say which programs record")
+    }
+
+    /// Says that the agent is there, until when, and what it wants of containers that are not identified.
+    pub fn renew_lease(&mut self, state: AgentState) -> Result<()> {
         self.agent.set(0, state, BPF_ANY).context("cannot renew the agent's lease")
     }
 

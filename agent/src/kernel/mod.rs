@@ -11,8 +11,8 @@ mod roots;
 mod volumes;
 
 pub use btf::{BtfError, Layout};
-pub use load::{Kernel, LoadError, Options, Tier};
+pub use load::{Kernel, LoadError, Tier};
 pub use maps::{Maps, Sizes};
 pub use probe::{Features, features};
 pub use ring::Ring;
-pub use volumes::{Mounted, mount_at, mounts_of, root_of};
+pub use volumes::{Mounted, Opened, Table};
