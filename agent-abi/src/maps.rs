@@ -32,6 +32,9 @@ pub struct SetMeta {
     /// Names the set on this boot, in its records and in `ACTIVE_EPOCH`: the time it was made, nanoseconds since the Unix
     /// epoch.
     pub epoch: u64,
+    /// The same moment in nanoseconds since boot: what is recorded by this set has times on one scale, whichever agent reads
+    /// it and whoever sets the clock.
+    pub epoch_since_boot: u64,
     /// Key of the path hash.
     pub hash_key: [u64; 2],
 }
@@ -46,6 +49,8 @@ pub struct Account {
     pub delivered: u64,
     /// Records that gap records have counted, which the collector has acknowledged.
     pub reported: u64,
+    /// Records that the kernel numbered, once the slot is gone; 0 before.
+    pub made: u64,
 }
 
 /// What the kernel knows of the agent; the one entry of `AGENT`.
@@ -61,7 +66,8 @@ pub struct AgentState {
     pub when_agent_absent: u32,
     /// The agent's process id.
     pub pid: u32,
-    pub reserved: u32,
+    /// 1 while the agent claims nothing, since its self-probe failed. The kernel does not read it.
+    pub failing: u32,
 }
 
 /// A file of an image that may start while its container is not identified: the pause program, the agent itself. Image
@@ -271,6 +277,9 @@ pub struct VolumeName {
     pub mark: u32,
 }
 
+/// The slot of the agent's self-probe; no cgroup has this id.
+pub const PROBE_SLOT: u64 = u64::MAX - 1;
+
 /// Key of the host's own root in `ROOTS`; no cgroup has this id.
 pub const HOST_ROOT: u64 = 0;
 
@@ -284,8 +293,8 @@ macro_rules! sizes {
 
 sizes! {
     Settings = 40,
-    SetMeta = 32,
-    Account = 16,
+    SetMeta = 40,
+    Account = 24,
     AgentState = 24,
     AdmittedKey = 24,
     Slot = 40,

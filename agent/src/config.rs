@@ -70,7 +70,11 @@ pub struct Config {
     /// Where the unified cgroup hierarchy is mounted; absent: found in /proc/mounts.
     pub cgroups: Option<PathBuf>,
     pub queue: Queue,
+    /// Folder on the host's bpffs in which enforcement outlives the agent; "none": it ends with the agent.
+    pub pins: PathBuf,
     pub maps: MapSizes,
+    /// Seconds between two proofs that enforcement works.
+    pub self_probe_seconds: u64,
     /// Seconds to deliver what is left after SIGTERM.
     pub drain_seconds: u64,
 }
@@ -170,6 +174,8 @@ impl Default for Config {
             cgroups: None,
             queue: Queue::default(),
             maps: MapSizes::default(),
+            pins: "/sys/fs/bpf/palisade".into(),
+            self_probe_seconds: 10,
             drain_seconds: 10,
         }
     }
@@ -239,6 +245,11 @@ impl Config {
     }
 
     /// What the kernel programs are to know.
+    /// Where programs and maps are pinned; `None` when they are not to outlive the agent.
+    pub fn pins(&self) -> Option<&Path> {
+        (self.pins != Path::new("none")).then_some(&self.pins)
+    }
+
     pub fn sizes(&self) -> Sizes {
         let MapSizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = self.maps;
         Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes }

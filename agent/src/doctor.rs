@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::{
     config::{Config, Unidentified},
     containers::{cgroups, cri},
-    kernel::{self, Kernel, LoadError, Tier},
+    kernel::{self, Kernel, LoadError, Pins, Tier},
 };
 
 /// Exit codes.
@@ -143,14 +143,32 @@ async fn examine(config: &Config) -> Report {
         },
         "enable NRI in the runtime (containerd 1.7 and later, CRI-O), or set unidentified: hold",
     );
-    let loaded = Kernel::load(&config.sizes(), &features);
+    let pins = config.pins().map(|folder| {
+        let above = folder.parent().unwrap_or(folder);
+        if Pins::is_bpffs(above) { Ok(folder) } else { Err(format!("{} is not a bpffs", above.display())) }
+    });
+    let outlives = match &pins {
+        Some(Ok(folder)) => (true, format!("pinned below {}", folder.display())),
+        Some(Err(error)) => (false, error.clone()),
+        None => (false, "pins: none".to_owned()),
+    };
+    check(
+        "bpffs",
+        !matches!(pins, Some(Err(_))),
+        outlives.1.clone(),
+        "mount -t bpf bpf /sys/fs/bpf, or write pins: none",
+    );
+    // Not beside what is in force: for itself, and gone when the report is made.
+    let loaded = Kernel::open(&config.sizes(), &features, None);
     check(
         "kernel layout (BTF)",
         !matches!(loaded, Err(LoadError::Btf(_))),
         match &loaded {
             Err(LoadError::Btf(error)) => error.to_string(),
-            Ok(kernel) if kernel.layout.absent.is_empty() => "every field found".to_owned(),
-            Ok(kernel) => format!("without {}", kernel.layout.absent.join(", ")),
+            Ok(kernel) => match kernel.layout.as_ref().map(|layout| layout.absent.join(", ")) {
+                Some(absent) if !absent.is_empty() => format!("without {absent}"),
+                _ => "every field found".to_owned(),
+            },
             Err(_) => "not reached".to_owned(),
         },
         "a kernel with CONFIG_DEBUG_INFO_BTF",
@@ -171,7 +189,7 @@ async fn examine(config: &Config) -> Report {
     Report {
         tier: tier.map_or("nothing", Tier::as_str),
         kernel: features.release.clone(),
-        promises: promises(tier, reason.as_deref(), runtime.is_ok(), before, config.unidentified),
+        promises: promises(tier, reason.as_deref(), runtime.is_ok(), before, &outlives, config.unidentified),
         programs: loaded
             .as_ref()
             .map(|kernel| {
@@ -186,7 +204,12 @@ async fn examine(config: &Config) -> Report {
                     .collect()
             })
             .unwrap_or_default(),
-        absent_kernel_fields: loaded.as_ref().map(|kernel| kernel.layout.absent.clone()).unwrap_or_default(),
+        absent_kernel_fields: loaded
+            .as_ref()
+            .ok()
+            .and_then(|kernel| kernel.layout.as_ref())
+            .map(|layout| layout.absent.clone())
+            .unwrap_or_default(),
         checks,
     }
 }
@@ -212,6 +235,7 @@ fn promises(
     reason: Option<&str>,
     runtime: bool,
     before: (bool, &str),
+    outlives: &(bool, String),
     unidentified: Unidentified,
 ) -> Vec<Promise> {
     let loaded = tier.is_some();
@@ -269,7 +293,7 @@ fn promises(
                 "no runtime answers, so every container stays unidentified"
             },
         ),
-        say("in force while the agent is away", false, "this build does not pin its programs"),
+        say("in force while the agent is away", loaded && outlives.0, &outlives.1),
     ]
 }
 

@@ -10,6 +10,9 @@ enum Cause {
     RingFull,
     QueueFull,
     Undecodable,
+    AgentKilled,
+    /// What the agent says itself, and the kernel has not numbered.
+    OwnQueueFull,
 }
 
 impl Cause {
@@ -18,6 +21,8 @@ impl Cause {
             Self::RingFull => "ring-full",
             Self::QueueFull => "queue-full",
             Self::Undecodable => "undecodable",
+            Self::AgentKilled => "agent-killed",
+            Self::OwnQueueFull => "own-queue-full",
         }
     }
 }
@@ -38,9 +43,20 @@ pub struct Losses {
 }
 
 impl Losses {
-    /// The queue had no room for a record.
-    pub fn turned_away(&mut self, slot: u64, time: u64) {
-        self.one(slot, Cause::QueueFull, time);
+    /// The queue had no room for a record, which the kernel has numbered or not.
+    pub fn turned_away(&mut self, slot: u64, numbered: bool, time: u64) {
+        self.one(slot, if numbered { Cause::QueueFull } else { Cause::OwnQueueFull }, time);
+    }
+
+    /// An agent before this one was killed with `count` records of a slot on their way, at the latest at `now`. Of the
+    /// kernel's counter, which stands at `total`, they are a part.
+    pub fn gone_with_the_agent(&mut self, slot: u64, count: u64, total: u64, now: u64) {
+        self.seen.insert(slot, (total, now));
+        if count > 0 {
+            let loss = self.open.entry((slot, Cause::AgentKilled)).or_default();
+            loss.from = now;
+            loss.count += count;
+        }
     }
 
     /// A record's bytes could not be read.
@@ -80,11 +96,12 @@ impl Losses {
     }
 
     /// Offers every open loss to `say`; what is not taken stays open.
-    pub fn report(&mut self, now: u64, mut say: impl FnMut(u64, v1::Gap) -> bool) {
+    /// With it goes how many numbered records it counts.
+    pub fn report(&mut self, now: u64, mut say: impl FnMut(u64, v1::Gap, u64) -> bool) {
         self.open.retain(|(slot, cause), loss| {
             let gap =
                 v1::Gap { count: loss.count, cause: cause.as_str().to_owned(), from: loss.from, to: now };
-            !say(*slot, gap)
+            !say(*slot, gap, if *cause == Cause::OwnQueueFull { 0 } else { loss.count })
         });
     }
 
@@ -103,17 +120,32 @@ mod tests {
         let mut losses = Losses::default();
         losses.lost_in_kernel(1, 0, 10);
         losses.lost_in_kernel(1, 5, 20);
-        losses.turned_away(1, 30);
-        losses.turned_away(1, 40);
-        losses.report(50, |_, _| false);
+        losses.turned_away(1, true, 30);
+        losses.turned_away(1, true, 40);
+        losses.turned_away(1, false, 45);
+        losses.report(50, |_, _, _| false);
         let mut said = Vec::new();
-        losses.report(60, |slot, gap| {
-            said.push((slot, gap.cause, gap.count, gap.from, gap.to));
+        losses.report(60, |slot, gap, numbered| {
+            said.push((slot, gap.cause, gap.count, numbered, gap.from, gap.to));
             true
         });
         said.sort();
-        assert_eq!(said, [(1, "queue-full".to_owned(), 2, 30, 60), (1, "ring-full".to_owned(), 5, 10, 60)]);
+        let expected = [
+            (1, "own-queue-full".to_owned(), 1, 0, 45, 60),
+            (1, "queue-full".to_owned(), 2, 2, 30, 60),
+            (1, "ring-full".to_owned(), 5, 5, 10, 60),
+        ];
+        assert_eq!(said, expected);
         losses.lost_in_kernel(1, 5, 70);
-        losses.report(80, |_, _| panic!("nothing is open"));
+        // What the kernel lost before is among what went with an agent that was killed.
+        losses.gone_with_the_agent(2, 4, 3, 75);
+        losses.lost_in_kernel(2, 4, 77);
+        let mut said = Vec::new();
+        losses.report(80, |slot, gap, _| {
+            said.push((slot, gap.cause, gap.count));
+            true
+        });
+        said.sort();
+        assert_eq!(said, [(2, "agent-killed".to_owned(), 4), (2, "ring-full".to_owned(), 1)]);
     }
 }

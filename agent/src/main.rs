@@ -9,8 +9,10 @@ mod kernel;
 mod losses;
 mod policies;
 mod processes;
+mod ready;
 mod records;
 mod sessions;
+mod uninstall;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -47,6 +49,21 @@ enum Command {
         #[arg(long)]
         profiles: Option<PathBuf>,
     },
+    /// Stop the agent and take everything out of force that any version of it put there
+    ///
+    /// Profiles, configuration and stored records stay. Exit codes: 0 done, 1 something stays.
+    Uninstall {
+        /// Stop the agent only: what it put in force stays in force, without anybody to identify new containers
+        #[arg(long)]
+        keep_enforcing: bool,
+    },
+    /// Tell whether the running agent enforces: for a readiness probe
+    ///
+    /// Exit codes: 0 it does, 1 it does not, or there is none.
+    Ready,
+    /// Act as the agent's self-probe demands: execute a program, and say if that is refused
+    #[command(hide = true)]
+    SelfProbe,
     /// Tell what this node can enforce
     ///
     /// Exit codes: 0 full tier, 3 fallback tier, 1 nothing.
@@ -66,7 +83,20 @@ fn main() -> ExitCode {
     })
 }
 
+/// Waits for a word, and then executes a program that must not run.
+fn act() -> ExitCode {
+    use std::os::unix::process::CommandExt as _;
+    let mut word = String::new();
+    let _a_word_or_the_end = std::io::stdin().read_line(&mut word);
+    let error = std::process::Command::new("/proc/self/exe").arg("--version").exec();
+    let refused = error.raw_os_error() == Some(libc::EPERM);
+    ExitCode::from(if refused { agent::REFUSED as u8 } else { 1 })
+}
+
 fn start(arguments: Arguments) -> Result<ExitCode> {
+    if matches!(arguments.command, Command::SelfProbe) {
+        return Ok(act());
+    }
     let mut config = Config::read(arguments.config.as_deref())?;
     if let Command::Run { collector, node, profiles } = &arguments.command {
         if let Some(node) = node {
@@ -88,6 +118,9 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
         match arguments.command {
             Command::Run { .. } => agent::run(config).await.map(|()| ExitCode::SUCCESS),
             Command::Doctor { json } => Ok(doctor::run(&config, json).await),
+            Command::Ready => ready::run(&config),
+            Command::SelfProbe => Ok(act()),
+            Command::Uninstall { keep_enforcing } => uninstall::run(&config, keep_enforcing),
         }
     })
 }

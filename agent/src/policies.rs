@@ -189,6 +189,8 @@ fn read_folder(folder: &Path) -> std::io::Result<Files> {
 struct Revision {
     number: u32,
     slots: usize,
+    /// Whether an agent before this one wrote it, and it has not been compared yet.
+    read_back: bool,
 }
 
 /// The revisions in the kernel, shared by all slots with the same policy.
@@ -220,6 +222,7 @@ impl Revisions {
             return Ok(String::new());
         };
         let name = policy.revision_name();
+        self.compare(maps, &name, policy)?;
         if self.of_slot.get(&slot) == Some(&name)
             && let Some(revision) = self.by_name.get(&name)
         {
@@ -230,7 +233,7 @@ impl Revisions {
             Some(revision) => revision.number,
             None => {
                 let number = maps.install(number_of(&name), &image::compile(policy)?)?;
-                self.by_name.insert(name.clone(), Revision { number, slots: 0 });
+                self.by_name.insert(name.clone(), Revision { number, slots: 0, read_back: false });
                 self.names.insert(number, name.clone());
                 number
             }
@@ -245,6 +248,43 @@ impl Revisions {
         self.release(maps, slot);
         self.of_slot.insert(slot, name.clone());
         Ok(name)
+    }
+
+    /// Compares a revision that an agent before this one wrote with what it should be, once; a wrong one is written anew
+    /// and all its slots are switched.
+    fn compare(&mut self, maps: &mut Maps, name: &str, policy: &Policy) -> Result<()> {
+        let Some(revision) = self.by_name.get_mut(name).filter(|revision| revision.read_back) else {
+            return Ok(());
+        };
+        let image = image::compile(policy)?;
+        if !maps.holds(revision.number, &image) {
+            tracing::error!(
+                revision = name,
+                "the kernel has other rules under this name than it should; writing them anew"
+            );
+            let number = maps.install(number_of(name), &image)?;
+            for (slot, _) in self.of_slot.iter().filter(|(_, other)| *other == name) {
+                maps.switch(*slot, number)?;
+            }
+            maps.retire(revision.number);
+            revision.number = number;
+            self.names.insert(number, name.to_owned());
+        }
+        revision.read_back = false;
+        Ok(())
+    }
+
+    /// Takes over what the kernel has of an agent before this one: number, name and slots of each revision.
+    pub fn read_back(&mut self, found: Vec<(u32, u64, Vec<u64>)>) {
+        for (number, name, slots) in found {
+            let name = format!("{name:012x}");
+            self.names.insert(number, name.clone());
+            let revision = Revision { number, slots: slots.len(), read_back: true };
+            self.by_name.insert(name.clone(), revision);
+            for slot in slots {
+                self.of_slot.insert(slot, name.clone());
+            }
+        }
     }
 
     /// The name of the revision that the kernel knows by `number`; empty for none.

@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use palisade_abi::{
     codes::{self, exec_flags},
+    maps::SetMeta,
     record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart},
     volume,
 };
@@ -22,18 +23,19 @@ pub struct Source {
     pub started: u64,
     /// The fields that all records share, encoded once.
     head: Bytes,
-    /// What to add to a time since boot to get the time since the Unix epoch. Fixed for a run, so that the order
-    /// of records does not depend on somebody setting the clock.
+    /// What to add to a time since boot to get the time since the Unix epoch. Fixed for a set of programs, so that the
+    /// order of records does not depend on somebody setting the clock, nor on the agent's restarts.
     boot_offset: u64,
 }
 
 impl Source {
-    /// `epoch` names the set of programs that numbers the records.
-    pub fn new(node: String, boot: String, epoch: u64) -> Self {
+    /// `set` is the set of programs that numbers the records.
+    pub fn new(node: String, boot: String, set: &SetMeta) -> Self {
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-        let head = v1::Record { node: node.clone(), boot: boot.clone(), epoch, ..Default::default() };
+        let head =
+            v1::Record { node: node.clone(), boot: boot.clone(), epoch: set.epoch, ..Default::default() };
         let head = head.encode_to_vec().into();
-        Self { node, boot, started: wall, head, boot_offset: wall.saturating_sub(now_since_boot()) }
+        Self { node, boot, started: wall, head, boot_offset: set.epoch.saturating_sub(set.epoch_since_boot) }
     }
 
     /// Nanoseconds since the Unix epoch of a kernel time; 0 stays 0.
@@ -339,7 +341,7 @@ mod tests {
 
     #[test]
     fn a_spliced_container_block_is_read_back() {
-        let source = Source::new("n".to_owned(), "b".to_owned(), 7);
+        let source = Source::new("n".to_owned(), "b".to_owned(), &SetMeta::default());
         let container = v1::Container { id: "c1".to_owned(), ..Default::default() };
         let bytes = source.encode(
             9,

@@ -47,8 +47,8 @@ pub(crate) struct Options {
     /// Verdict; may be given several times
     #[arg(long, value_parser = ["allowed", "audited", "denied"])]
     verdict: Vec<String>,
-    /// Kind of event; may be given several times [default: exec gap coverage session]
-    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session"])]
+    /// Kind of event; may be given several times [default: exec gap coverage session node-state]
+    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session", "node-state"])]
     kind: Vec<String>,
     /// Session: its kind (workload, probe, admin, unknown) or its id; may be given several times
     ///
@@ -88,7 +88,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let kinds = if options.all {
         Vec::new()
     } else if options.kind.is_empty() {
-        ["exec", "gap", "coverage", "session"].map(str::to_owned).to_vec()
+        ["exec", "gap", "coverage", "session", "node-state"].map(str::to_owned).to_vec()
     } else {
         options.kind
     };
@@ -243,6 +243,9 @@ fn describe(record: &Record) -> (String, String, String) {
                 session.executable.clone(),
                 format!("{} {} {what}", session.kind, session.id),
             )
+        }
+        Some(Event::NodeState(state)) => {
+            (format!("claim {}", state.claim), state.tier.clone(), state.failures.join("; "))
         }
         None => ("unknown".to_owned(), String::new(), "a kind that this build does not know".to_owned()),
     }

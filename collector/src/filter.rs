@@ -11,6 +11,7 @@ pub fn kind(record: &Record) -> &'static str {
         Some(Event::Exit(_)) => "exit",
         Some(Event::Gap(_)) => "gap",
         Some(Event::Coverage(_)) => "coverage",
+        Some(Event::NodeState(_)) => "node-state",
         Some(Event::Session(_)) => "session",
         None => "unknown",
     }

@@ -13,8 +13,8 @@ use crate::{
 
 /// Exit codes of the fixture.
 pub const PAYLOAD_RAN: i32 = 42;
-const EPERM: i32 = 1;
-const KILLED: i32 = 137;
+pub const EPERM: i32 = 1;
+pub const KILLED: i32 = 137;
 
 /// One way to run what is not allowed, and the record that a denial must leave.
 pub struct Attack {

@@ -58,6 +58,15 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         runtime.remove_container(container).await?;
     }
     runtime.remove_pod(&pod).await?;
+    let removed = Command::new("palisade-agent").arg("uninstall").output()?;
+    let said = String::from_utf8_lossy(&removed.stdout).into_owned();
+    report
+        .case("it stays in force without the pod, until it is uninstalled", async {
+            ensure!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
+            ensure!(said.contains("removed /sys/fs/bpf/palisade/v"), "nothing was in force any more: {said}");
+            Ok(())
+        })
+        .await;
     Ok(report.close())
 }
 

@@ -6,6 +6,7 @@
 mod attacks;
 mod bench;
 mod bench_start;
+mod claims;
 mod containerd;
 mod cri;
 mod daemonset;
@@ -18,6 +19,7 @@ mod faults;
 mod generator;
 mod members;
 mod node;
+mod outlives;
 mod planted;
 mod report;
 mod smoke;
@@ -79,6 +81,20 @@ enum Command {
         #[arg(long, default_value = "")]
         only: String,
     },
+    /// The agent is killed at random moments, stopped, taken over, uninstalled: what is refused stays refused
+    Outlives {
+        /// Times that it is killed
+        #[arg(long, default_value_t = 50)]
+        kills: u32,
+        /// Attacks meanwhile, at least
+        #[arg(long, default_value_t = 1000)]
+        attacks: u64,
+        /// Repeat the moments of an earlier run
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Pins and programs are tampered with: the agent notices, withdraws its claim, and mends them
+    Claims,
     /// Volumes of every kind: each file named by its volume and by its path in the pod
     ///
     /// Stops the guest's containerd and starts its own, so it comes late.
@@ -146,6 +162,10 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Engines { archive } => engines::run(&cri, &archive).await,
             Command::Disturbed { only } => disturbed::run(&only).await,
             Command::Members => members::run(&cri).await,
+            Command::Outlives { kills, attacks, seed } => {
+                outlives::run(&cri, &outlives::Options { kills, attacks, seed }).await
+            }
+            Command::Claims => claims::run(&cri).await,
             Command::Volumes { here } => volumes::run(&cri, here).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,

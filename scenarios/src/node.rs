@@ -42,6 +42,8 @@ pub struct AgentOptions {
     pub interfaces: Interfaces,
     /// Whether engines without Kubernetes are asked, too.
     pub engines: bool,
+    /// Whether enforcement is to end with the agent.
+    pub unpinned: bool,
     /// Further lines of its configuration.
     pub settings: &'static str,
 }
@@ -121,6 +123,21 @@ impl Node {
 
     /// Starts the agent and waits until it is in force. Returns the tier.
     pub async fn start_agent(&mut self, options: &AgentOptions) -> Result<String> {
+        self.spawn_agent(options)?;
+        until("the agent is in force", async || {
+            let log = self.log("agent");
+            if let Some(status) = self.agent.as_mut().and_then(|agent| agent.try_wait().ok().flatten()) {
+                bail!("the agent ended with {status}: {log}");
+            }
+            let line = log.lines().find(|line| line.contains("in force"));
+            Ok(line.map(|line| if line.contains("fallback") { "fallback" } else { "full" }.to_owned()))
+        })
+        .await
+    }
+
+    /// Starts the agent and does not wait for anything.
+    pub fn spawn_agent(&mut self, options: &AgentOptions) -> Result<()> {
+        let pins = if options.unpinned { PathBuf::from("none") } else { self.pins() };
         let folder = self.folder.path();
         let config = folder.join("agent.yaml");
         let socket = self.cri.display();
@@ -140,9 +157,10 @@ impl Node {
         std::fs::write(
             &config,
             format!(
-                "node: test-node\ncollector: http://{}\nprofiles: {}\n{runtime}",
+                "node: test-node\ncollector: http://{}\nprofiles: {}\npins: {}\n{runtime}",
                 self.collector_address,
                 folder.join("profiles").display(),
+                pins.display(),
             ),
         )?;
         let log = std::fs::File::create(folder.join("agent.log"))?;
@@ -159,15 +177,35 @@ impl Node {
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         self.agent = Some(agent);
-        until("the agent is in force", async || {
-            let log = self.log("agent");
-            if let Some(status) = self.agent.as_mut().and_then(|agent| agent.try_wait().ok().flatten()) {
-                bail!("the agent ended with {status}: {log}");
-            }
-            let line = log.lines().find(|line| line.contains("in force"));
-            Ok(line.map(|line| if line.contains("fallback") { "fallback" } else { "full" }.to_owned()))
-        })
-        .await
+        Ok(())
+    }
+
+    /// Where this node's agent keeps what outlives it: apart from every other node's.
+    pub fn pins(&self) -> PathBuf {
+        // A bpffs keeps names with dots for itself.
+        let name = self.folder.path().file_name().unwrap_or_default().to_string_lossy().replace('.', "");
+        Path::new("/sys/fs/bpf").join(format!("palisade-{name}"))
+    }
+
+    /// Stops the agent that runs, and takes everything out of force that this node's agents put there unless
+    /// `keep_enforcing`.
+    pub fn uninstall(&mut self, keep_enforcing: bool) -> Result<String> {
+        let config = self.folder.path().join("agent.yaml");
+        let output = Command::new("palisade-agent")
+            .arg("--config")
+            .arg(config)
+            .arg("uninstall")
+            .args(keep_enforcing.then_some("--keep-enforcing"))
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start palisade-agent")?;
+        if !output.status.success() {
+            bail!("uninstall: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        if let Some(mut agent) = self.agent.take() {
+            agent.wait()?;
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Stops the agent with SIGTERM and waits for it.
@@ -227,6 +265,11 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if self.pins().exists()
+            && let Err(error) = self.uninstall(false)
+        {
+            eprintln!("{error:#}");
+        }
         for child in self.agent.iter_mut().chain(&mut self.collector) {
             let _gone_already = child.kill();
             let _reaped = child.wait();

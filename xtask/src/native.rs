@@ -66,6 +66,7 @@ impl Containerd {
                 state.path().join("state")
             ),
         )?;
+        mount_bpffs()?;
         let log = std::fs::File::create(state.path().join("log"))?;
         let child = Command::new("containerd")
             .arg("--config")
@@ -168,4 +169,15 @@ impl Drop for Containerd {
             }
         }
     }
+}
+
+/// What outlives the agent is kept on a bpffs, which a machine without systemd may not have mounted.
+fn mount_bpffs() -> Result<()> {
+    const PLACE: &str = "/sys/fs/bpf";
+    let mounts = std::fs::read_to_string("/proc/self/mounts").context("cannot read /proc/self/mounts")?;
+    if mounts.lines().any(|line| line.split(' ').skip(1).take(2).eq([PLACE, "bpf"])) {
+        return Ok(());
+    }
+    rustix::mount::mount("bpf", PLACE, "bpf", rustix::mount::MountFlags::empty(), None)
+        .with_context(|| format!("cannot mount a bpffs at {PLACE}"))
 }

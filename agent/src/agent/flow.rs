@@ -6,12 +6,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use palisade_abi::record::{ForkRecord, Header, SessionPart, decode};
+use palisade_abi::{
+    maps::PROBE_SLOT,
+    record::{ForkRecord, Header, SessionPart, decode},
+};
 use palisade_proto::v1::{self, record::Event};
 
 use super::{Agent, RING_ROUND};
 use crate::{
     containers::Containers,
+    delivery::Credit,
     kernel::Kernel,
     processes::ProcessKey,
     records::{self, Held, Made},
@@ -94,6 +98,9 @@ impl Agent {
         let mut mounted = HashSet::new();
         for mut made in made {
             let slot = made.header.slot;
+            if let Some(settling) = &mut self.settling {
+                settling.saw(&made.header);
+            }
             if let Event::Exec(event) = &mut made.event {
                 // By its workload's first exec it has its mounts. Its policy is for after this round, which it would
                 // overtake.
@@ -124,6 +131,10 @@ impl Agent {
     /// Passes one record on, or keeps it until its verdict can be given; returns whether it was kept.
     fn take_record(&mut self, made: Made) -> bool {
         let Made { header, session, process, event, urgent, held } = made;
+        if header.slot == PROBE_SLOT {
+            self.self_probe.take(&event);
+            return false;
+        }
         let slot = header.slot;
         let stamp = Stamp { header, session, process };
         match (event, held) {
@@ -228,9 +239,10 @@ impl Agent {
         let Outgoing { header, session, event, urgent } = record;
         let container = self.containers.get(&slot).unwrap_or(&self.unknown);
         let bytes = self.source.encode(slot, header.as_ref(), session, container.encoded(), event);
-        if self.queue.push(bytes, urgent).is_err() {
+        let credit = Credit { slot, delivered: u64::from(header.is_some()), reported: 0 };
+        if self.queue.push(bytes, urgent, credit).is_err() {
             let time = header.map_or_else(|| self.source.now(), |header| self.source.wall(header.time));
-            self.losses.turned_away(slot, time);
+            self.losses.turned_away(slot, header.is_some(), time);
         }
     }
 

@@ -40,7 +40,7 @@ impl Agent {
         event.decided_mode = mode::name(decision.mode).unwrap_or_default().to_owned();
         event.verdict_of_script = decision.of_script;
         if let Some(container) = self.containers.get(&slot)
-            && decision.reason != reason::UNIDENTIFIED
+            && !matches!(decision.reason, reason::UNIDENTIFIED | reason::AGENT_ABSENT)
         {
             event.decided_revision.clone_from(&container.revision);
         }
@@ -128,6 +128,13 @@ impl Settled {
     /// Nobody will ever say what the container is: recorded, and let go.
     pub(super) fn unidentified() -> Self {
         Self { verdict: verdict::AUDITED, reason: reason::UNIDENTIFIED, mode: mode::HOLD, of_script: false }
+    }
+
+    /// The agent goes before anybody has said what the container is.
+    pub(super) fn without_agent(deny: bool) -> Self {
+        let (verdict, mode) =
+            if deny { (verdict::DENIED, mode::ENFORCE) } else { (verdict::AUDITED, mode::AUDIT) };
+        Self { verdict, reason: reason::AGENT_ABSENT, mode, of_script: false }
     }
 }
 

@@ -59,7 +59,7 @@ impl Agent {
     /// repeated: after a failure the next scan begins anew.
     fn take_over(&mut self, found: &Found) -> Result<()> {
         let first = processes::oldest(&found.members()).unwrap_or(0);
-        let is_new = self.kernel.maps.add_slot(found.slot, first)?;
+        let is_new = self.kernel.maps.add_slot(found.slot, first, &found.id)?;
         // The cgroup first: what forks from now on is found by it.
         self.kernel.maps.add_cgroup(found.slot, found.slot)?;
         if !found.is_there() {
@@ -101,7 +101,7 @@ impl Agent {
         }
         // A slot that the kernel made itself has a time of creation.
         let found_running = is_new || self.kernel.maps.slot(found.slot).is_some_and(|slot| slot.created == 0);
-        self.begin(found.slot, found.id.clone(), found.folder.clone(), found_running);
+        self.begin(found.slot, Container::new(found.id.clone(), found.folder.clone(), found_running));
         Ok(())
     }
 
@@ -120,13 +120,19 @@ impl Agent {
     }
 
     /// A container is there; find out what it is.
-    pub(super) fn begin(&mut self, slot: u64, id: String, cgroup: PathBuf, found_running: bool) {
+    pub(super) fn begin(&mut self, slot: u64, container: Container) {
         if self.containers.contains_key(&slot) {
             return;
         }
-        self.containers.insert(slot, Container::new(id.clone(), cgroup, found_running));
-        self.slots.insert(id.clone(), slot);
+        self.slots.insert(container.id.clone(), slot);
+        self.containers.insert(slot, container);
         self.tell_coverage(slot, "found", 0);
+        self.ask_about(slot);
+    }
+
+    /// Asks everybody who may know a container.
+    pub(super) fn ask_about(&mut self, slot: u64) {
+        let Some(id) = self.containers.get(&slot).map(|container| container.id.clone()) else { return };
         // Who has been described by the runtime already only lacks the image's digest, which need not compete with its
         // start.
         let wait = if self.expected.contains_key(&id) { DIGEST_WAIT } else { Duration::ZERO };
@@ -308,7 +314,7 @@ impl Agent {
                 container.mode = policy.as_ref().map_or(NO_PROFILE, |policy| policy.mode.as_str());
                 container.profiles =
                     policy.as_ref().map(|policy| policy.profiles.clone()).unwrap_or_default();
-                container.in_force_since = self.source.now();
+                container.in_force_since = self.source.wall(self.kernel.maps.in_force_since(slot));
             }
             Err(error) => {
                 if self.pending.insert(slot) {
@@ -347,6 +353,7 @@ impl Agent {
         self.waiting.remove(&slot);
         let made = self.kernel.maps.records_made(slot);
         self.tell_coverage(slot, "ended", made);
+        self.kernel.maps.close_account(slot, made);
         if let Some(asking) = self.asking.remove(&slot) {
             asking.abort();
         }

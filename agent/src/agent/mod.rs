@@ -2,11 +2,16 @@
 //! and takes one event after the other.
 
 mod admitted;
+mod adopt;
 mod flow;
 mod held;
 mod lifecycle;
+mod others;
 mod report;
+mod self_probe;
 mod volumes;
+
+pub use self_probe::REFUSED;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -17,7 +22,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use palisade_abi::{
-    codes::control,
+    codes::{control, mode},
     maps::AgentState,
     record::{ControlRecord, decode_control},
 };
@@ -29,7 +34,10 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use self::flow::{HeldExec, Waiting};
+use self::{
+    flow::{HeldExec, Waiting},
+    self_probe::SelfProbe,
+};
 use crate::{
     config::Config,
     containers::{
@@ -38,7 +46,7 @@ use crate::{
         identify::{self, Sources},
         nri,
     },
-    delivery::{self, Queue},
+    delivery::{self, Credit, Queue},
     kernel::{self, Kernel},
     losses::Losses,
     policies::{Profiles, Revisions},
@@ -53,6 +61,8 @@ const RING_PERIOD: Duration = Duration::from_millis(100);
 const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(1);
 /// How often containers are looked for in the cgroup tree, should the kernel's word have been lost.
 const SCAN_PERIOD: Duration = Duration::from_secs(30);
+/// How long programs of another build or configuration stay in force for the sake of containers that nobody identifies.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(60);
 /// Records taken from the ring before anything else gets its turn.
 const RING_ROUND: usize = 1024;
 
@@ -101,6 +111,11 @@ pub struct Agent {
     /// Whether the ring may hold more than the last round took.
     more: bool,
     ring_bytes: usize,
+    self_probe: SelfProbe,
+    /// What an agent before this one left, while it is counted.
+    settling: Option<adopt::Settling>,
+    /// Since when sets of programs of other builds or configurations are in force beside this agent's own.
+    others_since: Option<Instant>,
     /// Evidence against the programs that was last reported.
     evidence: Vec<(String, u64)>,
 }
@@ -110,6 +125,7 @@ struct Inputs {
     identities: mpsc::Receiver<(u64, Identity)>,
     questions: mpsc::Receiver<nri::Question>,
     events: mpsc::Receiver<RuntimeEvent>,
+    credits: mpsc::UnboundedReceiver<Credit>,
 }
 
 /// Runs until SIGTERM or SIGINT, then drains.
@@ -125,11 +141,9 @@ pub async fn run(config: Config) -> Result<()> {
     let mut profiles = Profiles::new(&config.profiles);
     profiles.load()?;
     let features = kernel::features();
-    let mut kernel = Kernel::load(&config.sizes(), &features)?;
-    #[cfg(debug_assertions)]
-    kernel.forward_logs();
+    let kernel = Kernel::open(&config.sizes(), &features, config.pins())?;
     let boot = boot_id()?;
-    let source = Source::new(node_name(&config)?, boot.clone(), kernel.epoch);
+    let source = Source::new(node_name(&config)?, boot.clone(), &kernel.meta);
     let sources = Arc::new(Sources::new(&config.runtimes));
     if !config.runtimes.sockets().any(|socket| socket.exists()) {
         tracing::error!(
@@ -144,7 +158,9 @@ pub async fn run(config: Config) -> Result<()> {
         epoch: source.started,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let delivery = tokio::spawn(delivery::deliver(config.collector.clone(), hello, Arc::clone(&queue)));
+    let (acknowledged, credits) = mpsc::unbounded_channel();
+    let delivery =
+        tokio::spawn(delivery::deliver(config.collector.clone(), hello, Arc::clone(&queue), acknowledged));
     let (identified, identities) = mpsc::channel(64);
     let (asked, questions) = mpsc::channel(16);
     let (told, events) = mpsc::channel(256);
@@ -190,12 +206,24 @@ pub async fn run(config: Config) -> Result<()> {
         awaiting_mounts: HashMap::new(),
         unsaid: VecDeque::new(),
         more: false,
+        self_probe: SelfProbe::new(Duration::from_secs(config.self_probe_seconds)),
+        settling: None,
+        others_since: None,
         ring_bytes: config.maps.ring_bytes as usize,
         evidence: Vec::new(),
     };
     agent.renew_lease();
     agent.admit_own_program();
     agent.kernel.attach()?;
+    if agent.kernel.adopted {
+        agent.adopt()?;
+    }
+    if agent.kernel.has_others()? {
+        agent.others_since = Some(Instant::now());
+    }
+    if let Err(error) = agent.prepare_self_probe() {
+        tracing::error!(error = format!("{error:#}"), "the self-probe has no place in the kernel");
+    }
     agent.find_running();
     tracing::info!(
         node = agent.source.node,
@@ -209,17 +237,18 @@ pub async fn run(config: Config) -> Result<()> {
             "fallback tier: a denied program is killed before its first instruction, not refused"
         );
     }
-    let result = agent.work(Inputs { identities, questions, events }).await;
+    let mut inputs = Inputs { identities, questions, events, credits };
+    let result = agent.work(&mut inputs).await;
     for task in speaking {
         task.abort();
     }
-    agent.drain(Duration::from_secs(config.drain_seconds)).await;
+    agent.drain(Duration::from_secs(config.drain_seconds), &mut inputs).await;
     delivery.abort();
     result
 }
 
 impl Agent {
-    async fn work(&mut self, mut inputs: Inputs) -> Result<()> {
+    async fn work(&mut self, inputs: &mut Inputs) -> Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
         let period = |duration| {
@@ -247,8 +276,11 @@ impl Agent {
                     self.identify(slot, identity);
                 }
                 Some(event) = inputs.events.recv() => self.runtime_event(event),
+                Some(Credit { slot, delivered, reported }) = inputs.credits.recv() => {
+                    self.kernel.maps.credit(slot, delivered, reported);
+                }
                 ready = self.kernel.records.readable() => { ready?; self.take_records(); }
-                _ = ring.tick() => { self.look_for_mounts(); self.take_records(); }
+                _ = ring.tick() => { self.look_for_mounts(); self.take_records(); self.probe_self(); }
                 _ = housekeeping.tick() => self.keep_house(),
                 _ = scan.tick() => { self.find_running(); self.look_for_more_mounts(); self.prune(); }
                 // What is left of a full ring, after everything else had its turn.
@@ -269,7 +301,7 @@ impl Agent {
                     let id = cgroups::container_id(&name).unwrap_or(&name).to_owned();
                     let path = record.path.split(|byte| *byte == 0).next().unwrap_or_default();
                     let folder = cgroups::folder(&self.cgroups, path, record.slot);
-                    self.begin(record.slot, id, folder, false);
+                    self.begin(record.slot, Container::new(id, folder, false));
                 }
                 // The slot stays until its last process is gone; see `keep_house`.
                 control::CONTAINER_REMOVED => {}
@@ -291,6 +323,9 @@ impl Agent {
     fn keep_house(&mut self) {
         self.renew_lease();
         self.let_go_again();
+        if !self.unrecorded.is_empty() {
+            self.settle_unrecorded();
+        }
         if self.profiles.refresh() {
             let slots: Vec<u64> = self.containers.keys().copied().collect();
             for slot in slots {
@@ -301,6 +336,7 @@ impl Agent {
             self.apply(slot, "policy-changed");
         }
         self.kernel.maps.reap();
+        self.retire_others();
         self.push_overdue();
         self.report_first_execs();
         self.report_losses();
@@ -322,15 +358,19 @@ impl Agent {
         }
     }
 
-    /// Takes the programs out of force, reads what is left in the ring, and waits until it is delivered.
-    async fn drain(&mut self, deadline: Duration) {
+    /// Reads what is left in the ring, and waits until it is delivered. What is pinned stays in force.
+    async fn drain(&mut self, deadline: Duration, inputs: &mut Inputs) {
         self.report_evidence();
-        self.kernel.detach();
+        if !self.kernel.outlives_the_agent() {
+            self.kernel.detach();
+        }
         self.empty_ring();
         // Nobody is left to ask for them.
+        let deny =
+            self.kernel.outlives_the_agent() && self.state.when_agent_absent == u32::from(mode::ENFORCE);
         for (slot, held) in std::mem::take(&mut self.held) {
             for exec in held {
-                self.finish(slot, exec, held::Settled::unidentified());
+                self.finish(slot, exec, held::Settled::without_agent(deny));
             }
         }
         for slot in self.waiting.keys().copied().collect::<Vec<_>>() {
@@ -339,7 +379,9 @@ impl Agent {
         let slots: Vec<u64> = self.containers.keys().copied().collect();
         for slot in slots {
             let made = self.kernel.maps.records_made(slot);
-            if let Some(container) = self.containers.get_mut(&slot) {
+            if let Some(container) = self.containers.get_mut(&slot)
+                && !self.kernel.outlives_the_agent()
+            {
                 container.mode = NOT_IN_FORCE;
                 container.encode();
             }
@@ -349,13 +391,23 @@ impl Agent {
             loop {
                 self.report_losses();
                 self.say();
-                self.queue.drained().await;
-                if self.losses.unsaid() == 0 && self.unsaid.is_empty() {
-                    break;
+                tokio::select! {
+                    () = self.queue.drained() => {
+                        if self.losses.unsaid() == 0 && self.unsaid.is_empty() {
+                            break;
+                        }
+                    }
+                    Some(Credit { slot, delivered, reported }) = inputs.credits.recv() => {
+                        self.kernel.maps.credit(slot, delivered, reported);
+                    }
                 }
             }
         };
-        if tokio::time::timeout(deadline, emptied).await.is_err() {
+        let in_time = tokio::time::timeout(deadline, emptied).await.is_ok();
+        while let Ok(Credit { slot, delivered, reported }) = inputs.credits.try_recv() {
+            self.kernel.maps.credit(slot, delivered, reported);
+        }
+        if !in_time {
             tracing::error!(
                 records = self.queue.counts().0,
                 uncounted = self.losses.unsaid(),

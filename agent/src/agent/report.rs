@@ -1,8 +1,10 @@
 //! What the agent says of its own accord: coverage, sessions, losses, and evidence against the programs.
 
+use palisade_abi::maps::PROBE_SLOT;
 use palisade_proto::v1::{self, record::Event};
 
 use super::Agent;
+use crate::delivery::Credit;
 
 impl Agent {
     pub(super) fn tell_coverage(&mut self, slot: u64, change: &str, records_made: u64) {
@@ -30,7 +32,7 @@ impl Agent {
     }
 
     /// Queues a record that the agent makes; it waits for room.
-    fn tell(&mut self, slot: u64, event: Event) {
+    pub(super) fn tell(&mut self, slot: u64, event: Event) {
         let container = self.containers.get(&slot).unwrap_or(&self.unknown);
         let bytes = self.source.encode(slot, None, None, container.encoded(), event);
         self.unsaid.push_back(bytes);
@@ -40,7 +42,7 @@ impl Agent {
     /// Queues what has waited for room, in order.
     pub(super) fn say(&mut self) {
         while let Some(bytes) = self.unsaid.front() {
-            if self.queue.push(bytes.clone(), true).is_err() {
+            if self.queue.push(bytes.clone(), true, Credit::default()).is_err() {
                 break;
             }
             self.unsaid.pop_front();
@@ -81,14 +83,14 @@ impl Agent {
     /// Turns what was lost since the last time into gap records.
     pub(super) fn report_losses(&mut self) {
         let now = self.source.now();
-        for (slot, value) in self.kernel.maps.slots() {
+        for (slot, value) in self.kernel.maps.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
             self.losses.lost_in_kernel(slot, value.lost, now);
         }
         let Self { losses, source, containers, unknown, queue, .. } = self;
-        losses.report(now, |slot, gap| {
+        losses.report(now, |slot, gap, reported| {
             let container = containers.get(&slot).unwrap_or(unknown);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
-            queue.push(bytes, true).is_ok()
+            queue.push(bytes, true, Credit { slot, delivered: 0, reported }).is_ok()
         });
         queue.flush();
     }

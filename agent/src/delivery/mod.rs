@@ -3,5 +3,5 @@
 mod queue;
 mod stream;
 
-pub use queue::Queue;
+pub use queue::{Credit, Queue};
 pub use stream::deliver;

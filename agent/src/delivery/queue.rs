@@ -4,7 +4,7 @@
 //! is turned away before denials are.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -20,9 +20,19 @@ const OVERHEAD: usize = 64;
 /// The share of the queue that only urgent records may use, as a divisor.
 const RESERVED_SHARE: usize = 8;
 
+/// What the account of a slot gains when a record is acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Credit {
+    pub slot: u64,
+    /// 1 for a record that the kernel has numbered.
+    pub delivered: u64,
+    /// How many numbered records a gap record counts.
+    pub reported: u64,
+}
+
 #[derive(Default)]
 struct State {
-    records: VecDeque<Bytes>,
+    records: VecDeque<(Bytes, Credit)>,
     bytes: usize,
     /// Position of the first record.
     first: u64,
@@ -52,7 +62,7 @@ impl Queue {
     /// # Errors
     ///
     /// When there is no room for it.
-    pub fn push(&self, record: Bytes, urgent: bool) -> Result<(), Full> {
+    pub fn push(&self, record: Bytes, urgent: bool, credit: Credit) -> Result<(), Full> {
         let mut state = self.state();
         let limit = if urgent { self.limit } else { self.limit - self.limit / RESERVED_SHARE };
         let size = record.len() + OVERHEAD;
@@ -60,7 +70,7 @@ impl Queue {
             return Err(Full);
         }
         state.bytes += size;
-        state.records.push_back(record);
+        state.records.push_back((record, credit));
         Ok(())
     }
 
@@ -83,6 +93,7 @@ impl Queue {
         let records = state
             .records
             .iter()
+            .map(|(record, _)| record)
             .skip(skip)
             .take(most)
             .take_while(|record| {
@@ -95,11 +106,18 @@ impl Queue {
         (position, records)
     }
 
-    /// Forgets every record before `next`.
-    pub fn acknowledge(&self, next: u64) {
+    /// Forgets every record before `next`, and returns what the accounts gain by it, one entry a slot.
+    pub fn acknowledge(&self, next: u64) -> Vec<Credit> {
         let mut state = self.state();
+        let mut gained: HashMap<u64, Credit> = HashMap::new();
         while state.first < next {
-            let Some(record) = state.records.pop_front() else { break };
+            let Some((record, credit)) = state.records.pop_front() else { break };
+            if credit != (Credit { slot: credit.slot, ..Credit::default() }) {
+                let sum =
+                    gained.entry(credit.slot).or_insert(Credit { slot: credit.slot, ..Credit::default() });
+                sum.delivered += credit.delivered;
+                sum.reported += credit.reported;
+            }
             state.bytes -= record.len() + OVERHEAD;
             state.first += 1;
             state.acknowledged += 1;
@@ -108,6 +126,7 @@ impl Queue {
             drop(state);
             self.emptied.notify_waiters();
         }
+        gained.into_values().collect()
     }
 
     /// Records that wait, and records acknowledged so far.
@@ -136,24 +155,25 @@ mod tests {
     fn telemetry_is_turned_away_before_denials() {
         let queue = Queue::new(8000);
         let record = Bytes::from(vec![0; 936]);
-        while queue.push(record.clone(), false).is_ok() {}
+        while queue.push(record.clone(), false, Credit::default()).is_ok() {}
         assert_eq!(queue.counts().0, 7);
-        assert_eq!(queue.push(record.clone(), true), Ok(()));
-        assert_eq!(queue.push(record, true), Err(Full));
+        assert_eq!(queue.push(record.clone(), true, Credit::default()), Ok(()));
+        assert_eq!(queue.push(record, true, Credit::default()), Err(Full));
     }
 
     #[test]
     fn positions_follow_acknowledgements() {
         let queue = Queue::new(1 << 20);
         for text in ["a", "b", "c"] {
-            queue.push(Bytes::from_static(text.as_bytes()), false).unwrap();
+            let credit = Credit { slot: 5, delivered: 1, reported: 0 };
+            queue.push(Bytes::from_static(text.as_bytes()), false, credit).unwrap();
         }
-        queue.acknowledge(1);
+        assert_eq!(queue.acknowledge(1), [Credit { slot: 5, delivered: 1, reported: 0 }]);
         assert_eq!(queue.batch(0, 10, 100), (1, vec![Bytes::from_static(b"b"), Bytes::from_static(b"c")]));
         assert_eq!(queue.batch(2, 10, 100).1.len(), 1);
-        queue.acknowledge(9);
+        assert_eq!(queue.acknowledge(9), [Credit { slot: 5, delivered: 2, reported: 0 }]);
         assert_eq!(queue.counts(), (0, 3));
-        queue.push(Bytes::from_static(b"d"), false).unwrap();
+        queue.push(Bytes::from_static(b"d"), false, Credit::default()).unwrap();
         assert_eq!(queue.batch(3, 10, 100), (3, vec![Bytes::from_static(b"d")]));
     }
 }

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
-use super::Queue;
+use super::{Credit, Queue};
 
 const MOST_RECORDS: usize = 2048;
 const MOST_BYTES: usize = 1 << 20;
@@ -22,12 +22,18 @@ const LONGEST_WAIT: Duration = Duration::from_secs(5);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Empties the queue until the task is dropped.
-pub async fn deliver(collector: String, hello: Hello, queue: Arc<Queue>) {
+/// What is acknowledged goes to `acknowledged`, which never waits.
+pub async fn deliver(
+    collector: String,
+    hello: Hello,
+    queue: Arc<Queue>,
+    acknowledged: mpsc::UnboundedSender<Credit>,
+) {
     let mut wait = FIRST_WAIT;
     let mut said = String::new();
     loop {
         let mut progress = false;
-        let result = stream(&collector, &hello, &queue, &mut progress).await;
+        let result = stream(&collector, &hello, &queue, &acknowledged, &mut progress).await;
         if progress {
             wait = FIRST_WAIT;
         }
@@ -46,7 +52,13 @@ pub async fn deliver(collector: String, hello: Hello, queue: Arc<Queue>) {
     }
 }
 
-async fn stream(collector: &str, hello: &Hello, queue: &Queue, progress: &mut bool) -> Result<()> {
+async fn stream(
+    collector: &str,
+    hello: &Hello,
+    queue: &Queue,
+    acknowledged: &mpsc::UnboundedSender<Credit>,
+    progress: &mut bool,
+) -> Result<()> {
     let channel = Endpoint::from_shared(collector.to_owned())?
         .connect_timeout(CONNECT_DEADLINE)
         .http2_keep_alive_interval(Duration::from_secs(20))
@@ -67,7 +79,12 @@ async fn stream(collector: &str, hello: &Hello, queue: &Queue, progress: &mut bo
         bail!("the collector did not say where to go on");
     };
     tracing::info!(collector, next_position = welcome.next_position, "delivering");
-    queue.acknowledge(welcome.next_position);
+    let tell = |gained: Vec<Credit>| {
+        for credit in gained {
+            let _the_agent_stops = acknowledged.send(credit);
+        }
+    };
+    tell(queue.acknowledge(welcome.next_position));
     let mut next = welcome.next_position;
     let mut outstanding = 0;
     loop {
@@ -84,7 +101,7 @@ async fn stream(collector: &str, hello: &Hello, queue: &Queue, progress: &mut bo
             answer = answer(&mut answers) => match answer? {
                 collector_message::Message::Acknowledgement(acknowledgement) => {
                     *progress = true;
-                    queue.acknowledge(acknowledgement.next_position);
+                    tell(queue.acknowledge(acknowledgement.next_position));
                     outstanding -= 1;
                 }
                 collector_message::Message::Welcome(_) => bail!("the collector said welcome twice"),

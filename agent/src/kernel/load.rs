@@ -8,20 +8,29 @@ use std::{
 use anyhow::Context as _;
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Map, RingBuf},
-    programs::{Lsm, Program, RawTracePoint},
+    maps::{Array, Map, MapData, RingBuf},
+    programs::{
+        Lsm, Program, RawTracePoint,
+        links::{FdLink, PinnedLink},
+    },
 };
 use palisade_abi::{
+    ABI_VERSION,
     codes::volume_flags,
-    maps::{HOST_ROOT, Settings},
+    hash::hash_path,
+    maps::{AgentState, HOST_ROOT, SetMeta, Settings},
     offsets::ABSENT,
 };
 use thiserror::Error;
 
 use super::{
-    BtfError, Features, Layout, Maps, Opened, Ring, Sizes, Table, btf::OverlayLayout, roots, volumes,
+    BtfError, Features, Layout, Maps, Opened, Pins, Ring, Sizes, Table, btf::OverlayLayout, pins::SetFolder,
+    roots, volumes,
 };
-use crate::containers::mounts::{Described, Volume};
+use crate::{
+    containers::mounts::{Described, Volume},
+    records::now_since_boot,
+};
 
 static FETCH_ADD: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_FETCH_ADD"));
 static LANES: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_LANES"));
@@ -29,6 +38,9 @@ static LANES: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_LANES"))
 /// Size of a kernel stack on x86-64 (`THREAD_SIZE` without KASAN). Only used where the helper for the registers is
 /// missing, and what is read there must pass a check.
 const THREAD_SIZE: u32 = 16384;
+
+/// Ended containers whose records may still be on their way, for each that runs.
+const ACCOUNTS_PER_SLOT: u32 = 4;
 
 /// How much of an exec denial this node can enforce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,33 +103,49 @@ pub struct ProgramReport {
     pub translated_bytes: Option<u32>,
 }
 
-/// The programs, loaded; after [`Kernel::attach`] also in force.
+/// The programs and maps, pinned; after [`Kernel::attach`] in force.
 pub struct Kernel {
-    ebpf: Ebpf,
     pub maps: Maps,
     pub records: Ring,
     pub control: Ring,
     pub tier: Tier,
     /// Why the tier is not full.
     pub tier_reason: Option<String>,
-    pub layout: Layout,
+    /// Absent when the programs were found loaded.
+    pub layout: Option<Layout>,
     pub programs: Vec<ProgramReport>,
+    pub meta: SetMeta,
+    /// Whether the set was in force already.
+    pub adopted: bool,
     /// The process in procfs whose root and mount namespace are the host's.
     host: &'static Path,
-    /// Names this set of programs and maps: the time it was made, nanoseconds since the Unix epoch.
-    pub epoch: u64,
+    pins: Pins,
+    set: String,
+    folder: SetFolder,
+    learn_root: RawTracePoint,
+    learn_volume: RawTracePoint,
+    /// Everything that is pinned, to pin it again.
+    all_programs: Vec<(&'static str, Program)>,
+    all_maps: Vec<(String, MapData)>,
+    active_epoch: MapData,
+    /// The links: as long as the agent holds them, no pin that is taken away ends enforcement.
+    links: Vec<(&'static str, PinnedLink)>,
 }
 
+/// Attached in this order: cgroups first, so that no task enters one that is not known.
 const TRACEPOINTS: &[&str] = &[
-    "sched_process_fork",
-    "sched_process_exec",
-    "sched_process_exit",
     "cgroup_mkdir",
     "cgroup_rmdir",
     "cgroup_attach_task",
+    "sched_process_fork",
+    "sched_process_exec",
+    "sched_process_exit",
 ];
+const LEARN_ROOT: &str = "learn_root";
+const LEARN_VOLUME: &str = "learn_volume";
+const PROBE_ORIGIN: &str = "probe_origin";
 /// Run on demand, never attached.
-const ON_DEMAND: &[&str] = &["learn_root", "learn_volume", "probe_origin"];
+const ON_DEMAND: &[&str] = &[LEARN_ROOT, LEARN_VOLUME, PROBE_ORIGIN];
 const LSM: &[&str] = &[
     "bprm_check_security",
     "bprm_committed_creds",
@@ -125,131 +153,258 @@ const LSM: &[&str] = &[
     "file_send_sigiotask",
     "ptrace_access_check",
 ];
+/// The map that all sets share.
+const ACTIVE_EPOCH: &str = "ACTIVE_EPOCH";
 
 impl Kernel {
-    /// Loads everything this kernel takes, and proves that origins can be told.
+    /// Takes over the set that is pinned, if it is this build's and whole; else loads everything this kernel takes, and
+    /// proves that origins can be told.
+    ///
+    /// `folder` is where the host's bpffs keeps what outlives the agent; without one, nothing does.
     ///
     /// # Errors
     ///
     /// Without rights, without BTF, or when the verifier refuses a program that every supported kernel takes.
-    pub fn load(sizes: &Sizes, features: &Features) -> Result<Self, LoadError> {
+    pub fn open(sizes: &Sizes, features: &Features, folder: Option<&Path>) -> Result<Self, LoadError> {
         if !rustix::process::geteuid().is_root() {
             return Err(LoadError::NotPermitted);
         }
-        // Before 5.11 map memory counts against this limit.
-        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
-        if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
-            tracing::debug!(%error, "the limit on locked memory stays; it matters before kernel 5.11");
-        }
-        let host = host_process();
-        let layout = Layout::of_running_kernel()?;
-        let hash_key = random_key()?;
-        let epoch = now();
-        let settings = Settings {
-            hash_key,
-            epoch,
-            have_task_pt_regs: u32::from(layout.have_task_pt_regs),
-            pt_regs_at: if layout.pt_regs_size == 0 { 0 } else { THREAD_SIZE - layout.pt_regs_size },
-            host_mount_namespace: mount_namespace(host)?,
-            reserved: 0,
-        };
-        let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
-        let Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = *sizes;
+        let pins = folder.map_or_else(Pins::private, Pins::open)?;
         let object = object(features)?;
-        let mut ebpf = EbpfLoader::new()
-            .btf(Some(&btf))
-            .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
-            .override_global("SETTINGS", bytemuck::bytes_of(&settings), true)
-            .map_max_entries("SLOTS", slots)
-            .map_max_entries("NAMES", slots)
-            .map_max_entries("ACCOUNTS", slots)
-            .map_max_entries("SLOT_LANES", slots)
-            .map_max_entries("SLOT_POLICIES", slots)
-            .map_max_entries("ROOTS", slots + 1)
-            .map_max_entries("ROOT_SLOTS", slots)
-            .map_max_entries("REVISIONS", slots)
-            .map_max_entries("CGROUPS", slots * 2)
-            .map_max_entries("PROCESSES", processes)
-            .map_max_entries("RULES", rules)
-            .map_max_entries("GLOB_STATES", glob_states)
-            .map_max_entries("VOLUMES", volumes)
-            .map_max_entries("VOLUME_NAMES", volume_names)
-            .map_max_entries("RECORDS", ring_bytes)
-            .load(&object)
-            .map_err(|error| LoadError::Other(anyhow::Error::new(error).context("cannot create the maps")))?;
-        let mut programs = Vec::new();
-        for name in TRACEPOINTS.iter().chain(ON_DEMAND) {
-            let program = raw_tracepoint(&mut ebpf, name)?;
-            program.load().map_err(|error| refused(name, &error))?;
-            programs.push(report(name, program.info()));
-        }
-        let tier_reason = match features.lsm_is_active() {
-            Ok(()) => {
-                for name in LSM {
-                    let program = lsm(&mut ebpf, name)?;
-                    program.load(name, &btf).map_err(|error| refused(name, &error))?;
-                    programs.push(report(name, program.info()));
+        let set = set_name(&object, sizes);
+        if let Some(folder) = pins.find(&set) {
+            match adoptable(&pins, &folder) {
+                Ok(meta) => return Self::assemble(pins, set, folder, meta, features),
+                Err(error) => {
+                    tracing::error!(
+                        set,
+                        error = format!("{error:#}"),
+                        "what is pinned cannot be taken over; it stays in force until a new set is"
+                    );
+                    pins.set_aside(&set)?;
                 }
-                None
             }
-            Err(reason) => Some(reason),
-        };
-        let tier = if tier_reason.is_none() { Tier::Full } else { Tier::Fallback };
-        let records = ring(&mut ebpf, "RECORDS")?;
-        let control = ring(&mut ebpf, "CONTROL")?;
-        let maps = Maps::take(&mut ebpf, hash_key)?;
-        let mut kernel =
-            Self { ebpf, maps, records, control, tier, tier_reason, layout, programs, host, epoch };
+        }
+        let fresh = load(sizes, features, &pins, &set, &object)?;
+        let Fresh { folder, meta, layout, programs } = fresh;
+        let mut kernel = Self::assemble(pins, set, folder, meta, features)?;
+        kernel.adopted = false;
+        kernel.programs = programs;
         // Before anything is attached, so that no decision is taken without it.
-        kernel.learn_root(HOST_ROOT, &host.join("root"))?;
-        if kernel.layout.offsets.ovl_inode_upper == ABSENT {
+        kernel.learn_root(HOST_ROOT, &kernel.host.join("root"))?;
+        if layout.offsets.ovl_inode_upper == ABSENT {
             return Err(LoadError::Overlay(anyhow::anyhow!("its inode's layout is not known")));
         }
-        let probe = raw_tracepoint(&mut kernel.ebpf, "probe_origin")?;
-        roots::prove_overlay(probe).map_err(LoadError::Overlay)?;
-        drop(btf);
+        let probe = pinned_tracepoint(&kernel.folder, PROBE_ORIGIN)?;
+        roots::prove_overlay(&probe).map_err(LoadError::Overlay)?;
+        if layout.overlay == OverlayLayout::Inferred {
+            tracing::info!("the layout of overlayfs was inferred and proven on a scratch overlay");
+        }
+        kernel.layout = Some(layout);
         // Parsing BTF took tens of megabytes that are never needed again.
         // SAFETY: the call takes no pointers; it gives free memory of the allocator back to the kernel.
         unsafe { libc::malloc_trim(0) };
-        if kernel.layout.overlay == OverlayLayout::Inferred {
-            tracing::info!("the layout of overlayfs was inferred and proven on a scratch overlay");
-        }
         Ok(kernel)
     }
 
-    /// Puts the programs in force. Cgroups first, so that no task enters one that is not known.
+    /// Opens everything of a pinned set.
+    fn assemble(
+        pins: Pins,
+        set: String,
+        folder: SetFolder,
+        meta: SetMeta,
+        features: &Features,
+    ) -> Result<Self, LoadError> {
+        let tier_reason = features.lsm_is_active().err();
+        let tier = if tier_reason.is_none() { Tier::Full } else { Tier::Fallback };
+        let mut all_programs = Vec::new();
+        for name in TRACEPOINTS.iter().chain(ON_DEMAND) {
+            all_programs.push((*name, Program::RawTracePoint(pinned_tracepoint(&folder, name)?)));
+        }
+        for name in LSM.iter().filter(|_| tier == Tier::Full) {
+            all_programs.push((*name, Program::Lsm(pinned_lsm(&folder, name)?)));
+        }
+        let mut all_maps = Vec::new();
+        for name in folder.map_names()? {
+            let path = folder.map(&name);
+            all_maps.push((name, MapData::from_pin(&path).map_err(anyhow::Error::new)?));
+        }
+        let active_epoch = MapData::from_pin(pins.active_epoch()).map_err(anyhow::Error::new)?;
+        Ok(Self {
+            maps: Maps::open(&folder, &pins)?,
+            records: ring(&folder, "RECORDS")?,
+            control: ring(&folder, "CONTROL")?,
+            tier,
+            tier_reason,
+            layout: None,
+            programs: Vec::new(),
+            meta,
+            adopted: true,
+            host: host_process(),
+            learn_root: pinned_tracepoint(&folder, LEARN_ROOT)?,
+            learn_volume: pinned_tracepoint(&folder, LEARN_VOLUME)?,
+            all_programs,
+            all_maps,
+            active_epoch,
+            links: Vec::new(),
+            pins,
+            set,
+            folder,
+        })
+    }
+
+    /// Puts the programs in force, as far as they are not.
     ///
     /// # Errors
     ///
     /// When the kernel refuses an attachment.
     pub fn attach(&mut self) -> Result<(), LoadError> {
-        self.maps.record_as(self.epoch)?;
-        for name in ["cgroup_mkdir", "cgroup_rmdir", "cgroup_attach_task"]
-            .into_iter()
-            .chain(TRACEPOINTS.iter().copied().filter(|name| name.starts_with("sched_")))
-        {
-            let program = raw_tracepoint(&mut self.ebpf, name)?;
-            program.attach(name).map_err(|error| refused(name, &error))?;
-        }
-        if self.tier == Tier::Full {
-            for name in LSM {
-                lsm(&mut self.ebpf, name)?.attach().map_err(|error| refused(name, &error))?;
+        for name in self.to_attach() {
+            let pin = self.folder.link(name);
+            if self.adopted {
+                if let Ok(link) = PinnedLink::from_pin(&pin) {
+                    self.links.push((name, link));
+                    continue;
+                }
+                tracing::error!(program = name, "it was not attached any more; attaching it again");
             }
+            self.links.push((name, attach(&self.folder, name, &pin)?));
+        }
+        self.maps.record_as(self.meta.epoch)?;
+        if !self.adopted {
+            self.folder = self.pins.finish(&self.set)?;
         }
         Ok(())
     }
 
+    /// Whether sets of other builds or configurations are in force, too.
+    ///
+    /// # Errors
+    ///
+    /// When the folder of pins cannot be read.
+    pub fn has_others(&self) -> anyhow::Result<bool> {
+        Ok(self.pins.sets()?.iter().any(|name| *name != self.set))
+    }
+
+    /// Opens the complete sets of other builds or configurations that have this build's layout.
+    ///
+    /// # Errors
+    ///
+    /// When one is of another layout or cannot be read.
+    pub fn old_sets(&self) -> anyhow::Result<Vec<OldSet>> {
+        let mut found = Vec::new();
+        for name in self.pins.sets()?.into_iter().filter(|name| *name != self.set) {
+            let Some(folder) = self.pins.find(&name).filter(|_| !Pins::is_unfinished(&name)) else {
+                continue;
+            };
+            let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
+            let meta = meta.get(&0, 0)?;
+            anyhow::ensure!(
+                meta.abi == ABI_VERSION,
+                "the ABI of {name} is {}, this build's {ABI_VERSION}",
+                meta.abi
+            );
+            let maps = Maps::open(&folder, &self.pins)?;
+            found.push(OldSet { meta, maps, records: ring(&folder, "RECORDS")?, name });
+        }
+        Ok(found)
+    }
+
+    /// Takes away what other builds and an earlier configuration left in force.
+    ///
+    /// # Errors
+    ///
+    /// When something of it stays.
+    pub fn retire_others(&self) -> anyhow::Result<()> {
+        for other in self.pins.sets()?.iter().filter(|name| **name != self.set) {
+            tracing::info!(set = other, "a set of programs is out of force");
+            self.pins.remove(other)?;
+        }
+        Ok(())
+    }
+
+    /// Whether what is in force stays so without the agent.
+    pub fn outlives_the_agent(&self) -> bool {
+        self.pins.lasting
+    }
+
+    /// The programs that are attached on this tier.
+    fn to_attach(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let full = self.tier == Tier::Full;
+        TRACEPOINTS.iter().chain(LSM.iter().filter(move |_| full)).copied()
+    }
+
+    /// Looks whether everything is pinned that keeps enforcement up without the agent, and pins again what is not. Returns
+    /// what was missing.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be pinned again.
+    pub fn verify(&mut self) -> anyhow::Result<Vec<String>> {
+        let mut missing = Vec::new();
+        if !self.pins.is_in_place() {
+            missing.push("the bpffs with the pins is gone".to_owned());
+            self.pins.restore(&self.set)?;
+            self.folder = self.pins.find(&self.set).context("the place of the pins cannot be made")?;
+        }
+        for (name, map) in &self.all_maps {
+            let path = self.folder.map(name);
+            if !path.exists() {
+                missing.push(format!("the pin of map {name} is gone"));
+                map.pin(&path).with_context(|| format!("cannot pin the map {name} again"))?;
+            }
+        }
+        if !self.pins.active_epoch().exists() {
+            missing.push("the pin of map active_epoch is gone".to_owned());
+            self.active_epoch.pin(self.pins.active_epoch()).context("cannot pin active_epoch again")?;
+        }
+        for (name, program) in &mut self.all_programs {
+            let path = self.folder.program(name);
+            if !path.exists() {
+                missing.push(format!("the pin of program {name} is gone"));
+                program.pin(&path).with_context(|| format!("cannot pin the program {name} again"))?;
+            }
+        }
+        for (name, link) in std::mem::take(&mut self.links) {
+            let path = self.folder.link(name);
+            if path.exists() {
+                self.links.push((name, link));
+                continue;
+            }
+            missing.push(format!("the pin of the link of {name} is gone"));
+            let link =
+                FdLink::from(link).pin(&path).with_context(|| format!("cannot pin the link of {name}"))?;
+            self.links.push((name, link));
+        }
+        Ok(missing)
+    }
+
+    /// Attaches every program once more, and lets go of the links before. Nothing is out of force meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses an attachment.
+    pub fn attach_anew(&mut self) -> anyhow::Result<()> {
+        let before = std::mem::take(&mut self.links);
+        for name in self.to_attach() {
+            let pin = self.folder.link(name);
+            match std::fs::remove_file(&pin) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("cannot remove {}", pin.display()));
+                }
+                _ => {}
+            }
+            self.links.push((name, attach(&self.folder, name, &pin)?));
+        }
+        drop(before);
+        self.maps.record_as(self.meta.epoch)
+    }
+
     /// Takes the programs out of force; records that are in the ring stay there to be read.
     pub fn detach(&mut self) {
-        for (_, program) in self.ebpf.programs_mut() {
-            let result = match program {
-                Program::RawTracePoint(program) => program.unload(),
-                Program::Lsm(program) => program.unload(),
-                _ => Ok(()),
-            };
-            if let Err(error) = result {
-                tracing::debug!(%error, "a program was not loaded");
-            }
+        self.links.clear();
+        if let Err(error) = self.pins.detach(&self.set) {
+            tracing::error!(error = format!("{error:#}"), "not all programs are out of force");
         }
     }
 
@@ -259,8 +414,7 @@ impl Kernel {
     ///
     /// When the path cannot be entered.
     pub fn learn_root(&mut self, slot: u64, path: &Path) -> anyhow::Result<()> {
-        let program = raw_tracepoint(&mut self.ebpf, "learn_root")?;
-        roots::learn(program, slot, path)
+        roots::learn(&self.learn_root, slot, path)
     }
 
     /// Opens the mounts of the process `pid` that may be volumes; see [`volumes::open_mounts`].
@@ -272,6 +426,11 @@ impl Kernel {
         volumes::open_mounts(pid, described, untouched, self.host)
     }
 
+    /// Names and mount points of the volumes that the kernel knows of `slot`.
+    pub fn volumes_of(&self, slot: u64) -> Vec<(String, String)> {
+        self.maps.volumes.of(slot)
+    }
+
     /// Tells the kernel that a mount is a volume of `slot`.
     ///
     /// # Errors
@@ -281,8 +440,7 @@ impl Kernel {
         let (text, mark) = volume.text().context("its name is too long")?;
         let name = self.maps.volumes.index(slot, &text, mark)?;
         let flags = if volume.replaced_whole { volume_flags::REPLACED_WHOLE } else { 0 };
-        let program = raw_tracepoint(&mut self.ebpf, "learn_volume")?;
-        volumes::learn(program, slot, opened, name, flags)
+        volumes::learn(&self.learn_volume, slot, opened, name, flags)
     }
 
     /// Lets a held process go, or kills it. One that has ended meanwhile is no error, nor is its number another's.
@@ -332,24 +490,11 @@ impl Kernel {
         found.is_some() && found == root(self.host)
     }
 
-    /// Passes on what the programs log in debug builds.
-    #[cfg(debug_assertions)]
-    pub fn forward_logs(&mut self) {
-        if let Err(error) = aya_log::EbpfLogger::init(&mut self.ebpf) {
-            tracing::debug!(%error, "the programs were built without debug messages");
-        }
-    }
-
     /// Times that the kernel skipped a program because it was already running on that CPU (5.12 and later tell).
     pub fn recursion_misses(&self) -> u64 {
         let mut sum = 0;
-        for (_, program) in self.ebpf.programs() {
-            let fd = match program {
-                Program::Lsm(program) => program.fd(),
-                Program::RawTracePoint(program) => program.fd(),
-                _ => continue,
-            };
-            let Ok(fd) = fd else { continue };
+        for (_, program) in &self.all_programs {
+            let Ok(fd) = program.fd() else { continue };
             let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
             let text = std::fs::read_to_string(path).unwrap_or_default();
             sum += text
@@ -359,6 +504,178 @@ impl Kernel {
         }
         sum
     }
+}
+
+/// A set that another agent left and that makes no records any more.
+pub struct OldSet {
+    pub name: String,
+    pub meta: SetMeta,
+    pub maps: Maps,
+    pub records: Ring,
+}
+
+/// What was loaded anew.
+struct Fresh {
+    folder: SetFolder,
+    meta: SetMeta,
+    layout: Layout,
+    programs: Vec<ProgramReport>,
+}
+
+/// Loads the object into a set that is not complete yet: nothing of it is attached.
+fn load(
+    sizes: &Sizes,
+    features: &Features,
+    pins: &Pins,
+    set: &str,
+    object: &[u8],
+) -> Result<Fresh, LoadError> {
+    // Before 5.11 map memory counts against this limit.
+    let unlimited = rustix::process::Rlimit { current: None, maximum: None };
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
+        tracing::debug!(%error, "the limit on locked memory stays; it matters before kernel 5.11");
+    }
+    let layout = Layout::of_running_kernel()?;
+    let meta = SetMeta {
+        abi: ABI_VERSION,
+        reserved: 0,
+        epoch: now(),
+        epoch_since_boot: now_since_boot(),
+        hash_key: random_key()?,
+    };
+    let settings = Settings {
+        hash_key: meta.hash_key,
+        epoch: meta.epoch,
+        have_task_pt_regs: u32::from(layout.have_task_pt_regs),
+        pt_regs_at: if layout.pt_regs_size == 0 { 0 } else { THREAD_SIZE - layout.pt_regs_size },
+        host_mount_namespace: mount_namespace(host_process())?,
+        reserved: 0,
+    };
+    let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
+    let folder = pins.begin(set)?;
+    let Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = *sizes;
+    let mut ebpf = EbpfLoader::new()
+        .btf(Some(&btf))
+        .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
+        .override_global("SETTINGS", bytemuck::bytes_of(&settings), true)
+        .map_max_entries("SLOTS", slots)
+        .map_max_entries("NAMES", slots)
+        .map_max_entries("ACCOUNTS", slots * ACCOUNTS_PER_SLOT)
+        .map_max_entries("SLOT_LANES", slots)
+        .map_max_entries("SLOT_POLICIES", slots)
+        .map_max_entries("ROOTS", slots + 1)
+        .map_max_entries("ROOT_SLOTS", slots)
+        .map_max_entries("REVISIONS", slots)
+        .map_max_entries("CGROUPS", slots * 2)
+        .map_max_entries("PROCESSES", processes)
+        .map_max_entries("RULES", rules)
+        .map_max_entries("GLOB_STATES", glob_states)
+        .map_max_entries("VOLUMES", volumes)
+        .map_max_entries("VOLUME_NAMES", volume_names)
+        .map_max_entries("RECORDS", ring_bytes)
+        .map_pin_path(ACTIVE_EPOCH, pins.active_epoch())
+        .load(object)
+        .map_err(|error| LoadError::Other(anyhow::Error::new(error).context("cannot create the maps")))?;
+    // Constants (`.rodata`) belong to the programs, which keep them.
+    for (name, map) in ebpf.maps().filter(|(name, _)| *name != ACTIVE_EPOCH && !name.starts_with('.')) {
+        map.pin(folder.map(name)).with_context(|| format!("cannot pin the map {name}"))?;
+    }
+    let mut head: Array<_, SetMeta> =
+        ebpf.map_mut("META").context("the object has no map META")?.try_into().map_err(anyhow::Error::new)?;
+    head.set(0, meta, 0).context("cannot describe the set")?;
+    let mut programs = Vec::new();
+    for name in TRACEPOINTS.iter().chain(ON_DEMAND) {
+        let program: &mut RawTracePoint = program(&mut ebpf, name)?;
+        program.load().map_err(|error| refused(name, &error))?;
+        programs.push(report(name, program.info()));
+        program.pin(folder.program(name)).with_context(|| format!("cannot pin {name}"))?;
+    }
+    if features.lsm_is_active().is_ok() {
+        for name in LSM {
+            let program: &mut Lsm = program(&mut ebpf, name)?;
+            program.load(name, &btf).map_err(|error| refused(name, &error))?;
+            programs.push(report(name, program.info()));
+            program.pin(folder.program(name)).with_context(|| format!("cannot pin {name}"))?;
+        }
+    }
+    // Passes on what the programs log in debug builds.
+    #[cfg(debug_assertions)]
+    if let Err(error) = aya_log::EbpfLogger::init(&mut ebpf) {
+        tracing::debug!(%error, "the programs were built without debug messages");
+    }
+    Ok(Fresh { folder, meta, layout, programs })
+}
+
+/// What the agent last told the kernel of the set that records; `None` when there is none below `folder`.
+///
+/// # Errors
+///
+/// When what is pinned cannot be read.
+pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
+    let (sets, active) = Pins::complete(folder)?;
+    if sets.is_empty() {
+        return Ok(None);
+    }
+    let active: Array<_, u64> = pinned_map(&active)?.try_into()?;
+    let active = active.get(&0, 0)?;
+    for set in sets {
+        let meta: Array<_, SetMeta> = pinned_map(&set.map("META"))?.try_into()?;
+        if meta.get(&0, 0)?.epoch == active {
+            let agent: Array<_, AgentState> = pinned_map(&set.map("AGENT"))?.try_into()?;
+            return Ok(Some(agent.get(&0, 0)?));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a complete set is one to take over: of this layout, and the one that records. Returns what it is. The types of
+/// its maps are checked when they are opened.
+fn adoptable(pins: &Pins, folder: &SetFolder) -> anyhow::Result<SetMeta> {
+    let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
+    let meta = meta.get(&0, 0)?;
+    anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
+    let active: Array<_, u64> = pinned_map(&pins.active_epoch())?.try_into()?;
+    let active = active.get(&0, 0)?;
+    anyhow::ensure!(active == meta.epoch, "another set makes the records");
+    Ok(meta)
+}
+
+/// Names a set by everything that makes it another: layout, programs and map sizes.
+fn set_name(object: &[u8], sizes: &Sizes) -> String {
+    let described = format!("{sizes:?}");
+    let mut all = object.to_vec();
+    all.extend(described.as_bytes());
+    let [fingerprint, _] = hash_path([0, 0], &all);
+    format!("v{ABI_VERSION}-{fingerprint:016x}")
+}
+
+pub(super) fn pinned_map(path: &Path) -> anyhow::Result<Map> {
+    let data = MapData::from_pin(path).with_context(|| format!("cannot open {}", path.display()))?;
+    Map::from_map_data(data).with_context(|| format!("{} is of another type", path.display()))
+}
+
+fn pinned_tracepoint(folder: &SetFolder, name: &str) -> anyhow::Result<RawTracePoint> {
+    let path = folder.program(name);
+    RawTracePoint::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn pinned_lsm(folder: &SetFolder, name: &str) -> anyhow::Result<Lsm> {
+    let path = folder.program(name);
+    Lsm::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Attaches a pinned program for good.
+fn attach(folder: &SetFolder, name: &str, pin: &Path) -> Result<PinnedLink, LoadError> {
+    let link: FdLink = if LSM.contains(&name) {
+        let mut program = pinned_lsm(folder, name)?;
+        let link = program.attach().map_err(|error| refused(name, &error))?;
+        program.take_link(link).map_err(|error| refused(name, &error))?.into()
+    } else {
+        let mut program = pinned_tracepoint(folder, name)?;
+        let link = program.attach(name).map_err(|error| refused(name, &error))?;
+        program.take_link(link).map_err(|error| refused(name, &error))?.into()
+    };
+    Ok(link.pin(pin).with_context(|| format!("cannot pin the link of {name}"))?)
 }
 
 /// The object for this kernel.
@@ -371,21 +688,17 @@ fn object(features: &Features) -> anyhow::Result<std::borrow::Cow<'static, [u8]>
     Ok(if features.fetch_add { FETCH_ADD } else { LANES }.into())
 }
 
-fn raw_tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut RawTracePoint> {
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut P>
+where
+    &'a mut P: TryFrom<&'a mut Program>,
+{
     ebpf.program_mut(name)
         .and_then(|program| program.try_into().ok())
         .with_context(|| format!("the object has no program {name}"))
 }
 
-fn lsm<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Lsm> {
-    ebpf.program_mut(name)
-        .and_then(|program| program.try_into().ok())
-        .with_context(|| format!("the object has no program {name}"))
-}
-
-fn ring(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Ring> {
-    let map: Map = ebpf.take_map(name).with_context(|| format!("the object has no ring {name}"))?;
-    Ring::new(RingBuf::try_from(map)?)
+fn ring(folder: &SetFolder, name: &str) -> anyhow::Result<Ring> {
+    Ring::new(RingBuf::try_from(pinned_map(&folder.map(name))?)?)
 }
 
 /// The verifier's last words are the ones that matter.

@@ -6,21 +6,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use aya::{
-    Ebpf,
-    maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues},
-};
+use aya::maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues};
 use palisade_abi::{
     codes,
     hash::hash_path,
     maps::{
-        AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue, Slot,
-        SlotPolicy,
+        Account, AdmittedKey, AgentState, GlobState, PROBE_SLOT, Process, Revision, RootIdentity, RuleKey,
+        RuleValue, SetMeta, Slot, SlotPolicy,
     },
+    record::CGROUP_NAME,
 };
 use palisade_profile::image::PolicyImage;
 
-use super::volumes::VolumeMaps;
+use super::{Pins, load::pinned_map, pins::SetFolder, volumes::VolumeMaps};
 
 /// Capacities of the maps.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +68,8 @@ pub struct Maps {
     pub(super) volumes: VolumeMaps,
     agent: Array<MapData, AgentState>,
     active_epoch: Array<MapData, u64>,
+    names: HashMap<MapData, u64, [u8; CGROUP_NAME]>,
+    accounts: HashMap<MapData, u64, Account>,
     admitted: HashMap<MapData, AdmittedKey, u32>,
     errors: Array<MapData, u64>,
     hash_key: [u64; 2],
@@ -79,10 +79,13 @@ pub struct Maps {
 }
 
 impl Maps {
-    pub(super) fn take(ebpf: &mut Ebpf, hash_key: [u64; 2]) -> Result<Self> {
-        let mut take =
-            |name: &str| ebpf.take_map(name).with_context(|| format!("the object has no map {name}"));
-        let slot_lanes = take("SLOT_LANES").ok().map(PerCpuHashMap::try_from).transpose()?;
+    /// Opens the maps of a pinned set; one of another layout is an error.
+    pub(super) fn open(folder: &SetFolder, pins: &Pins) -> Result<Self> {
+        let take = |name: &str| pinned_map(&folder.map(name));
+        let lanes = folder.map("SLOT_LANES");
+        let slot_lanes =
+            lanes.exists().then(|| anyhow::Ok(PerCpuHashMap::try_from(pinned_map(&lanes)?)?)).transpose()?;
+        let meta: Array<_, SetMeta> = take("META")?.try_into()?;
         Ok(Self {
             slots: take("SLOTS")?.try_into()?,
             slot_lanes,
@@ -96,10 +99,12 @@ impl Maps {
             root_slots: take("ROOT_SLOTS")?.try_into()?,
             volumes: VolumeMaps::new(take("VOLUMES")?.try_into()?, take("VOLUME_NAMES")?.try_into()?),
             agent: take("AGENT")?.try_into()?,
-            active_epoch: take("ACTIVE_EPOCH")?.try_into()?,
+            active_epoch: pinned_map(&pins.active_epoch())?.try_into()?,
+            names: take("NAMES")?.try_into()?,
+            accounts: take("ACCOUNTS")?.try_into()?,
             admitted: take("ADMITTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
-            hash_key,
+            hash_key: meta.get(&0, 0)?.hash_key,
             installed: Table::new(),
             retired: Vec::new(),
             next_revision: 1,
@@ -177,6 +182,83 @@ impl Maps {
         Ok(start..start + count)
     }
 
+    /// Reads what an agent before this one installed. What it left half written is taken away; what no slot is under is
+    /// retired. Returns the number, name and slots of each revision that stays.
+    ///
+    /// # Errors
+    ///
+    /// When the maps cannot be read.
+    pub fn read_back(&mut self) -> Result<Vec<(u32, u64, Vec<u64>)>> {
+        let mut slots: Table<u32, Vec<u64>> = Table::new();
+        for policy in self.slot_policies.iter() {
+            let (slot, policy) = policy?;
+            if slot == PROBE_SLOT {
+                // Every agent makes its own revision for that.
+                continue;
+            }
+            slots.entry(policy.revision).or_default().push(slot);
+        }
+        let mut keys: Table<u32, Vec<RuleKey>> = Table::new();
+        for key in self.rules.keys() {
+            let key = key?;
+            keys.entry(key.revision).or_default().push(key);
+        }
+        let heads: Vec<(u32, Revision)> = self.revisions.iter().collect::<Result<_, _>>()?;
+        let mut found = Vec::new();
+        for (number, head) in heads {
+            let globs = head.glob_base..head.glob_base + head.glob_states;
+            let keys = keys.remove(&number).unwrap_or_default();
+            self.installed.insert(number, Installed { globs, keys });
+            self.next_revision = self.next_revision.max(number + 1);
+            match slots.remove(&number) {
+                Some(slots) => found.push((number, head.name, slots)),
+                None => self.retire(number),
+            }
+        }
+        // A head is written last, so rules without one belong to nobody.
+        for (number, orphans) in keys {
+            self.next_revision = self.next_revision.max(number + 1);
+            for key in orphans {
+                let _gone_is_gone = self.rules.remove(&key);
+            }
+        }
+        self.volumes.read_back()?;
+        Ok(found)
+    }
+
+    /// The names of the revisions in the kernel, by number.
+    pub fn revision_names(&self) -> Table<u32, String> {
+        self.revisions
+            .iter()
+            .filter_map(Result::ok)
+            .map(|(number, revision)| (number, format!("{:012x}", revision.name)))
+            .collect()
+    }
+
+    /// Whether the kernel has exactly this image under `number`.
+    pub fn holds(&self, number: u32, image: &PolicyImage) -> bool {
+        let PolicyImage { mode, restricts_exec, exact, globs } = image;
+        let (Ok(head), Some(installed)) = (self.revisions.get(&number, 0), self.installed.get(&number))
+        else {
+            return false;
+        };
+        let same_head = head.mode == u32::from(mode.code())
+            && head.restricts_exec == u32::from(*restricts_exec)
+            && head.glob_states as usize == globs.len();
+        let same_rules = installed.keys.len() == exact.len()
+            && exact.iter().all(|(path, origins)| {
+                let key =
+                    RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
+                self.rules.get(&key, 0).is_ok_and(|rule| rule.origins == *origins)
+            });
+        let same_globs = installed
+            .globs
+            .clone()
+            .zip(globs)
+            .all(|(index, state)| self.glob_states.get(&index, 0).is_ok_and(|found| found == *state));
+        same_head && same_rules && same_globs
+    }
+
     /// Takes a revision out of use that no slot points to any more. Its entries stay until [`Maps::reap`].
     pub fn retire(&mut self, number: u32) {
         self.retired.push((Instant::now(), number));
@@ -221,9 +303,19 @@ impl Maps {
             .context("the map of slot policies is full; raise maps.slots in the agent's configuration")
     }
 
+    /// Puts a slot under another revision, and leaves the rest as it is.
+    pub fn switch(&mut self, slot: u64, revision: u32) -> Result<()> {
+        let flags = self.slot_policies.get(&slot, 0).map_or(0, |policy| policy.flags);
+        self.set_policy(slot, revision, flags)
+    }
+
     /// Makes a slot for a container that ran before the programs did, with the process of its entrypoint (0 when
     /// unknown). Returns whether it is new.
-    pub fn add_slot(&mut self, slot: u64, workload_pid: u32) -> Result<bool> {
+    pub fn add_slot(&mut self, slot: u64, workload_pid: u32, id: &str) -> Result<bool> {
+        let mut name = [0; CGROUP_NAME];
+        let length = id.len().min(CGROUP_NAME);
+        name[..length].copy_from_slice(&id.as_bytes()[..length]);
+        self.names.insert(slot, name, BPF_ANY).context("the map of names is full; raise maps.slots")?;
         let value = Slot { workload_pid, ..Slot::default() };
         if self.slots.insert(slot, value, BPF_NOEXIST).is_err() {
             if self.slots.get(&slot, 0).is_ok() {
@@ -250,6 +342,13 @@ impl Maps {
             Err(_) if self.processes.get(&pid, 0).is_ok() => Ok(()),
             Err(error) => Err(error).context("the map of processes is full; raise maps.processes"),
         }
+    }
+
+    /// Gives a process to a slot, whatever it belonged to.
+    pub fn put_process(&mut self, pid: u32, value: Process) -> Result<()> {
+        self.processes
+            .insert(pid, value, BPF_ANY)
+            .context("the map of processes is full; raise maps.processes")
     }
 
     /// Forgets a process that ended while it was being added.
@@ -283,6 +382,13 @@ impl Maps {
     pub fn admit(&mut self, path: &[u8], inode: u64) -> Result<()> {
         let key = AdmittedKey { path_hash: hash_path(self.hash_key, path), inode };
         self.admitted.insert(key, 1, BPF_ANY).context("the map of admitted files is full")
+    }
+
+    /// Takes back everything that an agent before this one admitted.
+    pub fn admit_nothing(&mut self) {
+        for key in self.admitted.keys().filter_map(Result::ok).collect::<Vec<_>>() {
+            let _gone_is_gone = self.admitted.remove(&key);
+        }
     }
 
     /// Takes back what [`Maps::admit`] gave.
@@ -320,6 +426,64 @@ impl Maps {
         self.slots.iter().filter_map(Result::ok).collect()
     }
 
+    /// The name of a slot's cgroup, or of its container.
+    pub fn name(&self, slot: u64) -> String {
+        let name = self.names.get(&slot, 0).unwrap_or([0; CGROUP_NAME]);
+        let used = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(used).into_owned()
+    }
+
+    /// Since when a slot is under its revision, nanoseconds since boot; 0 when it is under none.
+    pub fn in_force_since(&self, slot: u64) -> u64 {
+        self.slot_policies.get(&slot, 0).map_or(0, |policy| policy.since)
+    }
+
+    /// The last numbers that were given in a slot, by lane.
+    pub fn last_numbers(&self, slot: u64) -> Vec<(u32, u64)> {
+        let Some(lanes) = &self.slot_lanes else {
+            return vec![(0, self.slots.get(&slot, 0).map_or(0, |slot| slot.sequence))];
+        };
+        let Ok(values) = lanes.get(&slot, 0) else { return Vec::new() };
+        let of_processor = |(cpu, lanes): (usize, &[u64; 4])| {
+            let numbered = |(context, last): (usize, &u64)| (((cpu << 4 | context) + 1) as u32, *last);
+            lanes.iter().enumerate().map(numbered).collect::<Vec<_>>()
+        };
+        values.iter().enumerate().flat_map(of_processor).collect()
+    }
+
+    /// Slots whose account is not balanced or not closed.
+    pub fn accounts(&self) -> Vec<(u64, Account)> {
+        self.accounts.iter().filter_map(Result::ok).collect()
+    }
+
+    /// Notes how many records a slot had made in all; what is delivered and reported adds up to that in the end.
+    pub fn close_account(&mut self, slot: u64, made: u64) {
+        let account = Account { made, ..self.accounts.get(&slot, 0).unwrap_or_default() };
+        self.balance(slot, account);
+    }
+
+    /// Notes that the collector has taken records of a slot, and gap records that count others.
+    pub fn credit(&mut self, slot: u64, delivered: u64, reported: u64) {
+        let mut account = self.accounts.get(&slot, 0).unwrap_or_default();
+        account.delivered += delivered;
+        account.reported += reported;
+        self.balance(slot, account);
+    }
+
+    fn balance(&mut self, slot: u64, account: Account) {
+        if account == Account::default()
+            || (account.made != 0 && account.delivered + account.reported >= account.made)
+        {
+            let _may_never_have_been_written = self.accounts.remove(&slot);
+        } else if let Err(error) = self.accounts.insert(slot, account, BPF_ANY) {
+            tracing::warn!(
+                slot,
+                %error,
+                "no room for the account of a slot; if the agent is killed now, its records are not counted"
+            );
+        }
+    }
+
     /// Records that were numbered in a slot so far.
     pub fn records_made(&self, slot: u64) -> u64 {
         match &self.slot_lanes {
@@ -346,6 +510,7 @@ impl Maps {
             let _as_above = self.root_slots.remove(&root.superblock);
         }
         let _as_above = self.roots.remove(&slot);
+        let _as_above = self.names.remove(&slot);
         let _as_above = self.cgroups.remove(&slot);
         self.volumes.forget(slot);
         if let Some(lanes) = &mut self.slot_lanes {

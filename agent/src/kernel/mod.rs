@@ -5,14 +5,16 @@
 mod btf;
 mod load;
 mod maps;
+mod pins;
 mod probe;
 mod ring;
 mod roots;
 mod volumes;
 
 pub use btf::{BtfError, Layout};
-pub use load::{Kernel, LoadError, Tier};
+pub use load::{Kernel, LoadError, OldSet, Tier, agent_state};
 pub use maps::{Maps, Sizes};
+pub use pins::Pins;
 pub use probe::{Features, features};
 pub use ring::Ring;
 pub use volumes::{Mounted, Opened, Table};

@@ -314,6 +314,38 @@ impl VolumeMaps {
         Ok(index)
     }
 
+    /// Reads what an agent before this one noted.
+    pub fn read_back(&mut self) -> Result<()> {
+        for volume in self.volumes.iter() {
+            let (VolumeKey { slot, .. }, Volume { name, .. }) = volume?;
+            let Some((text, _)) = self.text(name) else { continue };
+            let own = self.of_slot.entry(slot).or_default();
+            if own.contains(&text) {
+                continue;
+            }
+            own.push(text.clone());
+            self.indices.entry(text).or_insert((name, 0)).1 += 1;
+        }
+        Ok(())
+    }
+
+    fn text(&self, index: u32) -> Option<(String, usize)> {
+        let name = self.names.get(&index, 0).ok()?;
+        let used = name.text.get(VOLUME_NAME_CAPACITY.checked_sub(name.length as usize)?..)?;
+        Some((String::from_utf8(used.to_vec()).ok()?, name.mark as usize))
+    }
+
+    /// Names and mount points of a slot's volumes.
+    pub fn of(&self, slot: u64) -> Vec<(String, String)> {
+        let texts = self.of_slot.get(&slot).into_iter().flatten();
+        texts
+            .filter_map(|text| {
+                let (name, point) = palisade_abi::volume::split(text.as_bytes())?;
+                Some((String::from_utf8(name.to_vec()).ok()?, String::from_utf8(point.to_vec()).ok()?))
+            })
+            .collect()
+    }
+
     /// Forgets the volumes of a slot that no process is in any more.
     pub fn forget(&mut self, slot: u64) {
         let Some(texts) = self.of_slot.remove(&slot) else { return };

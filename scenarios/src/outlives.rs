@@ -1,0 +1,351 @@
+//! Enforcement that outlives its agent: killed at random moments under attack, stopped, taken over, uninstalled.
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::{
+    attacks::{EPERM, KILLED, PAYLOAD_RAN, nonce, profile},
+    cri::{Pod, Runtime, WORKLOAD_IMAGE, until},
+    events,
+    node::{AgentOptions, Node},
+    report::Report,
+};
+
+pub struct Options {
+    /// Times that the agent is killed.
+    pub kills: u32,
+    /// Attacks that are tried meanwhile, at least.
+    pub attacks: u64,
+    /// Where the random moments come from; printed, so that they can be repeated.
+    pub seed: Option<u64>,
+}
+
+/// Attacks of one run of the generator, and how many a second.
+const AT_ONCE: u64 = 50;
+const RATE: &str = "25";
+/// The longest that an agent lives before it is killed: it is in force, or not yet.
+const LONGEST_LIFE: Duration = Duration::from_millis(2500);
+
+pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
+    let mut report = Report::new();
+    let runtime = Runtime::connect(cri);
+    let before = kernel::objects()?;
+    report
+        .case("control: without pins the attack succeeds once the agent is killed", leaks(cri, &runtime))
+        .await;
+    let mut node = Node::start(cri).await?;
+    node.write_profile("outlives.yaml", &profile("outlives", "enforce"))?;
+    node.start_agent(&AgentOptions::default()).await?;
+    let pod = runtime.pod("pod-outlives", "outlives", "").await?;
+    report
+        .case(
+            "refused while no agent is there, and on record when one is again",
+            away(&mut node, &runtime, &pod),
+        )
+        .await;
+    report.case("a container that comes and goes meanwhile is on record", visitor(&mut node, &runtime)).await;
+    report
+        .case("a profile that changes meanwhile holds when the agent is back", changed(&mut node, &runtime))
+        .await;
+    let name = format!("{} kills with SIGKILL at random moments, {} attacks", options.kills, options.attacks);
+    report.case(&name, killed(&mut node, &runtime, &pod, options, false)).await;
+    let name = format!("the same while two configurations take turns, {} kills", options.kills / 2);
+    let options = Options { kills: options.kills / 2, attacks: options.attacks / 2, ..*options };
+    report.case(&name, killed(&mut node, &runtime, &pod, &options, true)).await;
+    report
+        .case("--keep-enforcing stops the agent and leaves the verdicts", kept(&mut node, &runtime, &pod))
+        .await;
+    report.case("uninstall takes it out of force", uninstalled(&mut node, &runtime, &pod)).await;
+    if report.failed() > 0 {
+        println!("--- the agent's log\n{}", node.log("agent"));
+    }
+    // Runtimes have programs of their own for each container.
+    runtime.remove_pod(&pod).await?;
+    report.case("it leaves no program, map or link", nothing_left(&before)).await;
+    Ok(report.close())
+}
+
+/// Runs what is not allowed in a container; returns whether it ran. Anything but a refusal or success is an error.
+async fn attack(runtime: &Runtime, container: &str, nonce: &str) -> Result<bool> {
+    let words = ["/usr/bin/attacker", "run", "/usr/bin/third", "payload", nonce];
+    let ended = runtime.exec(container, &words).await?;
+    match ended.code {
+        PAYLOAD_RAN => Ok(true),
+        EPERM | KILLED => Ok(false),
+        _ => bail!("the attacker ended with {ended:?}"),
+    }
+}
+
+/// The kernel lets go of programs a grace period after the last of their users.
+async fn until_it_runs(runtime: &Runtime, container: &str) -> Result<()> {
+    until("what was refused runs", async || Ok(attack(runtime, container, "unguarded").await?.then_some(())))
+        .await
+}
+
+async fn leaks(cri: &Path, runtime: &Runtime) -> Result<()> {
+    let mut node = Node::start(cri).await?;
+    node.write_profile("leaks.yaml", &profile("leaks", "enforce"))?;
+    node.start_agent(&AgentOptions { unpinned: true, ..AgentOptions::default() }).await?;
+    let pod = runtime.pod("pod-leaks", "leaks", "").await?;
+    let container = runtime.container(&pod, "c-leaks", WORKLOAD_IMAGE, &[]).await?;
+    events::in_mode(&node, &container, "enforce").await?;
+    ensure!(!attack(runtime, &container, "leaks-1").await?, "it ran although the agent was there");
+    node.kill_agent()?;
+    until_it_runs(runtime, &container).await?;
+    runtime.remove_pod(&pod).await
+}
+
+/// The only record of a denial with `nonce`.
+async fn denial(node: &Node, nonce: &str) -> Result<Value> {
+    let record = until(&format!("the denial of {nonce}"), async || {
+        let found = events::payloads(node, nonce)?;
+        Ok(found.into_iter().find(|record| record["exec"]["executable"] == "/usr/bin/third"))
+    })
+    .await?;
+    ensure!(record["exec"]["verdict"] == "denied", "{record}");
+    ensure!(record["container"]["labels"]["app"] == "outlives", "whose it is is not said: {record}");
+    Ok(record)
+}
+
+async fn away(node: &mut Node, runtime: &Runtime, pod: &Pod) -> Result<()> {
+    let container = runtime.container(pod, "c-away", WORKLOAD_IMAGE, &[]).await?;
+    let first = events::in_mode(node, &container, "enforce").await?;
+    for how in ["killed", "stopped"] {
+        if how == "killed" {
+            node.kill_agent()?;
+        } else {
+            node.stop_agent()?;
+        }
+        let nonce = nonce(how);
+        ensure!(!attack(runtime, &container, &nonce).await?, "it ran when the agent was {how}");
+        let allowed = runtime.exec(&container, &["/usr/bin/workload", "payload"]).await?;
+        ensure!(allowed.code == PAYLOAD_RAN, "what is allowed did not run: {allowed:?}");
+        node.start_agent(&AgentOptions::default()).await?;
+        let record = denial(node, &nonce).await?;
+        ensure!(record["exec"]["decided_revision"] == first["container"]["revision"], "{record}");
+        let again = events::in_mode(node, &container, "enforce").await?;
+        ensure!(
+            again["coverage"]["in_force_since"] == first["coverage"]["in_force_since"],
+            "the policy was not in force all the time: {first} {again}"
+        );
+    }
+    runtime.remove_container(&container).await
+}
+
+async fn visitor(node: &mut Node, runtime: &Runtime) -> Result<()> {
+    node.kill_agent()?;
+    let pod = runtime.pod("pod-visitor", "outlives", "").await?;
+    let nonce = nonce("visitor");
+    let words = ["/usr/bin/workload", "payload", nonce.as_str()];
+    let container = runtime.container(&pod, "c-visitor", WORKLOAD_IMAGE, &words).await?;
+    let code = runtime.ended(&container).await?;
+    ensure!(code == PAYLOAD_RAN, "it ended with {code}");
+    node.start_agent(&AgentOptions::default()).await?;
+    let record = events::exactly_one(node, &nonce).await?;
+    ensure!(record["container"]["id"] == container.as_str(), "{record}");
+    ensure!(record["exec"]["verdict"] == "audited", "{record}");
+    let reason = record["exec"]["reason"].as_str().unwrap_or_default();
+    ensure!(matches!(reason, "unidentified" | "agent-absent"), "{record}");
+    runtime.remove_pod(&pod).await
+}
+
+async fn changed(node: &mut Node, runtime: &Runtime) -> Result<()> {
+    node.write_profile("changing.yaml", &profile("changing", "audit"))?;
+    let pod = runtime.pod("pod-changing", "changing", "").await?;
+    let container = runtime.container(&pod, "c-changing", WORKLOAD_IMAGE, &[]).await?;
+    events::in_mode(node, &container, "audit").await?;
+    ensure!(attack(runtime, &container, "changing-1").await?, "audit refused");
+    node.kill_agent()?;
+    node.write_profile("changing.yaml", &profile("changing", "enforce"))?;
+    ensure!(attack(runtime, &container, "changing-2").await?, "nobody has read the change yet");
+    node.start_agent(&AgentOptions::default()).await?;
+    events::in_mode(node, &container, "enforce").await?;
+    ensure!(!attack(runtime, &container, "changing-3").await?, "it ran under enforce");
+    runtime.remove_pod(&pod).await
+}
+
+/// A small generator of pseudo-random numbers (splitmix64): the moments are to be repeatable, not unpredictable.
+struct Moments(u64);
+
+impl Moments {
+    fn next(&mut self, below: Duration) -> Duration {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        Duration::from_millis((mixed ^ (mixed >> 31)) % below.as_millis() as u64)
+    }
+}
+
+async fn killed(
+    node: &mut Node,
+    runtime: &Runtime,
+    pod: &Pod,
+    options: &Options,
+    taking_turns: bool,
+) -> Result<()> {
+    let seed = match options.seed {
+        Some(seed) => seed,
+        None => u64::from(std::process::id()) ^ std::fs::metadata("/proc/self")?.len(),
+    };
+    println!("   seed {seed}");
+    let name = if taking_turns { "c-turns" } else { "c-killed" };
+    let container = runtime.container(pod, name, WORKLOAD_IMAGE, &[]).await?;
+    events::in_mode(node, &container, "enforce").await?;
+    let nonce = nonce("killed");
+    // Other map sizes are another set of programs, which takes over from the one before.
+    let other = AgentOptions { settings: "maps: {rules: 8192}\n", ..AgentOptions::default() };
+    let over = std::cell::Cell::new(false);
+    let attacks = async {
+        let (mut tried, mut ran) = (0, 0);
+        while tried < options.attacks || !over.get() {
+            let name = format!("{nonce}-{tried}");
+            let words =
+                ["/usr/bin/attacker", "generate", "/usr/bin/third", &name, &AT_ONCE.to_string(), RATE];
+            let ended = runtime.exec(&container, &words).await?;
+            ensure!(ended.code == 0, "the attacker could not try: {ended:?}");
+            ran += ended.stdout.trim().parse::<u64>().context("the attacker says nothing")?;
+            tried += AT_ONCE;
+        }
+        Ok((tried, ran))
+    };
+    let kills = async {
+        let mut moments = Moments(seed);
+        for kill in 0..options.kills {
+            // Only the agent's age decides where in its work it is hit, not a condition of the scenario.
+            tokio::time::sleep(moments.next(LONGEST_LIFE)).await;
+            node.kill_agent()?;
+            let turn = if taking_turns && kill % 2 == 0 { other.clone() } else { AgentOptions::default() };
+            node.spawn_agent(&turn)?;
+        }
+        over.set(true);
+        anyhow::Ok(())
+    };
+    let begun = Instant::now();
+    let (attacked, killed) = tokio::join!(attacks, kills);
+    killed?;
+    let (tried, ran) = attacked?;
+    println!("   {tried} attacks in {:.0} s", begun.elapsed().as_secs_f64());
+    ensure!(ran == 0, "{ran} of {tried} attacks succeeded");
+    node.kill_agent()?;
+    node.start_agent(&AgentOptions::default()).await?;
+    runtime.remove_container(&container).await?;
+    let ended = until("the container's last record", async || {
+        let records = events::query(node, &["--kind", "coverage", "--container", &container])?;
+        Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
+    })
+    .await?;
+    // Numbers of an earlier set are not among those of the last.
+    let made = if taking_turns { 0 } else { ended["coverage"]["records_made"].as_u64().unwrap_or(0) };
+    balance(node, &container, &nonce, tried, made).await
+}
+
+/// Every record that was made is stored once or counted by a gap, and so is every attack.
+async fn balance(node: &Node, container: &str, nonce: &str, tried: u64, made: u64) -> Result<()> {
+    let records = events::query(node, &["--all", "--container", container])?;
+    let mut identities = BTreeSet::new();
+    let (mut stored, mut gaps, mut denials) = (0_u64, 0_u64, 0_u64);
+    for record in &records {
+        if record["gap"]["cause"] != "own-queue-full" {
+            gaps += record["gap"]["count"].as_u64().unwrap_or(0);
+        }
+        let number = |field: &str| record[field].as_u64().unwrap_or(0);
+        if number("sequence") > 0 {
+            stored += 1;
+            identities.insert((number("epoch"), number("lane"), number("sequence")));
+        }
+        let of_attack = record["exec"]["arguments"]
+            .as_array()
+            .and_then(|words| words.last()?.as_str())
+            .is_some_and(|word| word.starts_with(nonce));
+        if record["exec"]["executable"] == "/usr/bin/third" && of_attack {
+            ensure!(record["exec"]["verdict"] == "denied", "{record}");
+            denials += 1;
+        }
+    }
+    println!(
+        "   {made} records made, {stored} stored, {gaps} counted by gaps; {denials} of {tried} denials stored"
+    );
+    ensure!(
+        identities.len() as u64 == stored,
+        "{} records are stored twice",
+        stored - identities.len() as u64
+    );
+    ensure!(stored + gaps >= made, "{} records are neither stored nor counted", made - stored - gaps);
+    ensure!(denials + gaps >= tried, "{} attacks are neither stored nor counted", tried - denials - gaps);
+    Ok(())
+}
+
+async fn kept(node: &mut Node, runtime: &Runtime, pod: &Pod) -> Result<()> {
+    let container = runtime.container(pod, "c-kept", WORKLOAD_IMAGE, &[]).await?;
+    events::in_mode(node, &container, "enforce").await?;
+    let said = node.uninstall(true)?;
+    ensure!(said.contains("stopped the agent") && said.contains("stays in force"), "{said}");
+    ensure!(!attack(runtime, &container, "kept").await?, "it ran");
+    runtime.remove_container(&container).await
+}
+
+async fn uninstalled(node: &mut Node, runtime: &Runtime, pod: &Pod) -> Result<()> {
+    node.start_agent(&AgentOptions::default()).await?;
+    let container = runtime.container(pod, "c-uninstalled", WORKLOAD_IMAGE, &[]).await?;
+    events::in_mode(node, &container, "enforce").await?;
+    let said = node.uninstall(false)?;
+    ensure!(said.contains("stopped the agent") && said.contains("removed"), "{said}");
+    ensure!(!node.pins().exists(), "{} is still there", node.pins().display());
+    until_it_runs(runtime, &container).await?;
+    ensure!(node.uninstall(false)?.contains("nothing is in force"), "a second time is no error");
+    runtime.remove_container(&container).await
+}
+
+/// The kernel frees programs and maps a moment after the last of their users.
+async fn nothing_left(before: &[BTreeSet<u32>; 3]) -> Result<()> {
+    until("programs, maps and links are gone", async || {
+        let left = kernel::objects()?;
+        let same = left.iter().zip(before).all(|(now, then)| now.difference(then).next().is_none());
+        Ok(same.then_some(()))
+    })
+    .await
+}
+
+/// What the kernel has of eBPF.
+mod kernel {
+    use std::collections::BTreeSet;
+
+    use anyhow::Result;
+
+    // Commands of bpf(2), include/uapi/linux/bpf.h.
+    const PROG_GET_NEXT_ID: libc::c_int = 11;
+    const MAP_GET_NEXT_ID: libc::c_int = 12;
+    const LINK_GET_NEXT_ID: libc::c_int = 31;
+
+    /// Ids of all programs, maps and links.
+    pub fn objects() -> Result<[BTreeSet<u32>; 3]> {
+        Ok([all(PROG_GET_NEXT_ID)?, all(MAP_GET_NEXT_ID)?, all(LINK_GET_NEXT_ID)?])
+    }
+
+    fn all(command: libc::c_int) -> Result<BTreeSet<u32>> {
+        let mut ids = BTreeSet::new();
+        let mut last = 0;
+        loop {
+            // start id, next id, open flags
+            let mut attributes = [last, 0_u32, 0];
+            // SAFETY: the kernel reads and writes at most the size that is told, of memory that lives until it returns.
+            let result = unsafe {
+                libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of_val(&attributes))
+            };
+            if result != 0 {
+                let error = std::io::Error::last_os_error();
+                return if error.raw_os_error() == Some(libc::ENOENT) { Ok(ids) } else { Err(error.into()) };
+            }
+            last = attributes[1];
+            ids.insert(last);
+        }
+    }
+}
