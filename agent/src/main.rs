@@ -83,9 +83,12 @@ fn main() -> ExitCode {
     })
 }
 
-/// Waits for a word, and then executes a program that must not run.
+/// Says that it is ready, waits for a word, and then executes a program that must not run.
 fn act() -> ExitCode {
+    use std::io::Write as _;
     use std::os::unix::process::CommandExt as _;
+    let mut output = std::io::stdout();
+    let _nobody_waits = output.write_all(b".").and_then(|()| output.flush());
     let mut word = String::new();
     let _a_word_or_the_end = std::io::stdin().read_line(&mut word);
     let error = std::process::Command::new("/proc/self/exe").arg("--version").exec();

@@ -108,7 +108,7 @@ async fn draft(node: &Node) -> Result<()> {
     let file = node.folder.path().join("drafted.yaml");
     std::fs::write(&file, &text)?;
     run(&["lint", &file.display().to_string()])?;
-    for wanted in ["path: \"/usr/bin/workload\"", "app\": \"audit\"", "seen with origin drift"] {
+    for wanted in ["path: \"/usr/bin/workload\"", "app\": \"audit\"", "from: \"drift\""] {
         ensure!(text.contains(wanted), "the draft lacks {wanted}: {text}");
     }
     Ok(())

@@ -265,6 +265,10 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        // No scenario but one expects that.
+        for line in self.log("agent").lines().filter(|line| line.contains("self-probe fails")) {
+            println!("   {line}");
+        }
         if self.pins().exists()
             && let Err(error) = self.uninstall(false)
         {

@@ -270,9 +270,8 @@ async fn balance(node: &Node, container: &str, nonce: &str, tried: u64, made: u6
             denials += 1;
         }
     }
-    println!(
-        "   {made} records made, {stored} stored, {gaps} counted by gaps; {denials} of {tried} denials stored"
-    );
+    let all = if made == 0 { "records of several sets".to_owned() } else { format!("{made} records made") };
+    println!("   {all}, {stored} stored, {gaps} counted by gaps; {denials} of {tried} denials stored");
     ensure!(
         identities.len() as u64 == stored,
         "{} records are stored twice",

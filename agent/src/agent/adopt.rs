@@ -56,6 +56,8 @@ impl Agent {
             let volumes = self.kernel.volumes_of(*slot);
             container.volumes =
                 (!volumes.is_empty()).then(|| volumes.into_iter().filter_map(known).collect());
+            // Its mounts may not all have been noted.
+            container.volumes_open = container.volumes.is_some();
             self.containers.insert(*slot, container);
             self.slots.insert(id, *slot);
             if let Some(found) = folders.get(slot) {

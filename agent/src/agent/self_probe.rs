@@ -5,7 +5,7 @@
 //! mended where it can be, and until the next proof the agent claims nothing.
 
 use std::{
-    io::Write as _,
+    io::{Read as _, Write as _},
     os::unix::process::ExitStatusExt as _,
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -18,6 +18,7 @@ use palisade_abi::{
 };
 use palisade_profile::{document::Mode, image::PolicyImage};
 use palisade_proto::v1::{self, record::Event};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Agent;
 use crate::{containers::NOT_IN_FORCE, kernel::Tier};
@@ -32,15 +33,25 @@ const SIGKILL: i32 = 9;
 pub(super) struct SelfProbe {
     period: Duration,
     due: Instant,
-    running: Option<(Child, Instant)>,
+    running: Option<Running>,
     /// How the child ended.
     ended: Option<ExitStatus>,
     /// Whether the record of its execution has come, and was a denial.
     recorded: bool,
     /// What speaks against the claim; empty when it holds.
     failures: Vec<String>,
+    /// Whether the last act ran.
+    ran: bool,
     /// The revision that allows nothing.
     revision: Option<u32>,
+}
+
+/// A child that proves something.
+struct Running {
+    child: Child,
+    begun: Instant,
+    /// Whether it has been told to act.
+    acts: bool,
 }
 
 impl SelfProbe {
@@ -52,6 +63,7 @@ impl SelfProbe {
             ended: None,
             recorded: false,
             failures: Vec::new(),
+            ran: false,
             revision: None,
         }
     }
@@ -86,55 +98,71 @@ impl Agent {
         Ok(())
     }
 
-    /// Begins a proof when it is due, and ends one that is done.
+    /// Takes the proof a step further: begins one when it is due, lets the child act when it is ready, ends it when it has
+    /// acted.
     pub(super) fn probe_self(&mut self) {
-        if let Some((child, begun)) = &mut self.self_probe.running {
-            let overdue = begun.elapsed() > PATIENCE;
-            match child.try_wait() {
-                Ok(Some(status)) => self.self_probe.ended = Some(status),
-                _ if overdue => {
-                    let _it_ends_or_has_ended = child.kill();
-                    let _reaped = child.wait();
-                }
-                _ => return,
-            }
-            if self.self_probe.recorded
-                || overdue
-                || self.self_probe.ended.is_some_and(|status| !self.is_refusal(status))
-            {
-                self.self_probe.running = None;
-                self.conclude();
+        let Some(mut running) = self.self_probe.running.take() else {
+            if Instant::now() >= self.self_probe.due {
+                self.begin_proof();
             }
             return;
-        }
-        if Instant::now() < self.self_probe.due {
+        };
+        if running.begun.elapsed() > PATIENCE {
+            let _it_has_ended_already = running.child.kill();
+            let _reaped = running.child.wait();
+            self.conclude();
             return;
         }
+        if let Err(error) = self.let_it_act(&mut running) {
+            tracing::error!(error = format!("{error:#}"), "the self-probe cannot be made");
+        }
+        if self.self_probe.ended.is_none() {
+            self.self_probe.ended = running.child.try_wait().ok().flatten();
+        }
+        match self.self_probe.ended {
+            Some(status) if self.self_probe.recorded || !self.is_refusal(status) => self.conclude(),
+            _ => self.self_probe.running = Some(running),
+        }
+    }
+
+    /// Starts a child, which says when it is ready.
+    fn begin_proof(&mut self) {
         self.self_probe.due = Instant::now() + self.self_probe.period;
         self.self_probe.ended = None;
         self.self_probe.recorded = false;
-        match self.begin_act() {
-            Ok(child) => self.self_probe.running = Some((child, Instant::now())),
+        let started = Command::new("/proc/self/exe")
+            .arg("self-probe")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
+        match started {
+            Ok(child) => {
+                self.self_probe.running = Some(Running { child, begun: Instant::now(), acts: false });
+            }
             Err(error) => {
-                tracing::error!(error = format!("{error:#}"), "the self-probe cannot be made");
+                tracing::error!(%error, "the self-probe cannot be made");
                 self.conclude();
             }
         }
     }
 
-    /// Starts a child, gives it to the slot of the proof, and lets it act.
-    fn begin_act(&mut self) -> Result<Child> {
-        let mut child = Command::new("/proc/self/exe")
-            .arg("self-probe")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot start a child")?;
-        self.kernel.maps.put_process(child.id(), Process::new(PROBE_SLOT, 0))?;
-        let mut go = child.stdin.take().context("the child has no input")?;
+    /// Gives a child that is ready to the slot of the proof, and lets it act. Not before: what the kernel still has to say
+    /// about the child's own start would be judged, too.
+    fn let_it_act(&mut self, running: &mut Running) -> Result<()> {
+        let Some(output) = running.child.stdout.as_mut().filter(|_| !running.acts) else { return Ok(()) };
+        let mut wanted = [PollFd::new(output, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut wanted, Some(&now))? == 0 {
+            return Ok(());
+        }
+        let mut word = [0; 1];
+        output.read_exact(&mut word).context("the child does not get ready")?;
+        self.kernel.maps.put_process(running.child.id(), Process::new(PROBE_SLOT, 0))?;
+        let mut go = running.child.stdin.take().context("the child has no input")?;
         go.write_all(b"\n").context("the child does not listen")?;
-        Ok(child)
+        running.acts = true;
+        Ok(())
     }
 
     fn is_refusal(&self, status: ExitStatus) -> bool {
@@ -147,22 +175,30 @@ impl Agent {
     /// Puts together what speaks against the claim, mends what can be mended, and says so when it has changed.
     fn conclude(&mut self) {
         let mut failures = Vec::new();
+        let mut ran = false;
         match self.self_probe.ended {
             Some(status) if self.is_refusal(status) => {
                 if !self.self_probe.recorded {
                     failures.push("the record of a refused act did not arrive".to_owned());
                 }
             }
-            Some(status) => failures.push(format!("an act that must be refused was not ({status})")),
+            Some(status) => {
+                ran = true;
+                failures.push(format!("an act that must be refused was not ({status})"));
+            }
             None => failures.push("whether an act is refused could not be tried".to_owned()),
         }
-        let act_failed = !failures.is_empty();
         match self.kernel.verify() {
             Ok(mended) => failures.extend(mended),
             Err(error) => failures.push(format!("{error:#}")),
         }
-        if act_failed && let Err(error) = self.kernel.attach_anew().and_then(|()| self.prepare_self_probe()) {
-            failures.push(format!("the programs cannot be attached again: {error:#}"));
+        let again = std::mem::replace(&mut self.self_probe.ran, ran) && ran;
+        if ran {
+            // The proof's own policy first: it may be all that is wrong. Attaching programs anew leaves a moment without.
+            let attached = if again { self.kernel.attach_anew() } else { Ok(()) };
+            if let Err(error) = attached.and_then(|()| self.prepare_self_probe()) {
+                failures.push(format!("it cannot be mended: {error:#}"));
+            }
         }
         if !failures.is_empty() {
             // Soon again: what was mended must prove itself.

@@ -39,6 +39,8 @@ static LANES: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_LANES"))
 /// missing, and what is read there must pass a check.
 const THREAD_SIZE: u32 = 16384;
 
+/// How long the kernel may take to let go of a program.
+const DETACHING: std::time::Duration = std::time::Duration::from_secs(2);
 /// Ended containers whose records may still be on their way, for each that runs.
 const ACCOUNTS_PER_SLOT: u32 = 4;
 
@@ -270,11 +272,11 @@ impl Kernel {
             }
             self.links.push((name, attach(&self.folder, name, &pin)?));
         }
-        self.maps.record_as(self.meta.epoch)?;
+        // Only a set that the next agent will find may make the records: until then another one does.
         if !self.adopted {
             self.folder = self.pins.finish(&self.set)?;
         }
-        Ok(())
+        Ok(self.maps.record_as(self.meta.epoch)?)
     }
 
     /// Whether sets of other builds or configurations are in force, too.
@@ -379,25 +381,28 @@ impl Kernel {
         Ok(missing)
     }
 
-    /// Attaches every program once more, and lets go of the links before. Nothing is out of force meanwhile.
+    /// Attaches every program anew, one after the other: for programs that do not do what they must.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses an attachment.
+    /// When the kernel refuses an attachment; the others are tried all the same.
     pub fn attach_anew(&mut self) -> anyhow::Result<()> {
-        let before = std::mem::take(&mut self.links);
+        let mut result = self.maps.record_as(self.meta.epoch);
         for name in self.to_attach() {
+            self.links.retain(|(other, _)| *other != name);
             let pin = self.folder.link(name);
-            match std::fs::remove_file(&pin) {
+            let attached = match std::fs::remove_file(&pin) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("cannot remove {}", pin.display()));
+                    Err(error).with_context(|| format!("cannot remove {}", pin.display()))
                 }
-                _ => {}
+                _ => attach_patiently(&self.folder, name, &pin),
+            };
+            match attached {
+                Ok(link) => self.links.push((name, link)),
+                Err(error) => result = Err(error),
             }
-            self.links.push((name, attach(&self.folder, name, &pin)?));
         }
-        drop(before);
-        self.maps.record_as(self.meta.epoch)
+        result
     }
 
     /// Takes the programs out of force; records that are in the ring stay there to be read.
@@ -662,6 +667,19 @@ fn pinned_tracepoint(folder: &SetFolder, name: &str) -> anyhow::Result<RawTraceP
 fn pinned_lsm(folder: &SetFolder, name: &str) -> anyhow::Result<Lsm> {
     let path = folder.program(name);
     Lsm::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// The same for a program that is being detached: the kernel does not attach it twice, and lets go of a link a grace period
+/// after its pin.
+fn attach_patiently(folder: &SetFolder, name: &str, pin: &Path) -> anyhow::Result<PinnedLink> {
+    let begun = std::time::Instant::now();
+    loop {
+        match attach(folder, name, pin) {
+            Ok(link) => return Ok(link),
+            Err(error) if begun.elapsed() > DETACHING => return Err(error.into()),
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(10)),
+        }
+    }
 }
 
 /// Attaches a pinned program for good.
