@@ -14,7 +14,7 @@ use crate::{
     containers::TOO_DEEP,
     context, count,
     maps::{ADMITTED, AGENT, GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, offset},
-    path,
+    path, record,
     scratch::{self, Area, Scratch},
 };
 
@@ -161,6 +161,10 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
 /// The verdict on what a container executes that nobody has identified yet.
 #[inline(always)]
 fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
+    if !record::is_active() {
+        // The set that is active knows the container, or gates it.
+        return allowed(reason::UNIDENTIFIED, 0, 0);
+    }
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_boot_ns() };
     // Without an entry both modes are 0, which is none of them and so refuses.

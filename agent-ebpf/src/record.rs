@@ -63,9 +63,10 @@ fn number(slot: u64, lane: Lane) -> Option<(u64, u32)> {
     Some((number, ((cpu << 4) | lane as u32) + 1))
 }
 
-/// Whether this set makes the records. While one takes over from another both refuse, and one records.
+/// Whether this set makes the records, and gates containers that nobody has identified. While one set takes over from another
+/// both refuse what their profiles do not allow, and one does the rest.
 #[inline(always)]
-fn is_active() -> bool {
+pub fn is_active() -> bool {
     ACTIVE_EPOCH.get(0).is_some_and(|active| *active == setting!(epoch))
 }
 

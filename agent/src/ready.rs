@@ -21,7 +21,9 @@ pub fn run(config: &Config) -> Result<ExitCode> {
     let (ready, why) = match state {
         None => (false, "nothing is in force"),
         Some(state) if state.lease_until < now_since_boot() => (false, "the agent gives no sign of life"),
-        Some(state) if state.failing != 0 => (false, "the agent's self-probe fails"),
+        Some(state) if state.failing != 0 => {
+            (false, "the agent's self-probe fails, or has not been made yet")
+        }
         Some(_) => (true, "what profiles say is enforced"),
     };
     println!("{}: {why}", if ready { "ready" } else { "not ready" });

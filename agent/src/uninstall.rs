@@ -5,7 +5,11 @@ use std::{process::ExitCode, time::Duration};
 use anyhow::{Context as _, Result};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::{config::Config, kernel::Pins};
+use crate::{
+    config::Config,
+    kernel::{self, Pins},
+    processes,
+};
 
 /// How long a running agent may take to deliver what it has, beyond its own deadline.
 const BEYOND_DRAIN: Duration = Duration::from_secs(5);
@@ -40,8 +44,16 @@ pub fn run(config: &Config, keep_enforcing: bool) -> Result<ExitCode> {
         println!("records wait in the kernel's ring until an agent reads them; `uninstall` ends it");
         return Ok(ExitCode::SUCCESS);
     }
+    // Whom a killed agent has left stopped: once the programs are gone nobody objects to his going on.
+    let held = kernel::held_processes(&pins)?;
     for set in pins.remove_all()? {
         println!("removed {}/{set}", folder.display());
+    }
+    for pid in held.into_iter().filter(|pid| processes::is_stopped(*pid)) {
+        if let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            let _it_has_ended = rustix::process::kill_process(number, Signal::CONT);
+            println!("let go process {pid}, which was held");
+        }
     }
     println!("removed {}", folder.display());
     println!("left: the configuration, {}, and what the collector stored", config.profiles.display());

@@ -55,6 +55,14 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         .await;
     report
         .case(
+            "the folder of the links is deleted",
+            stage.tampered("the pin of the link of bprm_check_security is gone", async || {
+                Ok(fs::remove_dir_all(stage.set()?.join("links"))?)
+            }),
+        )
+        .await;
+    report
+        .case(
             "the bpffs is unmounted",
             stage.tampered("the bpffs with the pins is gone", async || {
                 let status = Command::new("umount").args(["--lazy", "/sys/fs/bpf"]).status()?;
@@ -148,7 +156,7 @@ impl Stage<'_> {
         })
         .await?;
         let found = events::in_mode(self.node, self.container, "enforce").await?;
-        ensure!(found["coverage"]["in_force_since"] != 0, "{found}");
+        ensure!(found["coverage"]["in_force_since"].as_u64().is_some_and(|since| since > 0), "{found}");
         self.refused().await
     }
 }

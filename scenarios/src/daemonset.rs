@@ -49,6 +49,18 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
             replaced(&daemonset, &runtime, &agent),
         )
         .await;
+    let again = std::cell::RefCell::new(agent.clone());
+    report
+        .case("killed and started again, twice, it is admitted and takes over", async {
+            for _ in 0..2 {
+                let before = again.borrow().clone();
+                let next = restarted(&daemonset, &runtime, &pod, &before).await?;
+                again.replace(next);
+            }
+            guards(&runtime).await
+        })
+        .await;
+    let agent = again.into_inner();
     if report.failed() > 0 {
         for name in ["agent", "collector"] {
             println!("--- the log of {name}\n{}", daemonset.log(name));
@@ -124,6 +136,19 @@ async fn replaced(daemonset: &DaemonSet, runtime: &Runtime, agent: &str) -> Resu
     ensure!(replacement == 0, "the replacement ended with {replacement}");
     ensure!(other != 0, "another program of the image started");
     runtime.remove_pod(&pod).await
+}
+
+/// Kills the agent and starts it again, as a kubelet does; returns the new container.
+async fn restarted(daemonset: &DaemonSet, runtime: &Runtime, pod: &Pod, agent: &str) -> Result<String> {
+    let pid = Pid::from_raw(i32::try_from(runtime.pid(agent).await?)?).context("no pid")?;
+    kill_process(pid, Signal::KILL)?;
+    runtime.ended(agent).await?;
+    runtime.remove_container(agent).await?;
+    let started = || daemonset.log("agent").matches("took over the pinned programs").count();
+    let before = started();
+    let next = daemonset.start(runtime, pod, "agent", &[]).await?;
+    until("the agent has taken over", async || Ok((started() > before).then_some(()))).await?;
+    Ok(next)
 }
 
 /// The manifest's pod, with what its volumes hold.

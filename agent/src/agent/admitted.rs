@@ -28,7 +28,7 @@ impl Agent {
         if !container.identity.as_ref().is_some_and(|identity| identity.sandbox) {
             return;
         }
-        if container.entrypoint.is_none() && container.found_running {
+        if container.entrypoint.is_none() && (container.found_running || container.adopted) {
             container.entrypoint = program_of(&format!("/proc/{workload}/exe"));
         }
         if let Some((path, inode)) = container.entrypoint.clone() {

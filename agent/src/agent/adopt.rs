@@ -42,17 +42,22 @@ impl Agent {
     /// When the maps cannot be read.
     pub(super) fn adopt(&mut self) -> Result<()> {
         self.kernel.maps.admit_nothing();
+        self.admitted.clear();
+        self.admit_own_program();
         let found = self.kernel.maps.read_back()?;
         self.revisions.read_back(found);
         let folders: HashMap<u64, Found> =
             cgroups::scan(&self.cgroups).into_iter().map(|found| (found.slot, found)).collect();
         let mut slots = self.kernel.maps.slots();
         slots.retain(|(slot, _)| *slot != PROBE_SLOT);
-        for (slot, value) in &slots {
+        // What ran before any agent is taken over step by step, and the agent may have been killed between two of them.
+        slots.retain(|(_, slot)| slot.created != 0);
+        for (slot, _) in &slots {
             let name = self.kernel.maps.name(*slot);
             let id = cgroups::container_id(&name).unwrap_or(&name).to_owned();
             let folder = folders.get(slot).map(|found| found.folder.clone()).unwrap_or_default();
-            let mut container = Container::new(id.clone(), folder, value.created == 0);
+            let mut container = Container::new(id.clone(), folder, false);
+            container.adopted = true;
             let volumes = self.kernel.volumes_of(*slot);
             container.volumes =
                 (!volumes.is_empty()).then(|| volumes.into_iter().filter_map(known).collect());

@@ -239,7 +239,12 @@ impl Agent {
         let Outgoing { header, session, event, urgent } = record;
         let container = self.containers.get(&slot).unwrap_or(&self.unknown);
         let bytes = self.source.encode(slot, header.as_ref(), session, container.encoded(), event);
-        let credit = Credit { slot, delivered: u64::from(header.is_some()), reported: 0 };
+        let credit = Credit {
+            epoch: self.kernel.meta.epoch,
+            slot,
+            delivered: u64::from(header.is_some()),
+            reported: 0,
+        };
         if self.queue.push(bytes, urgent, credit).is_err() {
             let time = header.map_or_else(|| self.source.now(), |header| self.source.wall(header.time));
             self.losses.turned_away(slot, header.is_some(), time);

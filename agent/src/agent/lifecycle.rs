@@ -310,6 +310,7 @@ impl Agent {
                 {
                     return;
                 }
+                container.withdrawn = self.withdrawn;
                 container.revision = revision;
                 container.mode = policy.as_ref().map_or(NO_PROFILE, |policy| policy.mode.as_str());
                 container.profiles =
@@ -370,8 +371,19 @@ impl Agent {
         }
     }
 
+    /// Says that the agent goes.
+    pub(super) fn end_lease(&mut self) {
+        self.leaving = true;
+        if let Err(error) = self.kernel.maps.renew_lease(AgentState { lease_until: 0, ..self.state }) {
+            tracing::error!(error = format!("{error:#}"), "the agent counts as present until its lease ends");
+        }
+    }
+
     /// Says that the agent works. Called wherever it works for long.
     pub(super) fn renew_lease(&mut self) {
+        if self.leaving {
+            return;
+        }
         let now = crate::records::now_since_boot();
         if now.saturating_sub(self.renewed) < RENEWAL.as_nanos() as u64 {
             return;

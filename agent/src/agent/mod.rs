@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 use palisade_abi::{
     codes::{control, mode},
@@ -36,6 +36,7 @@ use tokio::{
 
 use self::{
     flow::{HeldExec, Waiting},
+    others::{InForce, Others},
     self_probe::SelfProbe,
 };
 use crate::{
@@ -61,8 +62,6 @@ const RING_PERIOD: Duration = Duration::from_millis(100);
 const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(1);
 /// How often containers are looked for in the cgroup tree, should the kernel's word have been lost.
 const SCAN_PERIOD: Duration = Duration::from_secs(30);
-/// How long programs of another build or configuration stay in force for the sake of containers that nobody identifies.
-const OTHERS_PATIENCE: Duration = Duration::from_secs(60);
 /// Records taken from the ring before anything else gets its turn.
 const RING_ROUND: usize = 1024;
 
@@ -100,6 +99,8 @@ pub struct Agent {
     state: AgentState,
     /// When the lease was renewed last, nanoseconds since boot.
     renewed: u64,
+    /// Whether it is not renewed any more.
+    leaving: bool,
     slowest_answer: Duration,
     cgroups: std::path::PathBuf,
     /// Slots whose policy could not be put in force; tried again.
@@ -114,8 +115,12 @@ pub struct Agent {
     self_probe: SelfProbe,
     /// What an agent before this one left, while it is counted.
     settling: Option<adopt::Settling>,
-    /// Since when sets of programs of other builds or configurations are in force beside this agent's own.
-    others_since: Option<Instant>,
+    /// Sets of programs of other builds or configurations, beside this agent's own.
+    others: Option<Others>,
+    /// Whether nothing is claimed, since the self-probe fails.
+    withdrawn: bool,
+    /// Whether enforcement does not work and another set of programs must be loaded.
+    start_over: bool,
     /// Evidence against the programs that was last reported.
     evidence: Vec<(String, u64)>,
 }
@@ -197,9 +202,12 @@ pub async fn run(config: Config) -> Result<()> {
             unidentified: u32::from(config.unidentified.mode()),
             when_agent_absent: u32::from(config.when_agent_absent.mode()),
             pid: std::process::id(),
+            // Until the first proof.
+            failing: 1,
             ..AgentState::default()
         },
         renewed: 0,
+        leaving: false,
         slowest_answer: Duration::ZERO,
         cgroups: cgroup_root,
         pending: HashSet::new(),
@@ -208,7 +216,9 @@ pub async fn run(config: Config) -> Result<()> {
         more: false,
         self_probe: SelfProbe::new(Duration::from_secs(config.self_probe_seconds)),
         settling: None,
-        others_since: None,
+        others: None,
+        withdrawn: false,
+        start_over: false,
         ring_bytes: config.maps.ring_bytes as usize,
         evidence: Vec::new(),
     };
@@ -218,13 +228,24 @@ pub async fn run(config: Config) -> Result<()> {
     if agent.kernel.adopted {
         agent.adopt()?;
     }
-    if agent.kernel.has_others()? {
-        agent.others_since = Some(Instant::now());
-    }
     if let Err(error) = agent.prepare_self_probe() {
         tracing::error!(error = format!("{error:#}"), "the self-probe has no place in the kernel");
     }
-    agent.find_running();
+    let others = agent.kernel.old_sets()?;
+    let unreadable = agent.kernel.other_sets()? > others.len();
+    if others.is_empty() && !unreadable {
+        agent.kernel.activate()?;
+        agent.find_running();
+        // What was never completed.
+        agent.kernel.retire_others()?;
+        agent.kernel.forget_others(&[])?;
+    } else {
+        // The other one makes the records, and gates what is new, until this one knows every container.
+        agent.find_running();
+        agent.kernel.activate()?;
+        agent.find_running();
+        agent.others = Some(Others::InForce(InForce::new(others, unreadable)));
+    }
     tracing::info!(
         node = agent.source.node,
         tier = agent.kernel.tier.as_str(),
@@ -276,12 +297,16 @@ impl Agent {
                     self.identify(slot, identity);
                 }
                 Some(event) = inputs.events.recv() => self.runtime_event(event),
-                Some(Credit { slot, delivered, reported }) = inputs.credits.recv() => {
-                    self.kernel.maps.credit(slot, delivered, reported);
-                }
+                Some(credit) = inputs.credits.recv() => self.credit(credit),
                 ready = self.kernel.records.readable() => { ready?; self.take_records(); }
                 _ = ring.tick() => { self.look_for_mounts(); self.take_records(); self.probe_self(); }
-                _ = housekeeping.tick() => self.keep_house(),
+                _ = housekeeping.tick() => {
+                    self.keep_house();
+                    if self.start_over {
+                        self.kernel.give_up()?;
+                        bail!("enforcement does not work; another set of programs must be loaded: start the agent again");
+                    }
+                }
                 _ = scan.tick() => { self.find_running(); self.look_for_more_mounts(); self.prune(); }
                 // What is left of a full ring, after everything else had its turn.
                 () = tokio::task::yield_now(), if self.more => self.take_records(),
@@ -361,7 +386,10 @@ impl Agent {
     /// Reads what is left in the ring, and waits until it is delivered. What is pinned stays in force.
     async fn drain(&mut self, deadline: Duration, inputs: &mut Inputs) {
         self.report_evidence();
-        if !self.kernel.outlives_the_agent() {
+        if self.kernel.outlives_the_agent() {
+            // From now on nobody lets go what is held.
+            self.end_lease();
+        } else {
             self.kernel.detach();
         }
         self.empty_ring();
@@ -397,15 +425,13 @@ impl Agent {
                             break;
                         }
                     }
-                    Some(Credit { slot, delivered, reported }) = inputs.credits.recv() => {
-                        self.kernel.maps.credit(slot, delivered, reported);
-                    }
+                    Some(credit) = inputs.credits.recv() => self.credit(credit),
                 }
             }
         };
         let in_time = tokio::time::timeout(deadline, emptied).await.is_ok();
-        while let Ok(Credit { slot, delivered, reported }) = inputs.credits.try_recv() {
-            self.kernel.maps.credit(slot, delivered, reported);
+        while let Ok(credit) = inputs.credits.try_recv() {
+            self.credit(credit);
         }
         if !in_time {
             tracing::error!(

@@ -1,92 +1,170 @@
-//! Sets of programs that an agent of another build or configuration left in force: their records are delivered, what is
-//! missing of them is counted, and they are taken away when this agent's own set covers everything.
+//! Sets of programs that an agent of another build or configuration left in force: they are taken out of force when this
+//! agent's own set covers what they guard, their records are delivered, what is missing of them is counted, and then they
+//! are taken away.
 
-use std::collections::HashMap;
+use std::{
+    collections::{HashMap, HashSet},
+    time::Instant,
+};
 
-use palisade_abi::{codes, maps::PROBE_SLOT, record::decode};
+use palisade_abi::{codes::verdict, maps::PROBE_SLOT, record::decode};
 use palisade_proto::v1::{self, record::Event};
 
-use super::{Agent, OTHERS_PATIENCE};
+use super::Agent;
 use crate::{
     containers::{Container, cgroups},
     delivery::Credit,
     kernel::OldSet,
+    processes::Processes,
     records::{self, Made, Source},
 };
 
+/// How often it is said that an older set cannot be taken out of force yet.
+const REMINDER: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// How long sets of another layout stay in force for the sake of containers that nobody identifies.
+const UNREADABLE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Sets that are not this agent's.
+pub(super) enum Others {
+    /// They refuse beside this agent's own.
+    InForce(InForce),
+    /// They are out of force, and their records are on their way.
+    Leaving(Vec<OldSet>),
+}
+
+pub(super) struct InForce {
+    sets: Vec<OldSet>,
+    /// Whether there are more, of another layout: what they guard cannot be read.
+    unreadable: bool,
+    since: Instant,
+    /// When it was last said that they stay.
+    said: Instant,
+}
+
+impl InForce {
+    pub(super) fn new(sets: Vec<OldSet>, unreadable: bool) -> Self {
+        Self { sets, unreadable, since: Instant::now(), said: Instant::now() }
+    }
+}
+
 impl Agent {
-    /// Reads what is left in the rings of other sets, which make no records any more.
-    fn deliver_for_others(&mut self) {
-        match self.kernel.old_sets() {
-            Ok(sets) => {
-                for set in sets {
+    /// Takes other sets a step further on their way out.
+    pub(super) fn retire_others(&mut self) {
+        match self.others.take() {
+            Some(Others::InForce(mut others)) => {
+                let uncovered = self.uncovered(&others.sets);
+                let all = self.containers.values().all(Container::is_under_policy);
+                let blind = others.unreadable && !all && others.since.elapsed() < UNREADABLE;
+                if !uncovered.is_empty() || blind {
+                    if others.said.elapsed() > REMINDER {
+                        others.said = Instant::now();
+                        tracing::error!(
+                            slots = ?uncovered,
+                            "older programs stay in force: they guard containers that this agent does not"
+                        );
+                    }
+                    self.others = Some(Others::InForce(others));
+                    return;
+                }
+                let mut sets = std::mem::take(&mut others.sets);
+                for set in &mut sets {
                     self.deliver_for(set);
                 }
+                self.queue.flush();
+                match self.kernel.retire_others() {
+                    Ok(()) => self.others = Some(Others::Leaving(sets)),
+                    Err(error) => {
+                        tracing::error!(error = format!("{error:#}"), "older programs stay in force");
+                        self.others = Some(Others::InForce(InForce { sets, ..others }));
+                    }
+                }
             }
-            Err(error) => tracing::warn!(
-                error = format!("{error:#}"),
-                "what is left in the ring of an older set of programs is lost, and not counted"
-            ),
+            Some(Others::Leaving(sets)) => {
+                // What is not acknowledged is counted by the next agent, should this one be killed: it needs the accounts.
+                let open: Vec<OldSet> = sets.into_iter().filter(|set| !is_balanced(set)).collect();
+                let names: Vec<String> = open.iter().map(|set| set.name.clone()).collect();
+                if let Err(error) = self.kernel.forget_others(&names) {
+                    tracing::error!(error = format!("{error:#}"), "the maps of older programs stay");
+                }
+                self.others = (!open.is_empty()).then_some(Others::Leaving(open));
+            }
+            None => {}
         }
-        self.queue.flush();
     }
 
-    fn deliver_for(&mut self, mut set: OldSet) {
+    /// Containers that other sets guard and this agent's does not.
+    fn uncovered(&self, sets: &[OldSet]) -> Vec<u64> {
+        let guarded: HashSet<u64> = sets.iter().flat_map(|set| set.maps.guarded()).collect();
+        let covered =
+            |slot: &u64| self.containers.get(slot).is_some_and(|container| container.is_under_policy());
+        guarded.into_iter().filter(|slot| !covered(slot)).collect()
+    }
+
+    /// Books what the collector has acknowledged.
+    pub(super) fn credit(&mut self, credit: Credit) {
+        let Credit { epoch, slot, delivered, reported } = credit;
+        if epoch == self.kernel.meta.epoch {
+            self.kernel.maps.credit(slot, delivered, reported);
+        } else if let Some(Others::Leaving(sets)) = &mut self.others
+            && let Some(set) = sets.iter_mut().find(|set| set.meta.epoch == epoch)
+        {
+            set.maps.credit(slot, delivered, reported);
+        }
+    }
+
+    /// Reads what is left in the ring of a set that makes no records any more, and counts what is missing.
+    fn deliver_for(&mut self, set: &mut OldSet) {
+        let epoch = set.meta.epoch;
         let source = Source::new(self.source.node.clone(), self.source.boot.clone(), &set.meta);
-        let mut made: Vec<Made> = Vec::new();
-        let Self { processes, kernel, .. } = self;
         let revisions = set.maps.revision_names();
+        // Apart from the live ones: these records are older.
+        let mut processes = Processes::new(&self.source.boot);
+        let maps = &set.maps;
+        let mut made: Vec<Made> = Vec::new();
         set.records.drain(usize::MAX, |bytes| match decode(bytes) {
             Ok(decoded) => made.push(records::make(
                 &source,
-                processes,
+                &mut processes,
                 |number| revisions.get(&number).cloned().unwrap_or_default(),
-                |pid| kernel.maps.slot_of_process(pid),
+                |pid| maps.slot_of_process(pid),
                 decoded,
             )),
             Err(error) => tracing::error!(%error, "a record of an older set cannot be read"),
         });
-        let mut seen: HashMap<u64, u64> = HashMap::new();
         let read = made.len();
-        for record in made.into_iter().filter(|record| record.header.slot != PROBE_SLOT) {
-            let slot = record.header.slot;
-            let gone = by_name(&set, slot);
-            let container = self.containers.get(&slot).unwrap_or(&gone);
-            let event = match record.event {
+        let mut seen: HashMap<u64, u64> = HashMap::new();
+        for Made { header, event, .. } in made.into_iter().filter(|made| made.header.slot != PROBE_SLOT) {
+            let event = match event {
                 // Nobody will judge it any more.
-                Event::Exec(exec)
-                    if exec.verdict == codes::verdict::name(codes::verdict::HELD).unwrap_or_default() =>
-                {
+                Event::Exec(exec) if exec.verdict == verdict::name(verdict::HELD).unwrap_or_default() => {
                     Event::Exec(v1::ProcessExec { verdict: "audited".to_owned(), ..exec })
                 }
                 other => other,
             };
-            let bytes = source.encode(slot, Some(&record.header), None, container.encoded(), event);
-            if self.queue.push(bytes, true, Credit::default()).is_ok() {
+            let slot = header.slot;
+            let gone = by_name(set, slot);
+            let container = self.containers.get(&slot).unwrap_or(&gone);
+            let bytes = source.encode(slot, Some(&header), None, container.encoded(), event);
+            if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 1, reported: 0 }).is_ok() {
                 *seen.entry(slot).or_default() += 1;
             }
         }
-        let accounts: HashMap<_, _> = set.maps.accounts().into_iter().collect();
         let mut missing_in_all = 0;
-        for (slot, _) in set.maps.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
-            let made: u64 = set.maps.last_numbers(slot).iter().map(|(_, last)| last).sum();
-            let account = accounts.get(&slot).copied().unwrap_or_default();
-            let here = seen.get(&slot).copied().unwrap_or(0);
-            let count = made.saturating_sub(account.delivered + account.reported + here);
+        for (slot, made, settled) in accounts(set) {
+            let count = made.saturating_sub(settled + seen.get(&slot).copied().unwrap_or(0));
             if count == 0 {
                 continue;
             }
             missing_in_all += count;
             let now = self.source.now();
             let gap = v1::Gap { count, cause: "agent-killed".to_owned(), from: now, to: now };
-            let gone = by_name(&set, slot);
+            let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
-            if self.queue.push(bytes, true, Credit::default()).is_err() {
+            if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 0, reported: count }).is_err() {
                 tracing::error!(slot, count, "no room in the queue to say what an older set has lost");
             }
-            // Whoever comes next must not count them again.
-            set.maps.credit(slot, 0, count);
         }
         tracing::info!(
             set = set.name,
@@ -95,21 +173,26 @@ impl Agent {
             "read what an older set has left"
         );
     }
+}
 
-    /// Takes sets of other builds and configurations out of force, once everything is under this agent's own: until then
-    /// both refuse.
-    pub(super) fn retire_others(&mut self) {
-        let Some(since) = self.others_since else { return };
-        let covered = self.containers.values().all(Container::is_under_policy);
-        if !covered && since.elapsed() < OTHERS_PATIENCE {
-            return;
-        }
-        self.deliver_for_others();
-        match self.kernel.retire_others() {
-            Ok(()) => self.others_since = None,
-            Err(error) => tracing::error!(error = format!("{error:#}"), "older programs stay in force"),
-        }
+/// Every slot of a set with what was numbered in it, and what of that is delivered or reported.
+fn accounts(set: &OldSet) -> Vec<(u64, u64, u64)> {
+    let booked: HashMap<_, _> = set.maps.accounts().into_iter().collect();
+    let mut made: HashMap<u64, u64> = booked.iter().map(|(slot, account)| (*slot, account.made)).collect();
+    for (slot, _) in set.maps.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
+        made.insert(slot, set.maps.last_numbers(slot).iter().map(|(_, last)| last).sum());
     }
+    made.into_iter()
+        .map(|(slot, made)| {
+            let account = booked.get(&slot).copied().unwrap_or_default();
+            (slot, made, account.delivered + account.reported)
+        })
+        .collect()
+}
+
+/// Whether everything that a set has numbered is delivered or reported.
+fn is_balanced(set: &OldSet) -> bool {
+    accounts(set).into_iter().all(|(_, made, settled)| settled >= made)
 }
 
 /// A container that is gone, as far as the set knows it.

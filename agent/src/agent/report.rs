@@ -86,11 +86,12 @@ impl Agent {
         for (slot, value) in self.kernel.maps.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
             self.losses.lost_in_kernel(slot, value.lost, now);
         }
+        let epoch = self.kernel.meta.epoch;
         let Self { losses, source, containers, unknown, queue, .. } = self;
         losses.report(now, |slot, gap, reported| {
             let container = containers.get(&slot).unwrap_or(unknown);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
-            queue.push(bytes, true, Credit { slot, delivered: 0, reported }).is_ok()
+            queue.push(bytes, true, Credit { epoch, slot, delivered: 0, reported }).is_ok()
         });
         queue.flush();
     }

@@ -21,10 +21,12 @@ use palisade_proto::v1::{self, record::Event};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Agent;
-use crate::{containers::NOT_IN_FORCE, kernel::Tier};
+use crate::kernel::Tier;
 
 /// Exit code of a child whose execution was refused.
 pub const REFUSED: i32 = 77;
+/// When to try again after a failure.
+const SOON: Duration = Duration::from_secs(1);
 /// How long the proof may take before it counts as failed.
 const PATIENCE: Duration = Duration::from_secs(5);
 const SIGKILL: i32 = 9;
@@ -38,8 +40,14 @@ pub(super) struct SelfProbe {
     ended: Option<ExitStatus>,
     /// Whether the record of its execution has come, and was a denial.
     recorded: bool,
-    /// What speaks against the claim; empty when it holds.
-    failures: Vec<String>,
+    /// What speaks against the claim; empty when it holds, absent before the first proof.
+    failures: Option<Vec<String>>,
+    /// Whether the last proof failed in a way that may be chance.
+    doubtful: bool,
+    /// Records of the probe that were lost so far.
+    lost: u64,
+    /// Children that do not end.
+    leftover: Vec<Child>,
     /// Whether the last act ran.
     ran: bool,
     /// The revision that allows nothing.
@@ -62,7 +70,10 @@ impl SelfProbe {
             running: None,
             ended: None,
             recorded: false,
-            failures: Vec::new(),
+            failures: None,
+            doubtful: false,
+            lost: 0,
+            leftover: Vec::new(),
             ran: false,
             revision: None,
         }
@@ -101,26 +112,33 @@ impl Agent {
     /// Takes the proof a step further: begins one when it is due, lets the child act when it is ready, ends it when it has
     /// acted.
     pub(super) fn probe_self(&mut self) {
+        self.self_probe.leftover.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
         let Some(mut running) = self.self_probe.running.take() else {
             if Instant::now() >= self.self_probe.due {
                 self.begin_proof();
             }
             return;
         };
-        if running.begun.elapsed() > PATIENCE {
-            let _it_has_ended_already = running.child.kill();
-            let _reaped = running.child.wait();
-            self.conclude();
-            return;
-        }
         if let Err(error) = self.let_it_act(&mut running) {
             tracing::error!(error = format!("{error:#}"), "the self-probe cannot be made");
         }
         if self.self_probe.ended.is_none() {
             self.self_probe.ended = running.child.try_wait().ok().flatten();
         }
+        let overdue = running.begun.elapsed() > PATIENCE;
+        if overdue {
+            // The agent itself may have been late.
+            self.empty_ring();
+        }
         match self.self_probe.ended {
-            Some(status) if self.self_probe.recorded || !self.is_refusal(status) => self.conclude(),
+            Some(status) if self.self_probe.recorded || overdue || !self.is_refusal(status) => {
+                self.conclude();
+            }
+            None if overdue => {
+                let _it_has_ended_already = running.child.kill();
+                self.self_probe.leftover.push(running.child);
+                self.conclude();
+            }
             _ => self.self_probe.running = Some(running),
         }
     }
@@ -175,45 +193,56 @@ impl Agent {
     /// Puts together what speaks against the claim, mends what can be mended, and says so when it has changed.
     fn conclude(&mut self) {
         let mut failures = Vec::new();
-        let mut ran = false;
+        let lost = self.kernel.maps.lost(PROBE_SLOT);
+        let lost_before = std::mem::replace(&mut self.self_probe.lost, lost);
+        let ran = self.self_probe.ended.is_some_and(|status| status.code() == Some(0));
         match self.self_probe.ended {
+            // A ring that a container floods has no room for the probe's record, either; that is counted elsewhere.
+            Some(status) if self.is_refusal(status) && (self.self_probe.recorded || lost > lost_before) => {}
             Some(status) if self.is_refusal(status) => {
-                if !self.self_probe.recorded {
-                    failures.push("the record of a refused act did not arrive".to_owned());
-                }
+                failures.push("the record of a refused act did not arrive".to_owned());
             }
-            Some(status) => {
-                ran = true;
-                failures.push(format!("an act that must be refused was not ({status})"));
-            }
-            None => failures.push("whether an act is refused could not be tried".to_owned()),
+            Some(status) if ran => failures.push(format!("an act that must be refused was not ({status})")),
+            Some(status) => failures.push(format!("whether an act is refused could not be tried ({status})")),
+            None => failures.push("whether an act is refused could not be tried in time".to_owned()),
+        }
+        // Once may be chance, unless it ran.
+        if !ran && !failures.is_empty() && !std::mem::replace(&mut self.self_probe.doubtful, true) {
+            failures.clear();
+            self.self_probe.due = Instant::now() + SOON;
+        } else if failures.is_empty() {
+            self.self_probe.doubtful = false;
         }
         match self.kernel.verify() {
             Ok(mended) => failures.extend(mended),
             Err(error) => failures.push(format!("{error:#}")),
         }
         let again = std::mem::replace(&mut self.self_probe.ran, ran) && ran;
-        if ran {
-            // The proof's own policy first: it may be all that is wrong. Attaching programs anew leaves a moment without.
-            let attached = if again { self.kernel.attach_anew() } else { Ok(()) };
-            if let Err(error) = attached.and_then(|()| self.prepare_self_probe()) {
-                failures.push(format!("it cannot be mended: {error:#}"));
-            }
+        if again {
+            // A program that was attached cannot be attached again on every kernel; another set can.
+            self.start_over = true;
+        } else if ran && let Err(error) = self.prepare_self_probe() {
+            // The proof's own policy may be all that is wrong; it is not when this does not help.
+            failures.push(format!("the probe's own policy cannot be written: {error:#}"));
         }
         if !failures.is_empty() {
             // Soon again: what was mended must prove itself.
-            self.self_probe.due = Instant::now() + Duration::from_secs(1);
+            self.self_probe.due = Instant::now() + SOON;
         }
         self.claim(failures);
     }
 
     /// Says what is claimed from now on.
     fn claim(&mut self, failures: Vec<String>) {
-        if failures == self.self_probe.failures {
+        if self.self_probe.failures.as_ref() == Some(&failures) {
             return;
         }
+        let first = self.self_probe.failures.is_none();
         let holds = failures.is_empty();
-        if holds {
+        self.withdrawn = !holds;
+        if holds && first {
+            tracing::info!("the self-probe succeeds: what profiles say is enforced");
+        } else if holds {
             tracing::info!("the self-probe succeeds again: what profiles say is enforced");
         } else {
             tracing::error!(?failures, "the self-probe fails: nothing is claimed until it succeeds");
@@ -226,18 +255,17 @@ impl Agent {
             failures: failures.clone(),
             tier: self.kernel.tier.as_str().to_owned(),
         };
-        self.self_probe.failures = failures;
+        self.self_probe.failures = Some(failures);
         let slots: Vec<u64> = self.containers.keys().copied().collect();
         self.tell(0, Event::NodeState(state));
         for slot in slots {
             let Some(container) = self.containers.get_mut(&slot) else { continue };
-            if holds {
-                self.apply(slot, "claim-restored");
-            } else if container.is_under_policy() {
-                container.mode = NOT_IN_FORCE;
-                container.encode();
-                self.tell_coverage(slot, "claim-withdrawn", 0);
+            if container.withdrawn == self.withdrawn {
+                continue;
             }
+            container.withdrawn = self.withdrawn;
+            container.encode();
+            self.tell_coverage(slot, if holds { "claim-restored" } else { "claim-withdrawn" }, 0);
         }
     }
 }

@@ -65,6 +65,10 @@ pub struct Container {
     pub cgroup: PathBuf,
     /// Its mounts that are volumes; `None` until they are known.
     pub volumes: Option<Vec<Volume>>,
+    /// Whether the agent claims nothing of it, since its self-probe fails.
+    pub withdrawn: bool,
+    /// Whether an agent before this one has known it.
+    pub adopted: bool,
     /// Since when they are, nanoseconds since boot.
     pub volumes_since: u64,
     /// Whether another attempt may find more.
@@ -103,6 +107,8 @@ impl Container {
             found_running,
             cgroup,
             volumes: None,
+            withdrawn: false,
+            adopted: false,
             volumes_since: 0,
             volumes_open: false,
             left_behind_settled: false,
@@ -146,7 +152,7 @@ impl Container {
             class: if identity.sandbox { "sandbox" } else { "container" }.to_owned(),
             profiles: self.profiles.clone(),
             revision: self.revision.clone(),
-            mode: self.mode.to_owned(),
+            mode: if self.withdrawn { NOT_IN_FORCE } else { self.mode }.to_owned(),
             identified_by: identity.by.to_owned(),
         }
     }

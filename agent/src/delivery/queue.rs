@@ -23,6 +23,8 @@ const RESERVED_SHARE: usize = 8;
 /// What the account of a slot gains when a record is acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Credit {
+    /// The set of programs that numbered it.
+    pub epoch: u64,
     pub slot: u64,
     /// 1 for a record that the kernel has numbered.
     pub delivered: u64,
@@ -109,14 +111,15 @@ impl Queue {
     /// Forgets every record before `next`, and returns what the accounts gain by it, one entry a slot.
     pub fn acknowledge(&self, next: u64) -> Vec<Credit> {
         let mut state = self.state();
-        let mut gained: HashMap<u64, Credit> = HashMap::new();
+        let mut gained: HashMap<(u64, u64), Credit> = HashMap::new();
         while state.first < next {
             let Some((record, credit)) = state.records.pop_front() else { break };
-            if credit != (Credit { slot: credit.slot, ..Credit::default() }) {
-                let sum =
-                    gained.entry(credit.slot).or_insert(Credit { slot: credit.slot, ..Credit::default() });
-                sum.delivered += credit.delivered;
-                sum.reported += credit.reported;
+            let Credit { epoch, slot, delivered, reported } = credit;
+            if delivered + reported > 0 {
+                let nothing = Credit { epoch, slot, ..Credit::default() };
+                let sum = gained.entry((epoch, slot)).or_insert(nothing);
+                sum.delivered += delivered;
+                sum.reported += reported;
             }
             state.bytes -= record.len() + OVERHEAD;
             state.first += 1;
@@ -165,13 +168,13 @@ mod tests {
     fn positions_follow_acknowledgements() {
         let queue = Queue::new(1 << 20);
         for text in ["a", "b", "c"] {
-            let credit = Credit { slot: 5, delivered: 1, reported: 0 };
+            let credit = Credit { epoch: 1, slot: 5, delivered: 1, reported: 0 };
             queue.push(Bytes::from_static(text.as_bytes()), false, credit).unwrap();
         }
-        assert_eq!(queue.acknowledge(1), [Credit { slot: 5, delivered: 1, reported: 0 }]);
+        assert_eq!(queue.acknowledge(1), [Credit { epoch: 1, slot: 5, delivered: 1, reported: 0 }]);
         assert_eq!(queue.batch(0, 10, 100), (1, vec![Bytes::from_static(b"b"), Bytes::from_static(b"c")]));
         assert_eq!(queue.batch(2, 10, 100).1.len(), 1);
-        assert_eq!(queue.acknowledge(9), [Credit { slot: 5, delivered: 2, reported: 0 }]);
+        assert_eq!(queue.acknowledge(9), [Credit { epoch: 1, slot: 5, delivered: 2, reported: 0 }]);
         assert_eq!(queue.counts(), (0, 3));
         queue.push(Bytes::from_static(b"d"), false, Credit::default()).unwrap();
         assert_eq!(queue.batch(3, 10, 100), (3, vec![Bytes::from_static(b"d")]));

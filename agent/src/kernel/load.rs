@@ -39,8 +39,6 @@ static LANES: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_OBJECT_LANES"))
 /// missing, and what is read there must pass a check.
 const THREAD_SIZE: u32 = 16384;
 
-/// How long the kernel may take to let go of a program.
-const DETACHING: std::time::Duration = std::time::Duration::from_secs(2);
 /// Ended containers whose records may still be on their way, for each that runs.
 const ACCOUNTS_PER_SLOT: u32 = 4;
 
@@ -175,7 +173,7 @@ impl Kernel {
         let object = object(features)?;
         let set = set_name(&object, sizes);
         if let Some(folder) = pins.find(&set) {
-            match adoptable(&pins, &folder) {
+            match adoptable(&pins, &folder, features.lsm_is_active().is_ok()) {
                 Ok(meta) => return Self::assemble(pins, set, folder, meta, features),
                 Err(error) => {
                     tracing::error!(
@@ -264,62 +262,91 @@ impl Kernel {
         for name in self.to_attach() {
             let pin = self.folder.link(name);
             if self.adopted {
-                if let Ok(link) = PinnedLink::from_pin(&pin) {
-                    self.links.push((name, link));
-                    continue;
-                }
-                tracing::error!(program = name, "it was not attached any more; attaching it again");
+                let link = PinnedLink::from_pin(&pin).map_err(anyhow::Error::new)?;
+                self.links.push((name, link));
+            } else {
+                self.links.push((name, attach(&self.folder, name, &pin)?));
             }
-            self.links.push((name, attach(&self.folder, name, &pin)?));
         }
-        // Only a set that the next agent will find may make the records: until then another one does.
         if !self.adopted {
             self.folder = self.pins.finish(&self.set)?;
         }
-        Ok(self.maps.record_as(self.meta.epoch)?)
+        Ok(())
     }
 
-    /// Whether sets of other builds or configurations are in force, too.
+    /// Makes this set the one that records, and gates what is not identified.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be told.
+    pub fn activate(&mut self) -> anyhow::Result<()> {
+        self.maps.record_as(self.meta.epoch)
+    }
+
+    /// Leaves this set to be replaced: the next agent loads another beside it.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be renamed.
+    pub fn give_up(&self) -> anyhow::Result<()> {
+        self.pins.set_aside(&self.set)
+    }
+
+    /// How many complete sets of other builds or configurations there are.
     ///
     /// # Errors
     ///
     /// When the folder of pins cannot be read.
-    pub fn has_others(&self) -> anyhow::Result<bool> {
-        Ok(self.pins.sets()?.iter().any(|name| *name != self.set))
+    pub fn other_sets(&self) -> anyhow::Result<usize> {
+        let others =
+            self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
+        Ok(others.count())
     }
 
-    /// Opens the complete sets of other builds or configurations that have this build's layout.
+    /// Opens the complete sets of other builds and configurations that have this build's layout. Of another layout nothing
+    /// can be read, and that is said.
     ///
     /// # Errors
     ///
-    /// When one is of another layout or cannot be read.
+    /// When the folder of pins cannot be read.
     pub fn old_sets(&self) -> anyhow::Result<Vec<OldSet>> {
-        let mut found = Vec::new();
-        for name in self.pins.sets()?.into_iter().filter(|name| *name != self.set) {
-            let Some(folder) = self.pins.find(&name).filter(|_| !Pins::is_unfinished(&name)) else {
-                continue;
-            };
-            let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
-            let meta = meta.get(&0, 0)?;
-            anyhow::ensure!(
-                meta.abi == ABI_VERSION,
-                "the ABI of {name} is {}, this build's {ABI_VERSION}",
-                meta.abi
-            );
-            let maps = Maps::open(&folder, &self.pins)?;
-            found.push(OldSet { meta, maps, records: ring(&folder, "RECORDS")?, name });
-        }
-        Ok(found)
+        let others =
+            self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
+        Ok(others
+            .filter_map(|name| match OldSet::open(&self.pins, &name) {
+                Ok(set) => Some(set),
+                Err(error) => {
+                    tracing::warn!(
+                        set = name,
+                        error = format!("{error:#}"),
+                        "an older set cannot be read: what is left in its ring is lost, and not counted"
+                    );
+                    None
+                }
+            })
+            .collect())
     }
 
-    /// Takes away what other builds and an earlier configuration left in force.
+    /// Takes the programs of all other sets out of force; their maps stay until [`Kernel::forget`].
     ///
     /// # Errors
     ///
-    /// When something of it stays.
+    /// When one stays.
     pub fn retire_others(&self) -> anyhow::Result<()> {
         for other in self.pins.sets()?.iter().filter(|name| **name != self.set) {
-            tracing::info!(set = other, "a set of programs is out of force");
+            tracing::info!(set = other, "an older set of programs is out of force");
+            self.pins.detach(other)?;
+        }
+        Ok(())
+    }
+
+    /// Takes away what is left of sets that are out of force, but for those in `but`.
+    ///
+    /// # Errors
+    ///
+    /// When something of one stays.
+    pub fn forget_others(&self, but: &[String]) -> anyhow::Result<()> {
+        for other in self.pins.sets()?.iter().filter(|name| **name != self.set && !but.contains(name)) {
             self.pins.remove(other)?;
         }
         Ok(())
@@ -346,9 +373,9 @@ impl Kernel {
         let mut missing = Vec::new();
         if !self.pins.is_in_place() {
             missing.push("the bpffs with the pins is gone".to_owned());
-            self.pins.restore(&self.set)?;
-            self.folder = self.pins.find(&self.set).context("the place of the pins cannot be made")?;
+            self.pins.restore()?;
         }
+        self.folder = self.pins.make(&self.set)?;
         for (name, map) in &self.all_maps {
             let path = self.folder.map(name);
             if !path.exists() {
@@ -374,35 +401,22 @@ impl Kernel {
                 continue;
             }
             missing.push(format!("the pin of the link of {name} is gone"));
-            let link =
-                FdLink::from(link).pin(&path).with_context(|| format!("cannot pin the link of {name}"))?;
-            self.links.push((name, link));
-        }
-        Ok(missing)
-    }
-
-    /// Attaches every program anew, one after the other: for programs that do not do what they must.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses an attachment; the others are tried all the same.
-    pub fn attach_anew(&mut self) -> anyhow::Result<()> {
-        let mut result = self.maps.record_as(self.meta.epoch);
-        for name in self.to_attach() {
-            self.links.retain(|(other, _)| *other != name);
-            let pin = self.folder.link(name);
-            let attached = match std::fs::remove_file(&pin) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(error).with_context(|| format!("cannot remove {}", pin.display()))
-                }
-                _ => attach_patiently(&self.folder, name, &pin),
-            };
-            match attached {
+            match FdLink::from(link).pin(&path) {
                 Ok(link) => self.links.push((name, link)),
-                Err(error) => result = Err(error),
+                // Then it is not attached any more; the others are.
+                Err(error) => missing.push(format!("the link of {name} cannot be pinned: {error}")),
             }
         }
-        result
+        for name in self.to_attach() {
+            if !self.links.iter().any(|(held, _)| *held == name) {
+                missing.push(format!("{name} is not attached"));
+                match attach(&self.folder, name, &self.folder.link(name)) {
+                    Ok(link) => self.links.push((name, link)),
+                    Err(error) => missing.push(error.to_string()),
+                }
+            }
+        }
+        Ok(missing)
     }
 
     /// Takes the programs out of force; records that are in the ring stay there to be read.
@@ -519,6 +533,17 @@ pub struct OldSet {
     pub records: Ring,
 }
 
+impl OldSet {
+    fn open(pins: &Pins, name: &str) -> anyhow::Result<Self> {
+        let folder = pins.find(name).context("it is gone")?;
+        let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
+        let meta = meta.get(&0, 0)?;
+        anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
+        let maps = Maps::open(&folder, pins)?;
+        Ok(Self { meta, maps, records: ring(&folder, "RECORDS")?, name: name.to_owned() })
+    }
+}
+
 /// What was loaded anew.
 struct Fresh {
     folder: SetFolder,
@@ -611,6 +636,22 @@ fn load(
     Ok(Fresh { folder, meta, layout, programs })
 }
 
+/// Processes that sets of this build's layout hold stopped.
+///
+/// # Errors
+///
+/// When the folder cannot be read.
+pub fn held_processes(pins: &Pins) -> anyhow::Result<Vec<u32>> {
+    let mut held = Vec::new();
+    for name in pins.sets()? {
+        if let Ok(set) = OldSet::open(pins, &name) {
+            let processes = set.maps.processes().into_iter();
+            held.extend(processes.filter(|(_, process)| process.held != 0).map(|(pid, _)| pid));
+        }
+    }
+    Ok(held)
+}
+
 /// What the agent last told the kernel of the set that records; `None` when there is none below `folder`.
 ///
 /// # Errors
@@ -633,15 +674,24 @@ pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
     Ok(None)
 }
 
-/// Whether a complete set is one to take over: of this layout, and the one that records. Returns what it is. The types of
-/// its maps are checked when they are opened.
-fn adoptable(pins: &Pins, folder: &SetFolder) -> anyhow::Result<SetMeta> {
+/// Whether a complete set is one to take over: of this layout, the one that records, and whole. Returns what it is.
+fn adoptable(pins: &Pins, folder: &SetFolder, full: bool) -> anyhow::Result<SetMeta> {
     let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
     let meta = meta.get(&0, 0)?;
     anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
     let active: Array<_, u64> = pinned_map(&pins.active_epoch())?.try_into()?;
     let active = active.get(&0, 0)?;
     anyhow::ensure!(active == meta.epoch, "another set makes the records");
+    // Opening them checks the types of all maps.
+    Maps::open(folder, pins)?;
+    for name in TRACEPOINTS.iter().chain(LSM.iter().filter(|_| full)) {
+        anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
+        PinnedLink::from_pin(folder.link(name))
+            .with_context(|| format!("{name} is not attached any more"))?;
+    }
+    for name in ON_DEMAND {
+        anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
+    }
     Ok(meta)
 }
 
@@ -667,19 +717,6 @@ fn pinned_tracepoint(folder: &SetFolder, name: &str) -> anyhow::Result<RawTraceP
 fn pinned_lsm(folder: &SetFolder, name: &str) -> anyhow::Result<Lsm> {
     let path = folder.program(name);
     Lsm::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
-}
-
-/// The same for a program that is being detached: the kernel does not attach it twice, and lets go of a link a grace period
-/// after its pin.
-fn attach_patiently(folder: &SetFolder, name: &str, pin: &Path) -> anyhow::Result<PinnedLink> {
-    let begun = std::time::Instant::now();
-    loop {
-        match attach(folder, name, pin) {
-            Ok(link) => return Ok(link),
-            Err(error) if begun.elapsed() > DETACHING => return Err(error.into()),
-            Err(_) => std::thread::sleep(std::time::Duration::from_millis(10)),
-        }
-    }
 }
 
 /// Attaches a pinned program for good.

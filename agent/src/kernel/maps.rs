@@ -433,6 +433,21 @@ impl Maps {
         String::from_utf8_lossy(used).into_owned()
     }
 
+    /// Slots that are under a revision and have not ended.
+    pub fn guarded(&self) -> Vec<u64> {
+        let policies = self.slot_policies.iter().filter_map(Result::ok);
+        policies
+            .filter(|(slot, policy)| *slot != PROBE_SLOT && policy.revision != 0)
+            .map(|(slot, _)| slot)
+            .filter(|slot| self.slots.get(slot, 0).is_ok_and(|slot| slot.ended == 0))
+            .collect()
+    }
+
+    /// Records that were lost of a slot so far.
+    pub fn lost(&self, slot: u64) -> u64 {
+        self.slots.get(&slot, 0).map_or(0, |slot| slot.lost)
+    }
+
     /// Since when a slot is under its revision, nanoseconds since boot; 0 when it is under none.
     pub fn in_force_since(&self, slot: u64) -> u64 {
         self.slot_policies.get(&slot, 0).map_or(0, |policy| policy.since)

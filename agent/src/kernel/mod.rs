@@ -12,7 +12,7 @@ mod roots;
 mod volumes;
 
 pub use btf::{BtfError, Layout};
-pub use load::{Kernel, LoadError, OldSet, Tier, agent_state};
+pub use load::{Kernel, LoadError, OldSet, Tier, agent_state, held_processes};
 pub use maps::{Maps, Sizes};
 pub use pins::Pins;
 pub use probe::{Features, features};

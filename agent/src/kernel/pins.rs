@@ -114,7 +114,9 @@ impl Pins {
             }
             std::thread::sleep(RETRY);
         }
-        Ok(Self { root: root.to_owned(), lasting: true, held })
+        let pins = Self { root: root.to_owned(), lasting: true, held };
+        // Whoever held it may have taken the folder away.
+        if pins.is_in_place() { Ok(pins) } else { Self::open(root) }
     }
 
     /// Whether a folder is on a bpffs.
@@ -184,25 +186,37 @@ impl Pins {
         held.is_some() && (!self.lasting || held == there)
     }
 
-    /// Makes the folder anew after somebody took it away, with an empty place for the set `name`; mounts a bpffs where there
-    /// is none any more.
+    /// Makes the folder anew after somebody took it away; mounts a bpffs where there is none any more.
     ///
     /// # Errors
     ///
     /// When that cannot be done.
-    pub fn restore(&mut self, name: &str) -> Result<()> {
+    pub fn restore(&mut self) -> Result<()> {
         let above = self.root.parent().context("pins: names no folder below a bpffs")?;
         if !Self::is_bpffs(above) {
             rustix::mount::mount("bpf", above, "bpf", rustix::mount::MountFlags::empty(), None)
                 .with_context(|| format!("cannot mount a bpffs at {}", above.display()))?;
         }
-        let new = Self::open(&self.root)?;
-        self.held = new.held;
-        if self.find(name).is_none() {
-            self.begin(name)?;
-            self.finish(name)?;
-        }
+        self.held = Self::open(&self.root)?.held;
         Ok(())
+    }
+
+    /// The place of the set `name`, with whatever folders of it are missing.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be made.
+    pub fn make(&self, name: &str) -> Result<SetFolder> {
+        let folder = self.root.join(name);
+        for kind in KINDS {
+            let path = folder.join(kind);
+            std::fs::DirBuilder::new()
+                .mode(0o700)
+                .recursive(true)
+                .create(&path)
+                .with_context(|| format!("cannot make {}", path.display()))?;
+        }
+        Ok(SetFolder(folder))
     }
 
     /// Where the map is pinned that says which set records.
@@ -248,16 +262,7 @@ impl Pins {
     pub fn begin(&self, name: &str) -> Result<SetFolder> {
         let unfinished = format!("{name}{UNFINISHED}");
         self.remove(&unfinished)?;
-        let folder = self.root.join(unfinished);
-        for kind in KINDS {
-            let path = folder.join(kind);
-            std::fs::DirBuilder::new()
-                .mode(0o700)
-                .recursive(true)
-                .create(&path)
-                .with_context(|| format!("cannot make {}", path.display()))?;
-        }
-        Ok(SetFolder(folder))
+        self.make(&unfinished)
     }
 
     /// Makes room for a set of the same name as one that is no use; that one stays in force until it is removed.
@@ -281,7 +286,11 @@ impl Pins {
     /// When a link stays.
     pub fn detach(&self, name: &str) -> Result<()> {
         let links = self.root.join(name).join(KINDS[0]);
-        for entry in std::fs::read_dir(&links).with_context(|| format!("cannot read {}", links.display()))? {
+        let entries = match std::fs::read_dir(&links) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.with_context(|| format!("cannot read {}", links.display()))?,
+        };
+        for entry in entries {
             let path = entry?.path();
             std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
@@ -306,7 +315,17 @@ impl Pins {
     ///
     /// When something of it stays.
     pub fn remove(&self, name: &str) -> Result<()> {
-        let folder = self.root.join(name);
+        let mut folder = self.root.join(name);
+        if !Self::is_unfinished(name) && folder.exists() {
+            // Nobody may take over half of it.
+            let unfinished = self.root.join(format!("{name}{UNFINISHED}"));
+            if unfinished.exists() {
+                self.remove(&format!("{name}{UNFINISHED}"))?;
+            }
+            std::fs::rename(&folder, &unfinished)
+                .with_context(|| format!("cannot rename {}", folder.display()))?;
+            folder = unfinished;
+        }
         for kind in KINDS {
             let below = folder.join(kind);
             let entries = match std::fs::read_dir(&below) {
