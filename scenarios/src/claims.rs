@@ -56,7 +56,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     report
         .case(
             "the folder of the links is deleted",
-            stage.tampered("the pin of the link of bprm_check_security is gone", async || {
+            stage.tampered("the pin of the link of sched_process_exit is gone", async || {
                 Ok(fs::remove_dir_all(stage.set()?.join("links"))?)
             }),
         )

@@ -226,7 +226,7 @@ fn in_machine(
 }
 
 fn scenarios(binaries: &Path, full: bool, tally: &mut Tally) {
-    // One boot for all of them; each prints its counts, and the machine ends with a failure if one failed. The last two
+    // One boot for all of them; each prints its counts, and the machine ends with a failure if one failed. The last three
     // stop the containerd that the others use.
     let count = if full { 200 } else { 20 };
     let script = format!(

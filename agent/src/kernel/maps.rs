@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap as Table,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -510,9 +511,21 @@ impl Maps {
         }
     }
 
-    /// Whether a process of the slot still lives.
-    pub fn has_processes(&self, slot: u64) -> bool {
-        self.processes.iter().filter_map(Result::ok).any(|(_, process)| process.slot == slot)
+    /// Whether a process of the slot still lives. One that an agent added just when it ended, and was killed before it saw
+    /// that, is forgotten.
+    pub fn has_processes(&mut self, slot: u64) -> bool {
+        let of_slot = |found: &(u32, Process)| found.1.slot == slot;
+        let (alive, dead): (Vec<u32>, Vec<u32>) = self
+            .processes
+            .iter()
+            .filter_map(Result::ok)
+            .filter(of_slot)
+            .map(|(pid, _)| pid)
+            .partition(|pid| Path::new("/proc").join(pid.to_string()).exists());
+        for pid in dead {
+            self.remove_process(pid);
+        }
+        !alive.is_empty()
     }
 
     /// Forgets a slot whose cgroup is gone and whose processes have ended.
