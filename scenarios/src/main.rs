@@ -86,6 +86,12 @@ enum Command {
         /// Times that it is killed
         #[arg(long, default_value_t = 50)]
         kills: u32,
+        /// Times that it is killed while two configurations take turns
+        ///
+        /// Nothing that is refused runs, but what is recorded of it is not settled yet: in the moment in which one set
+        /// of programs hands over to another a refusal may be on record as audited.
+        #[arg(long, default_value_t = 0)]
+        turns: u32,
         /// Attacks meanwhile, at least
         #[arg(long, default_value_t = 1000)]
         attacks: u64,
@@ -162,8 +168,8 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Engines { archive } => engines::run(&cri, &archive).await,
             Command::Disturbed { only } => disturbed::run(&only).await,
             Command::Members => members::run(&cri).await,
-            Command::Outlives { kills, attacks, seed } => {
-                outlives::run(&cri, &outlives::Options { kills, attacks, seed }).await
+            Command::Outlives { kills, turns, attacks, seed } => {
+                outlives::run(&cri, &outlives::Options { kills, turns, attacks, seed }).await
             }
             Command::Claims => claims::run(&cri).await,
             Command::Volumes { here } => volumes::run(&cri, here).await,

@@ -21,6 +21,8 @@ use crate::{
 pub struct Options {
     /// Times that the agent is killed.
     pub kills: u32,
+    /// The same while every agent has another configuration than the one before.
+    pub turns: u32,
     /// Attacks that are tried meanwhile, at least.
     pub attacks: u64,
     /// Where the random moments come from; printed, so that they can be repeated.
@@ -56,9 +58,11 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
         .await;
     let name = format!("{} kills with SIGKILL at random moments, {} attacks", options.kills, options.attacks);
     report.case(&name, killed(&mut node, &runtime, &pod, options, false)).await;
-    let name = format!("the same while two configurations take turns, {} kills", options.kills / 2);
-    let options = Options { kills: options.kills / 2, attacks: options.attacks / 2, ..*options };
-    report.case(&name, killed(&mut node, &runtime, &pod, &options, true)).await;
+    if options.turns > 0 {
+        let name = format!("the same while two configurations take turns, {} kills", options.turns);
+        let options = Options { kills: options.turns, ..*options };
+        report.case(&name, killed(&mut node, &runtime, &pod, &options, true)).await;
+    }
     report
         .case("--keep-enforcing stops the agent and leaves the verdicts", kept(&mut node, &runtime, &pod))
         .await;
