@@ -232,6 +232,15 @@ impl Config {
         if !ring_bytes.is_power_of_two() || !(1 << 16..=1 << 30).contains(&ring_bytes) {
             bail!("maps.ringBytes: {ring_bytes} is not a power of two between 65536 and 1073741824");
         }
+        if self.pins().is_some_and(|folder| !folder.is_absolute() || folder.parent().is_none()) {
+            bail!(
+                "pins: {} is no folder below a bpffs; write /sys/fs/bpf/palisade, or none",
+                self.pins.display()
+            );
+        }
+        if !(1..=3600).contains(&self.self_probe_seconds) {
+            bail!("selfProbeSeconds: {} is not between 1 and 3600", self.self_probe_seconds);
+        }
         if self.queue.bytes < 1 << 16 {
             bail!("queue.bytes: {} is too small; write at least 65536", self.queue.bytes);
         }

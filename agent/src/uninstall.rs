@@ -25,6 +25,7 @@ pub fn run(config: &Config, keep_enforcing: bool) -> Result<ExitCode> {
         println!("pins: none, so nothing outlives the agent and there is nothing to remove");
         return Ok(ExitCode::SUCCESS);
     };
+    anyhow::ensure!(rustix::process::geteuid().is_root(), "uninstalling needs root on the host");
     if !folder.exists() {
         println!("{} is not there: nothing is in force", folder.display());
         return Ok(ExitCode::SUCCESS);
@@ -35,8 +36,7 @@ pub fn run(config: &Config, keep_enforcing: bool) -> Result<ExitCode> {
         println!("stopped the agent, process {pid}");
     }
     // Waits for the lock: an orchestrator may have started the agent again.
-    let pins = Pins::open(folder)
-        .context("an agent is running; delete its DaemonSet or disable its unit before uninstalling")?;
+    let pins = Pins::open(folder)?;
     if keep_enforcing {
         for set in pins.sets()? {
             println!("stays in force: {}/{set}", folder.display());

@@ -96,6 +96,32 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         })
         .await;
     report
+        .case("a place for the pins that does not last, or is somebody else's, is refused", async {
+            let link = Path::new("/sys/fs/bpf").join(nonce("link"));
+            std::os::unix::fs::symlink("/sys/fs/bpf", &link)?;
+            let mut outcome = Ok(());
+            for (pins, word) in [
+                ("/tmp/palisade".to_owned(), "/tmp is not a bpffs"),
+                ("palisade".to_owned(), "pins: palisade is no folder"),
+                (link.display().to_string(), "and no link"),
+            ] {
+                std::fs::write(at("agent.yaml"), format!("profiles: /\npins: {pins}\n"))?;
+                let mut command = Command::new("palisade-agent");
+                command.arg("--config").arg(at("agent.yaml")).arg("run");
+                outcome = outcome.and(fails(&mut command, 1, &[word]));
+            }
+            std::fs::remove_file(link)?;
+            outcome
+        })
+        .await;
+    report
+        .case("uninstalling without rights says so", async {
+            let mut command = Command::new("palisade-agent");
+            command.arg("uninstall").uid(65534).gid(65534);
+            fails(&mut command, 1, &["needs root"])
+        })
+        .await;
+    report
         .case("without BTF the agent names file and kernel option", async {
             let script = "mount -t tmpfs none /sys/kernel/btf && exec palisade-agent run --profiles /";
             let mut command = Command::new("unshare");

@@ -353,19 +353,8 @@ impl Stage<'_> {
             [("/tools/tool", "shared", true), ("/mnt/bin/tool", "scratch", false)]
         {
             let nonce = nonce("entrypoint");
-            let name = format!("c-entry-{volume}");
-            let command = [program, "payload", &nonce];
-            let volumes = self.kubelet.first();
-            let spec = Spec { name: &name, command: &command, volumes: &volumes, ..Spec::default() };
-            let container = self.runtime.create(self.pod, &spec).await?;
             let runs = allowed || !self.guarded;
-            // The runtime may tell of an entrypoint that was refused.
-            let started = self.runtime.start(&container).await;
-            ensure!(!runs || started.is_ok(), "{started:?}");
-            if started.is_ok() {
-                let code = self.runtime.ended(&container).await?;
-                ensure!((code == PAYLOAD_RAN) == runs, "{program} ended with {code}");
-            }
+            let container = self.run_as_entrypoint(&[program, "payload", &nonce], runs).await?;
             self.check(&nonce, volume, program, runs).await?;
             self.runtime.remove_container(&container).await?;
         }
@@ -378,18 +367,8 @@ impl Stage<'_> {
             [("/tools/script", "shared", true), ("/mnt/bin/script", "scratch", false)]
         {
             let nonce = nonce("script");
-            let name = format!("c-script-{volume}");
-            let command = [program, &nonce];
-            let volumes = self.kubelet.first();
-            let spec = Spec { name: &name, command: &command, volumes: &volumes, ..Spec::default() };
-            let container = self.runtime.create(self.pod, &spec).await?;
             let runs = allowed || !self.guarded;
-            let started = self.runtime.start(&container).await;
-            ensure!(!runs || started.is_ok(), "{started:?}");
-            if started.is_ok() {
-                let code = self.runtime.ended(&container).await?;
-                ensure!((code == PAYLOAD_RAN) == runs, "{program} ended with {code}");
-            }
+            let container = self.run_as_entrypoint(&[program, &nonce], runs).await?;
             let record = until("the record", async || {
                 let records = events::query(self.node, &["--kind", "exec", "--container", &container])?;
                 Ok(records.into_iter().find(|record| events::has_argument(record, &nonce)))
@@ -405,6 +384,22 @@ impl Stage<'_> {
             self.runtime.remove_container(&container).await?;
         }
         Ok(())
+    }
+
+    /// Starts a container with an entrypoint that must run, or must not, and returns it when it has ended.
+    async fn run_as_entrypoint(&self, command: &[&str], runs: bool) -> Result<String> {
+        let name = nonce("c");
+        let volumes = self.kubelet.first();
+        let spec = Spec { name: &name, command, volumes: &volumes, ..Spec::default() };
+        let container = self.runtime.create(self.pod, &spec).await?;
+        // The runtime may tell of an entrypoint that was refused.
+        let started = self.runtime.start(&container).await;
+        ensure!(!runs || started.is_ok(), "{started:?}");
+        if started.is_ok() {
+            let code = self.runtime.ended(&container).await?;
+            ensure!((code == PAYLOAD_RAN) == runs, "{command:?} ended with {code}");
+        }
+        Ok(container)
     }
 
     /// A container that puts one of its volumes in the place of another before the agent comes gains nothing by it.

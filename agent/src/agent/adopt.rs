@@ -16,6 +16,9 @@ use crate::{
     kernel::Mounted,
 };
 
+/// How often a slot's counters are read until they hold still.
+const ATTEMPTS: usize = 16;
+
 /// What the kernel had numbered when this agent came, and what of it is still in the ring.
 #[derive(Default)]
 pub(super) struct Settling {
@@ -117,16 +120,21 @@ impl Agent {
         self.report_losses();
     }
 
-    /// The last numbers of a slot and its count of lost records, of one moment: a lost record has a number, too.
+    /// The last numbers of a slot and its count of lost records, of one moment if a container that floods the ring lets
+    /// it: a lost record has a number, too. Else the earlier count: what is lost in between is counted twice, not never.
     fn numbers_and_losses(&self, slot: u64) -> (Vec<(u32, u64)>, u64) {
-        let lost = || self.kernel.maps.slot(slot).map_or(0, |slot| slot.lost);
-        loop {
-            let before = lost();
-            let numbers = self.kernel.maps.last_numbers(slot);
-            if lost() == before {
-                return (numbers, before);
+        let lost = || self.kernel.maps.lost(slot);
+        let mut before = lost();
+        let mut numbers = self.kernel.maps.last_numbers(slot);
+        for _ in 0..ATTEMPTS {
+            let now = lost();
+            if now == before {
+                break;
             }
+            before = now;
+            numbers = self.kernel.maps.last_numbers(slot);
         }
+        (numbers, before)
     }
 }
 

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Bytes that a record takes in the ring at least.
-const SMALLEST_RECORD: usize = size_of::<ForkRecord>();
+pub(super) const SMALLEST_RECORD: usize = size_of::<ForkRecord>();
 /// The reason of what the runtime executes while it prepares a container, as records have it.
 const RUNTIME_STEP: &str = "runtime-step";
 /// How long records wait for the name of their container, and how many bytes of one container.

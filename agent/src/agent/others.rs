@@ -10,7 +10,7 @@ use std::{
 use palisade_abi::{codes::verdict, maps::PROBE_SLOT, record::decode};
 use palisade_proto::v1::{self, record::Event};
 
-use super::Agent;
+use super::{Agent, flow::SMALLEST_RECORD};
 use crate::{
     containers::{Container, cgroups},
     delivery::Credit,
@@ -122,7 +122,8 @@ impl Agent {
         let mut processes = Processes::new(&self.source.boot);
         let maps = &set.maps;
         let mut made: Vec<Made> = Vec::new();
-        set.records.drain(usize::MAX, |bytes| match decode(bytes) {
+        // What its ring can hold: a set that has lost the map that all share may go on.
+        set.records.drain(self.ring_bytes / SMALLEST_RECORD, |bytes| match decode(bytes) {
             Ok(decoded) => made.push(records::make(
                 &source,
                 &mut processes,

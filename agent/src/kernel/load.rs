@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context as _;
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData, RingBuf},
+    maps::{Array, MapData},
     programs::{
         Lsm, Program, RawTracePoint,
         links::{FdLink, PinnedLink},
@@ -18,14 +18,18 @@ use palisade_abi::{
     ABI_VERSION,
     codes::volume_flags,
     hash::hash_path,
-    maps::{AgentState, HOST_ROOT, SetMeta, Settings},
+    maps::{HOST_ROOT, SetMeta, Settings},
     offsets::ABSENT,
 };
 use thiserror::Error;
 
 use super::{
-    BtfError, Features, Layout, Maps, Opened, Pins, Ring, Sizes, Table, btf::OverlayLayout, pins::SetFolder,
-    roots, volumes,
+    BtfError, Features, Layout, Maps, Opened, Pins, Ring, Sizes, Table,
+    btf::OverlayLayout,
+    pins::SetFolder,
+    roots,
+    sets::{adoptable, pinned_lsm, pinned_tracepoint, ring},
+    volumes,
 };
 use crate::{
     containers::mounts::{Described, Volume},
@@ -89,8 +93,15 @@ pub enum LoadError {
          profile would refuse everything"
     )]
     Overlay(anyhow::Error),
+    /// With everything that led to it in one line, and therefore without a source.
     #[error("{0:#}")]
-    Other(#[from] anyhow::Error),
+    Other(anyhow::Error),
+}
+
+impl From<anyhow::Error> for LoadError {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Other(error)
+    }
 }
 
 /// A loaded program.
@@ -119,8 +130,8 @@ pub struct Kernel {
     pub adopted: bool,
     /// The process in procfs whose root and mount namespace are the host's.
     host: &'static Path,
-    pins: Pins,
-    set: String,
+    pub(super) pins: Pins,
+    pub(super) set: String,
     folder: SetFolder,
     learn_root: RawTracePoint,
     learn_volume: RawTracePoint,
@@ -133,7 +144,7 @@ pub struct Kernel {
 }
 
 /// Attached in this order: cgroups first, so that no task enters one that is not known.
-const TRACEPOINTS: &[&str] = &[
+pub(super) const TRACEPOINTS: &[&str] = &[
     "cgroup_mkdir",
     "cgroup_rmdir",
     "cgroup_attach_task",
@@ -145,8 +156,8 @@ const LEARN_ROOT: &str = "learn_root";
 const LEARN_VOLUME: &str = "learn_volume";
 const PROBE_ORIGIN: &str = "probe_origin";
 /// Run on demand, never attached.
-const ON_DEMAND: &[&str] = &[LEARN_ROOT, LEARN_VOLUME, PROBE_ORIGIN];
-const LSM: &[&str] = &[
+pub(super) const ON_DEMAND: &[&str] = &[LEARN_ROOT, LEARN_VOLUME, PROBE_ORIGIN];
+pub(super) const LSM: &[&str] = &[
     "bprm_check_security",
     "bprm_committed_creds",
     "task_kill",
@@ -290,66 +301,6 @@ impl Kernel {
     /// When it cannot be renamed.
     pub fn give_up(&self) -> anyhow::Result<()> {
         self.pins.set_aside(&self.set)
-    }
-
-    /// How many complete sets of other builds or configurations there are.
-    ///
-    /// # Errors
-    ///
-    /// When the folder of pins cannot be read.
-    pub fn other_sets(&self) -> anyhow::Result<usize> {
-        let others =
-            self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
-        Ok(others.count())
-    }
-
-    /// Opens the complete sets of other builds and configurations that have this build's layout. Of another layout nothing
-    /// can be read, and that is said.
-    ///
-    /// # Errors
-    ///
-    /// When the folder of pins cannot be read.
-    pub fn old_sets(&self) -> anyhow::Result<Vec<OldSet>> {
-        let others =
-            self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
-        Ok(others
-            .filter_map(|name| match OldSet::open(&self.pins, &name) {
-                Ok(set) => Some(set),
-                Err(error) => {
-                    tracing::warn!(
-                        set = name,
-                        error = format!("{error:#}"),
-                        "an older set cannot be read: what is left in its ring is lost, and not counted"
-                    );
-                    None
-                }
-            })
-            .collect())
-    }
-
-    /// Takes the programs of all other sets out of force; their maps stay until [`Kernel::forget`].
-    ///
-    /// # Errors
-    ///
-    /// When one stays.
-    pub fn retire_others(&self) -> anyhow::Result<()> {
-        for other in self.pins.sets()?.iter().filter(|name| **name != self.set) {
-            tracing::info!(set = other, "an older set of programs is out of force");
-            self.pins.detach(other)?;
-        }
-        Ok(())
-    }
-
-    /// Takes away what is left of sets that are out of force, but for those in `but`.
-    ///
-    /// # Errors
-    ///
-    /// When something of one stays.
-    pub fn forget_others(&self, but: &[String]) -> anyhow::Result<()> {
-        for other in self.pins.sets()?.iter().filter(|name| **name != self.set && !but.contains(name)) {
-            self.pins.remove(other)?;
-        }
-        Ok(())
     }
 
     /// Whether what is in force stays so without the agent.
@@ -525,25 +476,6 @@ impl Kernel {
     }
 }
 
-/// A set that another agent left and that makes no records any more.
-pub struct OldSet {
-    pub name: String,
-    pub meta: SetMeta,
-    pub maps: Maps,
-    pub records: Ring,
-}
-
-impl OldSet {
-    fn open(pins: &Pins, name: &str) -> anyhow::Result<Self> {
-        let folder = pins.find(name).context("it is gone")?;
-        let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
-        let meta = meta.get(&0, 0)?;
-        anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
-        let maps = Maps::open(&folder, pins)?;
-        Ok(Self { meta, maps, records: ring(&folder, "RECORDS")?, name: name.to_owned() })
-    }
-}
-
 /// What was loaded anew.
 struct Fresh {
     folder: SetFolder,
@@ -636,65 +568,6 @@ fn load(
     Ok(Fresh { folder, meta, layout, programs })
 }
 
-/// Processes that sets of this build's layout hold stopped.
-///
-/// # Errors
-///
-/// When the folder cannot be read.
-pub fn held_processes(pins: &Pins) -> anyhow::Result<Vec<u32>> {
-    let mut held = Vec::new();
-    for name in pins.sets()? {
-        if let Ok(set) = OldSet::open(pins, &name) {
-            let processes = set.maps.processes().into_iter();
-            held.extend(processes.filter(|(_, process)| process.held != 0).map(|(pid, _)| pid));
-        }
-    }
-    Ok(held)
-}
-
-/// What the agent last told the kernel of the set that records; `None` when there is none below `folder`.
-///
-/// # Errors
-///
-/// When what is pinned cannot be read.
-pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
-    let (sets, active) = Pins::complete(folder)?;
-    if sets.is_empty() {
-        return Ok(None);
-    }
-    let active: Array<_, u64> = pinned_map(&active)?.try_into()?;
-    let active = active.get(&0, 0)?;
-    for set in sets {
-        let meta: Array<_, SetMeta> = pinned_map(&set.map("META"))?.try_into()?;
-        if meta.get(&0, 0)?.epoch == active {
-            let agent: Array<_, AgentState> = pinned_map(&set.map("AGENT"))?.try_into()?;
-            return Ok(Some(agent.get(&0, 0)?));
-        }
-    }
-    Ok(None)
-}
-
-/// Whether a complete set is one to take over: of this layout, the one that records, and whole. Returns what it is.
-fn adoptable(pins: &Pins, folder: &SetFolder, full: bool) -> anyhow::Result<SetMeta> {
-    let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
-    let meta = meta.get(&0, 0)?;
-    anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
-    let active: Array<_, u64> = pinned_map(&pins.active_epoch())?.try_into()?;
-    let active = active.get(&0, 0)?;
-    anyhow::ensure!(active == meta.epoch, "another set makes the records");
-    // Opening them checks the types of all maps.
-    Maps::open(folder, pins)?;
-    for name in TRACEPOINTS.iter().chain(LSM.iter().filter(|_| full)) {
-        anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
-        PinnedLink::from_pin(folder.link(name))
-            .with_context(|| format!("{name} is not attached any more"))?;
-    }
-    for name in ON_DEMAND {
-        anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
-    }
-    Ok(meta)
-}
-
 /// Names a set by everything that makes it another: layout, programs and map sizes.
 fn set_name(object: &[u8], sizes: &Sizes) -> String {
     let described = format!("{sizes:?}");
@@ -702,21 +575,6 @@ fn set_name(object: &[u8], sizes: &Sizes) -> String {
     all.extend(described.as_bytes());
     let [fingerprint, _] = hash_path([0, 0], &all);
     format!("v{ABI_VERSION}-{fingerprint:016x}")
-}
-
-pub(super) fn pinned_map(path: &Path) -> anyhow::Result<Map> {
-    let data = MapData::from_pin(path).with_context(|| format!("cannot open {}", path.display()))?;
-    Map::from_map_data(data).with_context(|| format!("{} is of another type", path.display()))
-}
-
-fn pinned_tracepoint(folder: &SetFolder, name: &str) -> anyhow::Result<RawTracePoint> {
-    let path = folder.program(name);
-    RawTracePoint::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
-}
-
-fn pinned_lsm(folder: &SetFolder, name: &str) -> anyhow::Result<Lsm> {
-    let path = folder.program(name);
-    Lsm::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Attaches a pinned program for good.
@@ -750,10 +608,6 @@ where
     ebpf.program_mut(name)
         .and_then(|program| program.try_into().ok())
         .with_context(|| format!("the object has no program {name}"))
-}
-
-fn ring(folder: &SetFolder, name: &str) -> anyhow::Result<Ring> {
-    Ring::new(RingBuf::try_from(pinned_map(&folder.map(name))?)?)
 }
 
 /// The verifier's last words are the ones that matter.

@@ -19,7 +19,7 @@ use palisade_abi::{
 };
 use palisade_profile::image::PolicyImage;
 
-use super::{Pins, load::pinned_map, pins::SetFolder, volumes::VolumeMaps};
+use super::{Pins, pins::SetFolder, sets::pinned_map, volumes::VolumeMaps};
 
 /// Capacities of the maps.
 #[derive(Clone, Copy, Debug)]

@@ -9,12 +9,14 @@ mod pins;
 mod probe;
 mod ring;
 mod roots;
+mod sets;
 mod volumes;
 
 pub use btf::{BtfError, Layout};
-pub use load::{Kernel, LoadError, OldSet, Tier, agent_state, held_processes};
+pub use load::{Kernel, LoadError, Tier};
 pub use maps::{Maps, Sizes};
 pub use pins::Pins;
 pub use probe::{Features, features};
 pub use ring::Ring;
+pub use sets::{OldSet, agent_state, held_processes};
 pub use volumes::{Mounted, Opened, Table};

@@ -95,22 +95,29 @@ impl Pins {
             }
             _ => {}
         }
-        let metadata = std::fs::metadata(root)?;
+        // Anybody may make links on a bpffs: one would lead to a folder of somebody else's.
+        let metadata =
+            std::fs::symlink_metadata(root).with_context(|| format!("cannot look at {}", root.display()))?;
         if !metadata.is_dir() || metadata.uid() != 0 || metadata.permissions().mode() & 0o077 != 0 {
             bail!(
-                "{} must be a folder of root's alone (chown root, chmod 700): whoever writes there can end enforcement",
+                "{} must be a folder of root's alone and no link (chown root, chmod 700): whoever writes there can end \
+                 enforcement",
                 root.display()
             );
         }
-        let held = open(root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .with_context(|| format!("cannot open {}", root.display()))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let held =
+            open(root, flags, Mode::empty()).with_context(|| format!("cannot open {}", root.display()))?;
         let begun = Instant::now();
         while let Err(error) = flock(&held, FlockOperation::NonBlockingLockExclusive) {
             if error != rustix::io::Errno::WOULDBLOCK {
                 return Err(error).with_context(|| format!("cannot lock {}", root.display()));
             }
             if begun.elapsed() > PATIENCE {
-                bail!("another agent holds {}; stop it first", root.display());
+                bail!(
+                    "another agent holds {}; stop it first: delete its DaemonSet, or disable its unit",
+                    root.display()
+                );
             }
             std::thread::sleep(RETRY);
         }

@@ -1,0 +1,179 @@
+//! Sets of programs and maps as they are found pinned: whether one can be taken over, and what is done with those of other
+//! builds and configurations.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use aya::{
+    maps::{Array, Map, MapData, RingBuf},
+    programs::{Lsm, RawTracePoint, links::PinnedLink},
+};
+use palisade_abi::{
+    ABI_VERSION,
+    maps::{AgentState, SetMeta},
+};
+
+use super::{
+    Kernel, Maps, Pins, Ring,
+    load::{LSM, ON_DEMAND, TRACEPOINTS},
+    pins::SetFolder,
+};
+
+/// A set that another agent left and that makes no records any more.
+pub struct OldSet {
+    pub name: String,
+    pub meta: SetMeta,
+    pub maps: Maps,
+    pub records: Ring,
+}
+
+impl OldSet {
+    fn open(pins: &Pins, name: &str) -> anyhow::Result<Self> {
+        let folder = pins.find(name).context("it is gone")?;
+        let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
+        let meta = meta.get(&0, 0)?;
+        anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
+        let maps = Maps::open(&folder, pins)?;
+        Ok(Self { meta, maps, records: ring(&folder, "RECORDS")?, name: name.to_owned() })
+    }
+}
+
+impl Kernel {
+    /// How many complete sets of other builds or configurations there are.
+    ///
+    /// # Errors
+    ///
+    /// When the folder of pins cannot be read.
+    pub fn other_sets(&self) -> anyhow::Result<usize> {
+        let others =
+            self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
+        Ok(others.count())
+    }
+
+    /// Opens the complete sets of other builds and configurations that have this build's layout. Of another layout nothing
+    /// can be read, and that is said.
+    ///
+    /// # Errors
+    ///
+    /// When the folder of pins cannot be read.
+    pub fn old_sets(&self) -> anyhow::Result<Vec<OldSet>> {
+        let others =
+            self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
+        Ok(others
+            .filter_map(|name| match OldSet::open(&self.pins, &name) {
+                Ok(set) => Some(set),
+                Err(error) => {
+                    tracing::warn!(
+                        set = name,
+                        error = format!("{error:#}"),
+                        "an older set cannot be read: what is left in its ring is lost, and not counted"
+                    );
+                    None
+                }
+            })
+            .collect())
+    }
+
+    /// Takes the programs of all other sets out of force; their maps stay until [`Kernel::forget_others`].
+    ///
+    /// # Errors
+    ///
+    /// When one stays.
+    pub fn retire_others(&self) -> anyhow::Result<()> {
+        for other in self.pins.sets()?.iter().filter(|name| **name != self.set) {
+            tracing::info!(set = other, "an older set of programs is out of force");
+            self.pins.detach(other)?;
+        }
+        Ok(())
+    }
+
+    /// Takes away what is left of sets that are out of force, but for those in `but`.
+    ///
+    /// # Errors
+    ///
+    /// When something of one stays.
+    pub fn forget_others(&self, but: &[String]) -> anyhow::Result<()> {
+        for other in self.pins.sets()?.iter().filter(|name| **name != self.set && !but.contains(name)) {
+            self.pins.remove(other)?;
+        }
+        Ok(())
+    }
+}
+
+/// Processes that sets of this build's layout hold stopped.
+///
+/// # Errors
+///
+/// When the folder cannot be read.
+pub fn held_processes(pins: &Pins) -> anyhow::Result<Vec<u32>> {
+    let mut held = Vec::new();
+    for name in pins.sets()? {
+        if let Ok(set) = OldSet::open(pins, &name) {
+            let processes = set.maps.processes().into_iter();
+            held.extend(processes.filter(|(_, process)| process.held != 0).map(|(pid, _)| pid));
+        }
+    }
+    Ok(held)
+}
+
+/// What the agent last told the kernel of the set that records; `None` when there is none below `folder`.
+///
+/// # Errors
+///
+/// When what is pinned cannot be read.
+pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
+    let (sets, active) = Pins::complete(folder)?;
+    if sets.is_empty() {
+        return Ok(None);
+    }
+    let active: Array<_, u64> = pinned_map(&active)?.try_into()?;
+    let active = active.get(&0, 0)?;
+    for set in sets {
+        let meta: Array<_, SetMeta> = pinned_map(&set.map("META"))?.try_into()?;
+        if meta.get(&0, 0)?.epoch == active {
+            let agent: Array<_, AgentState> = pinned_map(&set.map("AGENT"))?.try_into()?;
+            return Ok(Some(agent.get(&0, 0)?));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a complete set is one to take over: of this layout, the one that records, and whole. Returns what it is.
+pub(super) fn adoptable(pins: &Pins, folder: &SetFolder, full: bool) -> anyhow::Result<SetMeta> {
+    let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
+    let meta = meta.get(&0, 0)?;
+    anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
+    let active: Array<_, u64> = pinned_map(&pins.active_epoch())?.try_into()?;
+    let active = active.get(&0, 0)?;
+    anyhow::ensure!(active == meta.epoch, "another set makes the records");
+    // Opening them checks the types of all maps.
+    Maps::open(folder, pins)?;
+    for name in TRACEPOINTS.iter().chain(LSM.iter().filter(|_| full)) {
+        anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
+        PinnedLink::from_pin(folder.link(name))
+            .with_context(|| format!("{name} is not attached any more"))?;
+    }
+    for name in ON_DEMAND {
+        anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
+    }
+    Ok(meta)
+}
+
+pub(super) fn pinned_map(path: &Path) -> anyhow::Result<Map> {
+    let data = MapData::from_pin(path).with_context(|| format!("cannot open {}", path.display()))?;
+    Map::from_map_data(data).with_context(|| format!("{} is of another type", path.display()))
+}
+
+pub(super) fn pinned_tracepoint(folder: &SetFolder, name: &str) -> anyhow::Result<RawTracePoint> {
+    let path = folder.program(name);
+    RawTracePoint::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+pub(super) fn pinned_lsm(folder: &SetFolder, name: &str) -> anyhow::Result<Lsm> {
+    let path = folder.program(name);
+    Lsm::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+pub(super) fn ring(folder: &SetFolder, name: &str) -> anyhow::Result<Ring> {
+    Ring::new(RingBuf::try_from(pinned_map(&folder.map(name))?)?)
+}
