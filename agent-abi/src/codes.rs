@@ -182,6 +182,8 @@ pub mod slot_flags {
     /// The container's root filesystem is the host's own, so the root directory does not tell the runtime's steps
     /// from the workload: there are none.
     pub const ROOT_IS_HOSTS: u32 = 1 << 0;
+    /// Every process that was there when the agent found the container has an entry.
+    pub const MEMBERS_KNOWN: u32 = 1 << 1;
 }
 
 /// Bits of [`crate::maps::Volume::flags`].

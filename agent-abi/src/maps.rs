@@ -97,6 +97,9 @@ pub struct Slot {
     pub ended: u32,
     /// Process id of the entrypoint: the first process that executed anything in the container's root. 0 before.
     pub workload_pid: u32,
+    /// 1 once a process of this slot found no room in `PROCESSES`: from then on one without an entry may be anybody.
+    pub entries_lost: u32,
+    pub reserved: u32,
 }
 
 /// Which revision a slot is under. Written by the agent alone; one write switches everything.
@@ -297,7 +300,7 @@ sizes! {
     Account = 24,
     AgentState = 24,
     AdmittedKey = 24,
-    Slot = 40,
+    Slot = 48,
     SlotPolicy = 24,
     Revision = 24,
     RuleKey = 24,

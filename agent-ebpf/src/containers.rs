@@ -10,15 +10,15 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     ABI_VERSION,
-    codes::{control, error},
+    codes::{control, error, slot_flags},
     maps::{HOST_ROOT, RootIdentity, Slot},
     record::{CGROUP_NAME, CGROUP_PATH, ControlRecord},
 };
 
 use crate::{
-    count,
+    context, count,
     kernel::KernelPtr,
-    maps::{CGROUPS, CONTROL, NAMES, PROCESSES, ROOT_SLOTS, ROOTS, SLOTS, offset},
+    maps::{CGROUPS, CONTROL, NAMES, PROCESSES, ROOT_SLOTS, ROOTS, SLOT_POLICIES, SLOTS, offset},
     origin,
     processes::{self, Address, slot_of_cgroup},
 };
@@ -181,6 +181,8 @@ pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
         first_exec: 0,
         ended: 0,
         workload_pid: 0,
+        entries_lost: 0,
+        reserved: 0,
     };
     if SLOTS.insert(cgroup_id, slot, u64::from(BPF_NOEXIST)).is_err() {
         count::error(error::SLOT_MAP_FULL);
@@ -242,6 +244,36 @@ pub fn task_attached(cgroup: Address, task: Address) {
         let from_outside = unsafe { PROCESSES.get(processes::current_pid()) }.is_none();
         processes::adopt(pid, slot, u8::from(from_outside));
     }
+}
+
+/// Whether the current process, which is in the cgroup of `slot` and has no entry, is only just coming in from outside:
+/// a task is in its new cgroup a moment before `cgroup_attach_task` is told, and may execute something in that moment.
+///
+/// Every process from inside has an entry unless it found no room, so where none was ever lost one without is new; and its
+/// parent is then outside.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_is_arriving(slot: u64) -> u64 {
+    // SAFETY: only fields are read.
+    let Some((lost, made_by_kernel)) =
+        unsafe { SLOTS.get(slot) }.map(|slot| (slot.entries_lost, slot.created != 0))
+    else {
+        return 0;
+    };
+    // SAFETY: only a field is read.
+    let known = made_by_kernel
+        || unsafe { SLOT_POLICIES.get(slot) }
+            .is_some_and(|policy| policy.flags & slot_flags::MEMBERS_KNOWN != 0);
+    if lost != 0 || !known {
+        return 0;
+    }
+    let parent = context::palisade_pointer(KernelPtr::current_task().0, u64::from(offset!(task_real_parent)));
+    let parent_pid = context::palisade_word(parent, u64::from(offset!(task_tgid))) as u32;
+    // SAFETY: only presence matters.
+    if parent_pid == 0 || unsafe { PROCESSES.get(parent_pid) }.is_some() {
+        return 0;
+    }
+    u64::from(slot_of_task(KernelPtr(parent)).is_none())
 }
 
 /// Stores the current task's root directory as that of `slot`. Returns whether it could.

@@ -23,7 +23,8 @@ pub fn current_pid() -> u32 {
 
 /// What is known of the current process: its entry, or where its cgroup says it belongs. Without either it may have
 /// come in by the mount namespace alone (`nsenter --mount`): then its root directory says so, and its session
-/// begins. A process of the container's cgroup without an entry counts as one of no known session.
+/// begins. A process of the container's cgroup without an entry is the runtime's if it is only just coming in; else it counts
+/// as one of no known session.
 #[inline(always)]
 pub fn current() -> Option<Process> {
     // SAFETY: the entry is written by this process's own hooks or before it runs.
@@ -31,7 +32,12 @@ pub fn current() -> Option<Process> {
         return Some(*process);
     }
     if let Some(slot) = containers::current_slot() {
-        return Some(Process::new(slot, 0));
+        let entering = containers::palisade_is_arriving(slot) as u8;
+        let process = Process::new(slot, entering);
+        if entering != 0 {
+            store(current_pid(), process);
+        }
+        return Some(process);
     }
     let mut process = Process::new(containers::slot_of_root()?, 0);
     process.session_start = context::palisade_start_time(KernelPtr::current_task().0);
@@ -51,6 +57,10 @@ pub fn adopt(pid: u32, slot: u64, entering: u8) {
 fn store(pid: u32, process: Process) {
     if PROCESSES.insert(pid, process, u64::from(BPF_ANY)).is_err() {
         count::error(error::PROCESS_MAP_FULL);
+        if let Some(slot) = SLOTS.get_ptr_mut(process.slot) {
+            // SAFETY: the pointer comes from a map lookup; the field changes once.
+            unsafe { (&raw mut (*slot).entries_lost).write_volatile(1) };
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -18,6 +19,9 @@ use crate::{
     node::{AgentOptions, Node, which},
     report::Report,
 };
+
+/// Processes that are moved into the container while they execute something.
+const ARRIVALS: u64 = 300;
 
 /// Commands that the pod declares as a probe.
 const PROBES: &str = r#"{"c-probed": [["/usr/bin/workload", "true", "probe"]]}"#;
@@ -47,6 +51,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     report.case("a process moved to a cgroup below its container's", moved(Target::Nested)).await;
     report.case("a process moved out of its container's cgroup", moved(Target::Outside)).await;
     report.case("a process moved to another container's cgroup", moved(Target::Other)).await;
+    report.case("processes that come in while they execute are the runtime's", stage.arriving()).await;
     report.case("nsenter from the host, by the mount namespace alone", stage.nsenter(&["--mount"])).await;
     report.case("nsenter from the host, all namespaces", stage.nsenter(&["--all"])).await;
     report.case("a command that the pod declares is a probe, others are not", stage.probe()).await;
@@ -104,6 +109,22 @@ impl Stage<'_> {
         ensure!(record["container"]["id"] == self.container, "it belongs to another container: {record}");
         ensure!(record["session_of"]["kind"] == kind, "its session is not {kind}: {record}");
         ensure!(record["session_of"]["id"] != "", "its session has no name: {record}");
+        Ok(())
+    }
+
+    /// Processes of the host that execute themselves again and again are moved into the container's cgroup: none of
+    /// their execs is taken for the workload's, however the two meet.
+    async fn arriving(&self) -> Result<()> {
+        let cgroup = cgroup_of(self.runtime.pid(self.container).await?)?;
+        for turn in 0..ARRIVALS {
+            let mut arriving = Command::new("env").args(["env"; 40]).arg("true").spawn()?;
+            // Somewhere between its execs, and each time elsewhere.
+            std::thread::sleep(Duration::from_micros(200 + 37 * (turn % 64)));
+            let moved = fs::write(cgroup.join("cgroup.procs"), arriving.id().to_string());
+            let ended = arriving.wait()?;
+            moved.context("it ended before it was moved")?;
+            ensure!(ended.success(), "arrival {turn}: {ended}");
+        }
         Ok(())
     }
 

@@ -146,24 +146,28 @@ async fn present(cri: &Path, options: AgentOptions, count: usize) -> Result<()> 
         let starts = some.iter().map(async |name| {
             let id = create_marker(&runtime, &pod, &marks, name).await?;
             // The runtime may call a start failed whose entrypoint was refused.
-            let _outcome = runtime.start(&id).await;
+            let outcome = runtime.start(&id).await;
             let code = runtime.ended(&id).await?;
-            anyhow::Ok((name, id, code))
+            anyhow::Ok((name, id, format!("ended with {code}; started: {outcome:?}"), code))
         });
         for ended in join_all(starts).await {
             ids.push(ended?);
         }
     }
-    for (name, id, code) in &ids {
+    for (name, id, _, code) in &ids {
         ensure!(*code != PAYLOAD_RAN, "{name} ({id}) ran its entrypoint");
     }
     ensure!(marks.made()?.is_empty(), "marks were made: {:?}", marks.made()?);
-    for (name, id, _) in &ids {
+    for (name, id, ended, _) in &ids {
         let records = until(&format!("a record of {name}"), async || {
             let records = marks_of(&node, id)?;
             Ok((!records.is_empty()).then_some(records))
         })
-        .await?;
+        .await
+        .with_context(|| {
+            let told = events::query(&node, &["--container", id]);
+            format!("{name} ({id}) {ended}; its records: {told:?}")
+        })?;
         ensure!(records.len() == 1, "{} records of one exec: {records:?}", records.len());
         complete(&records[0], name)?;
     }

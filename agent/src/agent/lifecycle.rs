@@ -73,6 +73,7 @@ impl Agent {
         let mut roots = HashMap::new();
         // As long as nothing is in the container's root, the runtime is still at work. Afterwards nobody is the runtime: a
         // process in the host's root may have escaped.
+        let mut members_known = true;
         let preparing = members.iter().all(|pid| self.kernel.is_at_home(*pid));
         for pid in &members {
             let process = if preparing {
@@ -87,6 +88,7 @@ impl Agent {
                     error = format!("{error:#}"),
                     "a process is found by its cgroup only"
                 );
+                members_known = false;
                 break;
             }
         }
@@ -101,7 +103,9 @@ impl Agent {
         }
         // A slot that the kernel made itself has a time of creation.
         let found_running = is_new || self.kernel.maps.slot(found.slot).is_some_and(|slot| slot.created == 0);
-        self.begin(found.slot, Container::new(found.id.clone(), found.folder.clone(), found_running));
+        let mut container = Container::new(found.id.clone(), found.folder.clone(), found_running);
+        container.members_known = members_known;
+        self.begin(found.slot, container);
         Ok(())
     }
 
@@ -295,12 +299,15 @@ impl Agent {
         let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
         // Only where the kernel has no other root for it: a `chroot` into a mounted host directory must not count.
         let has_own_root = self.kernel.maps.has_root(slot);
-        let flags = if is_its_own && !has_own_root && self.kernel.has_hosts_root(first) {
+        let mut flags = if is_its_own && !has_own_root && self.kernel.has_hosts_root(first) {
             tracing::warn!(container = container.id, "its root file system is the host's own");
             slot_flags::ROOT_IS_HOSTS
         } else {
             0
         };
+        if container.members_known {
+            flags |= slot_flags::MEMBERS_KNOWN;
+        }
         match self.revisions.apply(&mut self.kernel.maps, slot, policy.as_ref(), flags) {
             Ok(revision) => {
                 self.pending.remove(&slot);

@@ -61,6 +61,8 @@ pub struct Container {
     pub in_force_since: u64,
     /// Whether it ran before the agent did.
     pub found_running: bool,
+    /// Whether the kernel knows every process that was there when it was found running.
+    pub members_known: bool,
     /// Its cgroup's folder; empty when it is not known.
     pub cgroup: PathBuf,
     /// Its mounts that are volumes; `None` until they are known.
@@ -105,6 +107,7 @@ impl Container {
             mode: UNIDENTIFIED,
             in_force_since: 0,
             found_running,
+            members_known: false,
             cgroup,
             volumes: None,
             withdrawn: false,
