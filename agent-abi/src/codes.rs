@@ -26,6 +26,7 @@ codes! {
         FORK = 1 => "fork",
         EXEC = 2 => "exec",
         EXIT = 3 => "exit",
+        TAMPER = 4 => "tampering",
     }
 }
 
@@ -119,6 +120,28 @@ codes! {
 }
 
 codes! {
+    /// What a container tried on the agent. What `detail` of the record means stands with each.
+    tampering: u8 {
+        /// A signal; its number.
+        SIGNAL = 1 => "signal",
+        /// Attaching as a tracer, or to its memory (`/proc/PID/mem`, `process_vm_writev`, `pidfd_getfd`).
+        TRACE = 2 => "trace",
+        /// Its scheduling class, priority or processors.
+        SCHEDULE = 3 => "schedule",
+        /// A resource limit; its number.
+        LIMIT = 4 => "limit",
+        /// Opening a map.
+        OPEN_MAP = 5 => "open-map",
+        /// Opening a program.
+        OPEN_PROGRAM = 6 => "open-program",
+        /// Removing or renaming a pin or a folder of pins.
+        REMOVE_PIN = 7 => "remove-pin",
+        /// Unmounting the file system with the pins.
+        UNMOUNT = 8 => "unmount",
+    }
+}
+
+codes! {
     /// Where the arguments of an exec were read.
     argv_source: u8 {
         NONE = 0 => "none",
@@ -160,6 +183,8 @@ codes! {
         STOP_FAILED = 25 => "stop-failed",
         VOLUME_MAP_FULL = 26 => "volume-map-full",
         VOLUME_NAME_MISSED = 27 => "volume-name-missed",
+        /// A file descriptor was to send the agent a signal, which was refused; nobody can say who arranged for it.
+        DESCRIPTOR_SIGNAL = 28 => "descriptor-signal",
     }
 }
 

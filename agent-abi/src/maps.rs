@@ -68,6 +68,14 @@ pub struct AgentState {
     pub pid: u32,
     /// 1 while the agent claims nothing, since its self-probe failed. The kernel does not read it.
     pub failing: u32,
+    /// [`crate::codes::mode`], `AUDIT` or `ENFORCE`: what is done about containers that tamper with the agent.
+    pub self_protection: u32,
+    /// 1 since its process ended; written by the kernel.
+    pub gone: u32,
+    /// The folder of all pins: device number in the kernel's encoding, and inode; 0 when nothing is to be protected there.
+    pub pins_device: u32,
+    pub reserved: u32,
+    pub pins_inode: u64,
 }
 
 /// A file of an image that may start while its container is not identified: the pause program, the agent itself. Image
@@ -280,6 +288,10 @@ pub struct VolumeName {
     pub mark: u32,
 }
 
+/// Number of counters that a slot has per processor, where there is no atomic fetch-add: one for each kind of program that
+/// makes records.
+pub const LANES: usize = 5;
+
 /// The slot of the agent's self-probe; no cgroup has this id.
 pub const PROBE_SLOT: u64 = u64::MAX - 1;
 
@@ -298,7 +310,7 @@ sizes! {
     Settings = 40,
     SetMeta = 40,
     Account = 24,
-    AgentState = 24,
+    AgentState = 48,
     AdmittedKey = 24,
     Slot = 48,
     SlotPolicy = 24,

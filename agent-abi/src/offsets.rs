@@ -103,6 +103,10 @@ offsets! {
     dentry_name_length = "dentry" "d_name.len" 4 required;
     dentry_inode = "dentry" "d_inode" 8 required;
     dentry_superblock = "dentry" "d_sb" 8 required;
+    vfsmount_superblock = "vfsmount" "mnt_sb" 8 required;
+    map_id = "bpf_map" "id" 4 required;
+    program_aux = "bpf_prog" "aux" 8 required;
+    program_aux_id = "bpf_prog_aux" "id" 4 required;
     superblock_root = "super_block" "s_root" 8 required;
     superblock_device = "super_block" "s_dev" 4 required;
     superblock_magic = "super_block" "s_magic" 8 required;

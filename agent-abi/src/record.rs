@@ -157,6 +157,26 @@ pub struct ExitRecord {
     pub reserved: u32,
 }
 
+/// A process of a container tried something on the agent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct TamperRecord {
+    pub header: Header,
+    pub process: ProcessPart,
+    pub session: SessionPart,
+    /// [`crate::codes::tampering`].
+    pub act: u8,
+    /// [`crate::codes::verdict`].
+    pub verdict: u8,
+    pub reserved: [u8; 2],
+    /// The agent's process id, or the id of the map or program; 0 for pins.
+    pub target: u32,
+    /// As [`crate::codes::tampering`] says.
+    pub detail: u32,
+    pub reserved_too: u32,
+}
+
 /// The part of an exec record that has a fixed size.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,6 +246,7 @@ const _: () = assert!(size_of::<ExecPart>() == 48);
 const _: () = assert!(size_of::<SessionPart>() == 16);
 const _: () = assert!(size_of::<ForkRecord>() == 152);
 const _: () = assert!(size_of::<ExitRecord>() == 160);
+const _: () = assert!(size_of::<TamperRecord>() == 168);
 const _: () = assert!(size_of::<ExecHead>() == 296);
 const _: () = assert!(size_of::<SmallExec>() == 296 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
 const _: () =
@@ -246,6 +267,7 @@ mod decode {
         Fork(ForkRecord),
         Exec(DecodedExec<'a>),
         Exit(ExitRecord),
+        Tamper(TamperRecord),
     }
 
     /// An exec with its variable parts, borrowed from the ring.
@@ -324,6 +346,7 @@ mod decode {
         match header.kind {
             kind::FORK => head(bytes).map(Decoded::Fork),
             kind::EXIT => head(bytes).map(Decoded::Exit),
+            kind::TAMPER => head(bytes).map(Decoded::Tamper),
             kind::EXEC => {
                 let fixed: ExecHead = head(bytes)?;
                 let (path, cwd, argv) = match fixed.exec.class {

@@ -188,7 +188,10 @@ pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
         count::error(error::SLOT_MAP_FULL);
     }
     #[cfg(not(feature = "fetch-add"))]
-    if crate::maps::SLOT_LANES.insert(cgroup_id, [0_u64; 4], u64::from(BPF_NOEXIST)).is_err() {
+    if crate::maps::SLOT_LANES
+        .insert(cgroup_id, [0_u64; palisade_abi::maps::LANES], u64::from(BPF_NOEXIST))
+        .is_err()
+    {
         count::error(error::SLOT_MAP_FULL);
     }
     if NAMES.insert(cgroup_id, name, u64::from(BPF_ANY)).is_err() {

@@ -22,12 +22,16 @@ mod path;
 mod processes;
 mod record;
 mod scratch;
+mod tamper;
 mod volumes;
 
 use aya_ebpf::{
     macros::{lsm, raw_tracepoint},
     programs::{LsmContext, RawTracePointContext},
 };
+use palisade_abi::codes::tampering;
+
+use crate::{kernel::KernelPtr, maps::offset};
 
 /// `int security_bprm_check(struct linux_binprm *bprm)`: once per pass of the binary format loop.
 #[lsm(hook = "bprm_check_security")]
@@ -52,11 +56,14 @@ pub fn bprm_committed_creds(_ctx: LsmContext) -> i32 {
 const SIGCONT: i32 = 18;
 
 /// `int security_task_kill(struct task_struct *p, struct kernel_siginfo *info, int sig, const struct cred *cred)`:
-/// nobody lets go what is held. The agent notes first that it is not held any more.
+/// nobody lets go what is held, and no container signals the agent. The agent notes first that something is not held any more.
 #[lsm(hook = "task_kill")]
 pub fn task_kill(ctx: LsmContext) -> i32 {
     let signal: i32 = ctx.arg(2);
-    if signal == SIGCONT && processes::must_stay_stopped(ctx.arg(0)) { -1 } else { 0 }
+    let refused = (signal == SIGCONT && processes::must_stay_stopped(ctx.arg(0)))
+        // Number 0 asks whether the process is there.
+        || (signal != 0 && tamper::on_process(tampering::SIGNAL, ctx.arg(0), signal as u32));
+    if refused { -1 } else { 0 }
 }
 
 /// `int security_file_send_sigiotask(struct task_struct *tsk, struct fown_struct *fown, int sig)`: nor does a file
@@ -64,7 +71,9 @@ pub fn task_kill(ctx: LsmContext) -> i32 {
 #[lsm(hook = "file_send_sigiotask")]
 pub fn file_send_sigiotask(ctx: LsmContext) -> i32 {
     let signal: i32 = ctx.arg(2);
-    if signal == SIGCONT && processes::must_stay_stopped(ctx.arg(0)) { -1 } else { 0 }
+    let refused =
+        (signal == SIGCONT && processes::must_stay_stopped(ctx.arg(0))) || tamper::by_descriptor(ctx.arg(0));
+    if refused { -1 } else { 0 }
 }
 
 /// `int security_ptrace_access_check(struct task_struct *child, unsigned int mode)`: nor does a tracer.
@@ -73,7 +82,69 @@ pub fn ptrace_access_check(ctx: LsmContext) -> i32 {
     /// `PTRACE_MODE_ATTACH` of include/linux/ptrace.h; reading procfs asks for less.
     const ATTACH: u32 = 2;
     let mode: u32 = ctx.arg(1);
-    if mode & ATTACH != 0 && processes::may_not_be_traced(ctx.arg(0)) { -1 } else { 0 }
+    let refused = mode & ATTACH != 0
+        && (processes::may_not_be_traced(ctx.arg(0)) || tamper::on_process(tampering::TRACE, ctx.arg(0), 0));
+    if refused { -1 } else { 0 }
+}
+
+/// `int security_task_setscheduler(struct task_struct *p)`: policy, real-time priority and processors.
+#[lsm(hook = "task_setscheduler")]
+pub fn task_setscheduler(ctx: LsmContext) -> i32 {
+    if tamper::on_process(tampering::SCHEDULE, ctx.arg(0), 0) { -1 } else { 0 }
+}
+
+/// `int security_task_setnice(struct task_struct *p, int nice)`
+#[lsm(hook = "task_setnice")]
+pub fn task_setnice(ctx: LsmContext) -> i32 {
+    if tamper::on_process(tampering::SCHEDULE, ctx.arg(0), 0) { -1 } else { 0 }
+}
+
+/// `int security_task_setrlimit(struct task_struct *p, unsigned int resource, struct rlimit *new_rlim)`
+#[lsm(hook = "task_setrlimit")]
+pub fn task_setrlimit(ctx: LsmContext) -> i32 {
+    let resource: u32 = ctx.arg(1);
+    if tamper::on_process(tampering::LIMIT, ctx.arg(0), resource) { -1 } else { 0 }
+}
+
+/// `int security_bpf_map(struct bpf_map *map, fmode_t fmode)`: whoever gets a file descriptor of a map.
+#[lsm(hook = "bpf_map")]
+pub fn bpf_map(ctx: LsmContext) -> i32 {
+    let id = KernelPtr(ctx.arg(0)).read(offset!(map_id));
+    if tamper::on_object(tampering::OPEN_MAP, id) { -1 } else { 0 }
+}
+
+/// `int security_bpf_prog(struct bpf_prog *prog)`
+#[lsm(hook = "bpf_prog")]
+pub fn bpf_prog(ctx: LsmContext) -> i32 {
+    let id =
+        KernelPtr(ctx.arg(0)).follow(offset!(program_aux)).and_then(|aux| aux.read(offset!(program_aux_id)));
+    if tamper::on_object(tampering::OPEN_PROGRAM, id) { -1 } else { 0 }
+}
+
+/// `int security_inode_unlink(struct inode *dir, struct dentry *dentry)`
+#[lsm(hook = "inode_unlink")]
+pub fn inode_unlink(ctx: LsmContext) -> i32 {
+    if tamper::on_pin(ctx.arg(1)) { -1 } else { 0 }
+}
+
+/// `int security_inode_rmdir(struct inode *dir, struct dentry *dentry)`
+#[lsm(hook = "inode_rmdir")]
+pub fn inode_rmdir(ctx: LsmContext) -> i32 {
+    if tamper::on_pin(ctx.arg(1)) { -1 } else { 0 }
+}
+
+/// `int security_inode_rename(struct inode *old_dir, struct dentry *old_dentry, struct inode *new_dir, struct dentry
+/// *new_dentry, unsigned int flags)`: for an exchange the kernel asks both ways.
+#[lsm(hook = "inode_rename")]
+pub fn inode_rename(ctx: LsmContext) -> i32 {
+    // What is in the new place goes.
+    if tamper::on_pin(ctx.arg(1)) || tamper::on_pin(ctx.arg(3)) { -1 } else { 0 }
+}
+
+/// `int security_sb_umount(struct vfsmount *mnt, int flags)`
+#[lsm(hook = "sb_umount")]
+pub fn sb_umount(ctx: LsmContext) -> i32 {
+    if tamper::on_mount(ctx.arg(0)) { -1 } else { 0 }
 }
 
 /// `TP_PROTO(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`

@@ -89,6 +89,11 @@ pub static AGENT: Array<AgentState> = Array::with_max_entries(1, 0);
 #[map]
 pub static ADMITTED: HashMap<AdmittedKey, u32> = HashMap::with_max_entries(64, 0);
 
+/// The agent's own maps and programs, which containers may not open: the act ([`codes::tampering`]) in the upper half, the id
+/// in the lower.
+#[map]
+pub static PROTECTED: HashMap<u64, u32> = HashMap::with_max_entries(256, 0);
+
 /// Claimed under the task's id while it judges an exec.
 #[map]
 pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
@@ -105,7 +110,7 @@ pub static ERRORS: Array<u64> = Array::with_max_entries(codes::ERROR_SITES, 0);
 /// Last sequence number per lane, where there is no atomic fetch-add.
 #[cfg(not(feature = "fetch-add"))]
 #[map]
-pub static SLOT_LANES: aya_ebpf::maps::PerCpuHashMap<u64, [u64; 4]> =
+pub static SLOT_LANES: aya_ebpf::maps::PerCpuHashMap<u64, [u64; palisade_abi::maps::LANES]> =
     aya_ebpf::maps::PerCpuHashMap::with_max_entries(2048, 0);
 
 /// Overridden at load time.

@@ -12,6 +12,7 @@ use crate::{
     kernel::KernelPtr,
     maps::{CGROUPS, PROCESSES, SCRIPTS, SLOTS, offset},
     record::{self, Lane},
+    tamper,
 };
 
 /// The current process's tgid.
@@ -174,6 +175,7 @@ pub fn exited(task: Address) {
         return;
     }
     let pid = current_pid();
+    tamper::ended(pid);
     // SAFETY: as in `current`.
     let Some(process) = (unsafe { PROCESSES.get(pid) }) else { return };
     let (slot, session) = (process.slot, session_part(process));

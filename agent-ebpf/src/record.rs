@@ -23,6 +23,7 @@ pub enum Lane {
     Exec = 1,
     Exit = 2,
     Check = 3,
+    Tamper = 4,
 }
 
 /// Unread bytes above which the reader is woken even for telemetry.
@@ -47,12 +48,12 @@ fn number(slot: u64, _lane: Lane) -> Option<(u64, u32)> {
 /// The next number of `slot`, and the lane it counts in.
 ///
 /// Sound where programs of different tasks cannot preempt each other on one CPU, which holds for the kernels
-/// without fetch-add; the four programs nest, so each has a lane.
+/// without fetch-add; the kinds of program nest, so each has a lane.
 #[cfg(not(feature = "fetch-add"))]
 #[inline(always)]
 fn number(slot: u64, lane: Lane) -> Option<(u64, u32)> {
     let lanes = crate::maps::SLOT_LANES.get_ptr_mut(slot)?;
-    // SAFETY: the pointer comes from a map lookup, the index is one of four.
+    // SAFETY: the pointer comes from a map lookup, the index is within it.
     let number = unsafe {
         let counter = &raw mut (*lanes)[lane as usize];
         *counter += 1;

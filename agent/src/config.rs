@@ -53,6 +53,26 @@ impl WhenAgentAbsent {
     }
 }
 
+/// What happens when a container tampers with the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SelfProtection {
+    /// It is recorded.
+    Audit,
+    /// It is refused and recorded.
+    Enforce,
+}
+
+impl SelfProtection {
+    /// The code that the kernel programs know.
+    pub fn mode(self) -> u8 {
+        match self {
+            Self::Audit => mode::AUDIT,
+            Self::Enforce => mode::ENFORCE,
+        }
+    }
+}
+
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Config {
@@ -73,6 +93,8 @@ pub struct Config {
     /// Folder on the host's bpffs in which enforcement outlives the agent; "none": it ends with the agent.
     pub pins: PathBuf,
     pub maps: MapSizes,
+    /// What happens when a container signals the agent, traces it, opens its maps, or takes away its pins.
+    pub self_protection: SelfProtection,
     /// Seconds between two proofs that enforcement works.
     pub self_probe_seconds: u64,
     /// Seconds to deliver what is left after SIGTERM.
@@ -175,6 +197,7 @@ impl Default for Config {
             queue: Queue::default(),
             maps: MapSizes::default(),
             pins: "/sys/fs/bpf/palisade".into(),
+            self_protection: SelfProtection::Enforce,
             self_probe_seconds: 10,
             drain_seconds: 10,
         }
@@ -195,7 +218,8 @@ impl Config {
             .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
             .context(
                 "the configuration is not valid; known fields are node, collector, profiles, unidentified, \
-             whenAgentAbsent, agentLeaseSeconds, runtimes, cgroups, queue, maps and drainSeconds",
+             whenAgentAbsent, agentLeaseSeconds, runtimes, cgroups, queue, pins, maps, selfProtection, \
+                 selfProbeSeconds and drainSeconds",
             )
     }
 
@@ -253,12 +277,12 @@ impl Config {
         Ok(())
     }
 
-    /// What the kernel programs are to know.
     /// Where programs and maps are pinned; `None` when they are not to outlive the agent.
     pub fn pins(&self) -> Option<&Path> {
         (self.pins != Path::new("none")).then_some(&self.pins)
     }
 
+    /// What the maps are to hold.
     pub fn sizes(&self) -> Sizes {
         let MapSizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = self.maps;
         Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes }

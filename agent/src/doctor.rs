@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::{
-    config::{Config, Unidentified},
+    config::{Config, SelfProtection, Unidentified},
     containers::{cgroups, cri},
     kernel::{self, Kernel, LoadError, Pins, Tier},
 };
@@ -189,7 +189,7 @@ async fn examine(config: &Config) -> Report {
     Report {
         tier: tier.map_or("nothing", Tier::as_str),
         kernel: features.release.clone(),
-        promises: promises(tier, reason.as_deref(), runtime.is_ok(), before, &outlives, config.unidentified),
+        promises: promises(tier, reason.as_deref(), runtime.is_ok(), before, &outlives, config),
         programs: loaded
             .as_ref()
             .map(|kernel| {
@@ -236,8 +236,9 @@ fn promises(
     runtime: bool,
     before: (bool, &str),
     outlives: &(bool, String),
-    unidentified: Unidentified,
+    config: &Config,
 ) -> Vec<Promise> {
+    let Config { unidentified, self_protection, .. } = *config;
     let loaded = tier.is_some();
     let full = tier == Some(Tier::Full);
     let say = |promise, holds, because: &str| Promise { promise, holds, because: because.to_owned() };
@@ -282,6 +283,17 @@ fn promises(
                     "without LSM programs, a process that sees it and has the right to signal it can let it go"
                 }
                 _ => "nothing is held",
+            },
+        ),
+        say(
+            "containers cannot touch the agent",
+            full && self_protection == SelfProtection::Enforce,
+            match (self_protection, full) {
+                (_, false) => "without LSM programs nobody can refuse that",
+                (SelfProtection::Audit, true) => "selfProtection: audit only records it",
+                (SelfProtection::Enforce, true) => {
+                    "signals, tracing, its maps and pins; see docs/threat-model.md"
+                }
             },
         ),
         say(

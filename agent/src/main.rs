@@ -63,7 +63,11 @@ enum Command {
     Ready,
     /// Act as the agent's self-probe demands: execute a program, and say if that is refused
     #[command(hide = true)]
-    SelfProbe,
+    SelfProbe {
+        /// Send the agent a signal that does it no harm before, and say if that is refused
+        #[arg(long)]
+        signal: bool,
+    },
     /// Tell what this node can enforce
     ///
     /// Exit codes: 0 full tier, 3 fallback tier, 1 nothing.
@@ -83,22 +87,30 @@ fn main() -> ExitCode {
     })
 }
 
-/// Says that it is ready, waits for a word, and then executes a program that must not run.
-fn act() -> ExitCode {
+/// Says that it is ready, waits for a word, and then does what must be refused: signals the agent if it is to, and executes a
+/// program.
+fn act(signal: bool) -> ExitCode {
     use std::io::Write as _;
     use std::os::unix::process::CommandExt as _;
     let mut output = std::io::stdout();
     let _nobody_waits = output.write_all(b".").and_then(|()| output.flush());
     let mut word = String::new();
     let _a_word_or_the_end = std::io::stdin().read_line(&mut word);
+    let let_through = signal
+        && rustix::process::getppid()
+            .is_some_and(|agent| rustix::process::kill_process(agent, rustix::process::Signal::CONT).is_ok());
     let error = std::process::Command::new("/proc/self/exe").arg("--version").exec();
     let refused = error.raw_os_error() == Some(libc::EPERM);
-    ExitCode::from(if refused { agent::REFUSED as u8 } else { 1 })
+    ExitCode::from(match (refused, let_through) {
+        (true, false) => agent::REFUSED,
+        (true, true) => agent::SIGNAL_LET_THROUGH,
+        (false, _) => 1,
+    })
 }
 
 fn start(arguments: Arguments) -> Result<ExitCode> {
-    if matches!(arguments.command, Command::SelfProbe) {
-        return Ok(act());
+    if let Command::SelfProbe { signal } = arguments.command {
+        return Ok(act(signal));
     }
     let mut config = Config::read(arguments.config.as_deref())?;
     if let Command::Run { collector, node, profiles } = &arguments.command {
@@ -122,7 +134,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Run { .. } => agent::run(config).await.map(|()| ExitCode::SUCCESS),
             Command::Doctor { json } => Ok(doctor::run(&config, json).await),
             Command::Ready => ready::run(&config),
-            Command::SelfProbe => Ok(act()),
+            Command::SelfProbe { signal } => Ok(act(signal)),
             Command::Uninstall { keep_enforcing } => uninstall::run(&config, keep_enforcing),
         }
     })

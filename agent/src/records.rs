@@ -6,7 +6,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use palisade_abi::{
     codes::{self, exec_flags},
     maps::SetMeta,
-    record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart},
+    record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart, TamperRecord},
     volume,
 };
 use palisade_proto::v1::{self, record::Event};
@@ -140,6 +140,15 @@ pub fn make(
             });
             Made { header, session, process: key(&process), event, urgent: false, held: None }
         }
+        Decoded::Tamper(record) => {
+            let TamperRecord { header, process, session, .. } = record;
+            let event = Event::Tampering(v1::Tampering {
+                executable: processes.executable(key(&process)),
+                process: Some(describe(source, processes, &process)),
+                ..tampering(&record)
+            });
+            Made { header, session, process: key(&process), event, urgent: true, held: None }
+        }
         Decoded::Exec(exec) => {
             let decided_revision = revision_name(exec.head.exec.revision);
             make_exec(source, processes, decided_revision, slot_of, &exec)
@@ -232,6 +241,23 @@ fn make_exec(
         event: Event::Exec(exec),
         urgent: part.verdict != codes::verdict::ALLOWED,
         held,
+    }
+}
+
+fn tampering(record: &TamperRecord) -> v1::Tampering {
+    let TamperRecord { act, verdict, target, detail, .. } = *record;
+    let refused = verdict == codes::verdict::DENIED;
+    let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
+    let is_object = matches!(act, codes::tampering::OPEN_MAP | codes::tampering::OPEN_PROGRAM);
+    v1::Tampering {
+        act: name(codes::tampering::name(act)),
+        verdict: name(codes::verdict::name(verdict)),
+        action: name(codes::action::name(if refused { codes::action::REFUSED } else { codes::action::NONE })),
+        agent_pid: if is_object { 0 } else { target },
+        object: if is_object { target } else { 0 },
+        signal: if act == codes::tampering::SIGNAL { detail } else { 0 },
+        resource: if act == codes::tampering::LIMIT { detail } else { 0 },
+        ..Default::default()
     }
 }
 

@@ -47,8 +47,8 @@ pub(crate) struct Options {
     /// Verdict; may be given several times
     #[arg(long, value_parser = ["allowed", "audited", "denied"])]
     verdict: Vec<String>,
-    /// Kind of event; may be given several times [default: exec gap coverage session node-state]
-    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session", "node-state"])]
+    /// Kind of event; may be given several times [default: exec gap coverage session node-state tampering]
+    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session", "node-state", "tampering"])]
     kind: Vec<String>,
     /// Session: its kind (workload, probe, admin, unknown) or its id; may be given several times
     ///
@@ -88,7 +88,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let kinds = if options.all {
         Vec::new()
     } else if options.kind.is_empty() {
-        ["exec", "gap", "coverage", "session", "node-state"].map(str::to_owned).to_vec()
+        ["exec", "gap", "coverage", "session", "node-state", "tampering"].map(str::to_owned).to_vec()
     } else {
         options.kind
     };
@@ -243,6 +243,22 @@ fn describe(record: &Record) -> (String, String, String) {
                 session.executable.clone(),
                 format!("{} {} {what}", session.kind, session.id),
             )
+        }
+        Some(Event::Tampering(tampering)) => {
+            let verdict = if tampering.verdict == "denied" {
+                format!("denied ({})", tampering.action)
+            } else {
+                tampering.verdict.clone()
+            };
+            let pid = tampering.process.as_ref().map_or(0, |process| process.pid);
+            let what = match tampering.act.as_str() {
+                "signal" => format!("signal {} to the agent", tampering.signal),
+                "limit" => format!("limit {} of the agent", tampering.resource),
+                "open-map" | "open-program" => format!("{} {}", tampering.act, tampering.object),
+                "remove-pin" | "unmount" => tampering.act.clone(),
+                act => format!("{act} the agent"),
+            };
+            (verdict, tampering.executable.clone(), format!("TAMPERING by pid {pid}: {what}"))
         }
         Some(Event::NodeState(state)) => {
             (format!("claim {}", state.claim), state.tier.clone(), state.failures.join("; "))

@@ -13,6 +13,7 @@ pub fn kind(record: &Record) -> &'static str {
         Some(Event::Coverage(_)) => "coverage",
         Some(Event::NodeState(_)) => "node-state",
         Some(Event::Session(_)) => "session",
+        Some(Event::Tampering(_)) => "tampering",
         None => "unknown",
     }
 }
@@ -39,6 +40,7 @@ pub fn matches(request: &EventsRequest, record: &Record) -> bool {
         Some(Event::Exec(exec)) => (exec.executable.as_str(), exec.verdict.as_str()),
         Some(Event::Exit(exit)) => (exit.executable.as_str(), ""),
         Some(Event::Session(session)) => (session.executable.as_str(), ""),
+        Some(Event::Tampering(tampering)) => (tampering.executable.as_str(), tampering.verdict.as_str()),
         _ => ("", ""),
     };
     let session = match (&record.event, &record.session_of) {

@@ -4,7 +4,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, ExitCode, Stdio},
+    process::{Command, ExitCode},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -30,7 +30,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     let container = runtime.container(&pod, "c-claims", WORKLOAD_IMAGE, &[]).await?;
     events::in_mode(&node, &container, "enforce").await?;
     let stage = Stage { node: &node, runtime: &runtime, container: &container };
-    report.case("it is ready", stage.is_ready("ready: what profiles say is enforced", true)).await;
+    report.case("it is ready", node.is_ready()).await;
     report
         .case(
             "the pin of a link is deleted",
@@ -81,12 +81,15 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
             }),
         )
         .await;
-    report.case("it is ready again", stage.is_ready("ready: what profiles say is enforced", true)).await;
+    report.case("it is ready again", node.is_ready()).await;
     node.kill_agent()?;
     let stage = Stage { node: &node, runtime: &runtime, container: &container };
     report.case("what was mended outlives the agent", stage.refused()).await;
     report
-        .case("it is not ready without an agent", stage.is_ready("not ready: the agent gives no sign", false))
+        .case(
+            "it is not ready without an agent",
+            node.says_of_itself("not ready: the agent gives no sign", false),
+        )
         .await;
     runtime.remove_pod(&pod).await?;
     if report.failed() > 0 {
@@ -108,20 +111,6 @@ impl Stage<'_> {
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(|path| path.is_dir())
             .context("no set is pinned")
-    }
-
-    async fn is_ready(&self, expected: &str, ready: bool) -> Result<()> {
-        until(expected, async || {
-            let output = Command::new("palisade-agent")
-                .arg("--config")
-                .arg(self.node.folder.path().join("agent.yaml"))
-                .arg("ready")
-                .stdin(Stdio::null())
-                .output()?;
-            let said = String::from_utf8_lossy(&output.stdout);
-            Ok((said.starts_with(expected) && output.status.success() == ready).then_some(()))
-        })
-        .await
     }
 
     /// What is not allowed does not run.

@@ -24,6 +24,7 @@ mod planted;
 mod report;
 mod smoke;
 mod starts;
+mod tampering;
 mod volumes;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -64,6 +65,9 @@ enum Command {
         /// Only the runtime that is running
         #[arg(long)]
         here: bool,
+        /// Only cases whose name holds this
+        #[arg(long, default_value = "")]
+        only: String,
     },
     /// The shipped manifest with its security context, run through the runtime interface
     Daemonset,
@@ -101,6 +105,8 @@ enum Command {
     },
     /// Pins and programs are tampered with: the agent notices, withdraws its claim, and mends them
     Claims,
+    /// Containers that turn on the agent: its process, its maps and programs, their pins
+    Tampering,
     /// Volumes of every kind: each file named by its volume and by its path in the pod
     ///
     /// Stops the guest's containerd and starts its own, so it comes late.
@@ -163,7 +169,9 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
         match arguments.command {
             Command::Smoke => smoke::run(&cri).await,
             Command::Exec { only } => exec::run(&cri, &only).await,
-            Command::Starts { count, here } => starts::run(&cri, &starts::Options { count, here }).await,
+            Command::Starts { count, here, only } => {
+                starts::run(&cri, &starts::Options { count, here, only }).await
+            }
             Command::Daemonset => daemonset::run(&cri).await,
             Command::Engines { archive } => engines::run(&cri, &archive).await,
             Command::Disturbed { only } => disturbed::run(&only).await,
@@ -172,6 +180,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
                 outlives::run(&cri, &outlives::Options { kills, turns, attacks, seed }).await
             }
             Command::Claims => claims::run(&cri).await,
+            Command::Tampering => tampering::run(&cri).await,
             Command::Volumes { here } => volumes::run(&cri, here).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,

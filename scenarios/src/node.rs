@@ -229,6 +229,34 @@ impl Node {
         Ok(())
     }
 
+    /// Takes leave of an agent that somebody else has killed.
+    pub fn agent_was_killed(&mut self) -> Result<()> {
+        use std::os::unix::process::ExitStatusExt as _;
+        let status = self.agent.take().context("no agent runs")?.wait()?;
+        anyhow::ensure!(status.signal() == Some(Signal::KILL.as_raw()), "the agent ended with {status}");
+        Ok(())
+    }
+
+    /// Whether `palisade-agent ready` says `expected` and succeeds as it should; waits until it does.
+    pub async fn says_of_itself(&self, expected: &str, ready: bool) -> Result<()> {
+        until(expected, async || {
+            let output = Command::new("palisade-agent")
+                .arg("--config")
+                .arg(self.folder.path().join("agent.yaml"))
+                .arg("ready")
+                .stdin(Stdio::null())
+                .output()?;
+            let said = String::from_utf8_lossy(&output.stdout);
+            Ok((said.starts_with(expected) && output.status.success() == ready).then_some(()))
+        })
+        .await
+    }
+
+    /// Waits until the agent claims that what profiles say is enforced.
+    pub async fn is_ready(&self) -> Result<()> {
+        self.says_of_itself("ready: what profiles say is enforced", true).await
+    }
+
     /// Sends the agent a signal.
     pub fn signal_agent(&self, signal: Signal) -> Result<()> {
         let agent = self.agent.as_ref().context("no agent runs")?;

@@ -30,10 +30,12 @@ pub struct Options {
     pub count: usize,
     /// Only the runtime that is running, instead of the guest's two.
     pub here: bool,
+    /// Only cases whose name holds this.
+    pub only: String,
 }
 
 pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
-    let mut report = Report::new();
+    let mut report = Report::of(&options.only);
     if options.here {
         cells(&mut report, "this runtime", cri, None, options.count).await?;
         return Ok(report.close());

@@ -386,6 +386,13 @@ impl Agent {
         }
     }
 
+    /// Says where the pins are that containers may not take away. Told with the next renewal of the lease.
+    pub(super) fn protect_pins(&mut self) {
+        let (device, inode) = self.kernel.place_of_pins().unwrap_or_default();
+        self.state.pins_device = device;
+        self.state.pins_inode = inode;
+    }
+
     /// Says that the agent works. Called wherever it works for long.
     pub(super) fn renew_lease(&mut self) {
         if self.leaving {

@@ -11,7 +11,7 @@ mod report;
 mod self_probe;
 mod volumes;
 
-pub use self_probe::REFUSED;
+pub use self_probe::{REFUSED, SIGNAL_LET_THROUGH};
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -202,6 +202,7 @@ pub async fn run(config: Config) -> Result<()> {
             unidentified: u32::from(config.unidentified.mode()),
             when_agent_absent: u32::from(config.when_agent_absent.mode()),
             pid: std::process::id(),
+            self_protection: u32::from(config.self_protection.mode()),
             // Until the first proof.
             failing: 1,
             ..AgentState::default()
@@ -222,8 +223,10 @@ pub async fn run(config: Config) -> Result<()> {
         ring_bytes: config.maps.ring_bytes as usize,
         evidence: Vec::new(),
     };
+    agent.protect_pins();
     agent.renew_lease();
     agent.admit_own_program();
+    agent.kernel.protect()?;
     agent.kernel.attach()?;
     if agent.kernel.adopted {
         agent.adopt()?;
@@ -255,7 +258,8 @@ pub async fn run(config: Config) -> Result<()> {
     if let Some(reason) = &agent.kernel.tier_reason {
         tracing::warn!(
             reason,
-            "fallback tier: a denied program is killed before its first instruction, not refused"
+            "fallback tier: a denied program is killed before its first instruction, not refused, and containers that turn \
+             on the agent are not stopped"
         );
     }
     let mut inputs = Inputs { identities, questions, events, credits };

@@ -1,8 +1,8 @@
 //! Proof that enforcement works, again and again: an act that must be refused, and a look at what it rests on.
 //!
 //! A child of the agent is given to a slot of its own, under a revision that allows nothing, and executes a program. The
-//! kernel must refuse that, or kill the child on the fallback tier, and the record of it must arrive. What fails is
-//! mended where it can be, and until the next proof the agent claims nothing.
+//! kernel must refuse that, or kill the child on the fallback tier, and the record of it must arrive. Where the agent
+//! protects itself the child also sends it a signal that does no harm. What fails is mended where it can be, and until the next proof the agent claims nothing.
 
 use std::{
     io::{Read as _, Write as _},
@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use palisade_abi::{
-    codes::verdict,
+    codes::{mode, verdict},
     maps::{PROBE_SLOT, Process},
 };
 use palisade_profile::{document::Mode, image::PolicyImage};
@@ -24,7 +24,9 @@ use super::Agent;
 use crate::kernel::Tier;
 
 /// Exit code of a child whose execution was refused.
-pub const REFUSED: i32 = 77;
+pub const REFUSED: u8 = 77;
+/// Exit code of a child whose signal to the agent was not.
+pub const SIGNAL_LET_THROUGH: u8 = 78;
 /// When to try again after a failure.
 const SOON: Duration = Duration::from_secs(1);
 /// How long the proof may take before it counts as failed.
@@ -148,8 +150,11 @@ impl Agent {
         self.self_probe.due = Instant::now() + self.self_probe.period;
         self.self_probe.ended = None;
         self.self_probe.recorded = false;
+        let protects_itself =
+            self.kernel.tier == Tier::Full && self.state.self_protection == u32::from(mode::ENFORCE);
         let started = Command::new("/proc/self/exe")
             .arg("self-probe")
+            .args(protects_itself.then_some("--signal"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -185,7 +190,7 @@ impl Agent {
 
     fn is_refusal(&self, status: ExitStatus) -> bool {
         match self.kernel.tier {
-            Tier::Full => status.code() == Some(REFUSED),
+            Tier::Full => status.code() == Some(REFUSED.into()),
             Tier::Fallback => status.signal() == Some(SIGKILL),
         }
     }
@@ -195,12 +200,17 @@ impl Agent {
         let mut failures = Vec::new();
         let lost = self.kernel.maps.lost(PROBE_SLOT);
         let lost_before = std::mem::replace(&mut self.self_probe.lost, lost);
-        let ran = self.self_probe.ended.is_some_and(|status| status.code() == Some(0));
+        let code = self.self_probe.ended.and_then(|status| status.code());
+        let signalled = code == Some(SIGNAL_LET_THROUGH.into());
+        let ran = code == Some(0) || signalled;
         match self.self_probe.ended {
             // A ring that a container floods has no room for the probe's record, either; that is counted elsewhere.
             Some(status) if self.is_refusal(status) && (self.self_probe.recorded || lost > lost_before) => {}
             Some(status) if self.is_refusal(status) => {
                 failures.push("the record of a refused act did not arrive".to_owned());
+            }
+            Some(_) if signalled => {
+                failures.push("a signal to the agent that must be refused was not".to_owned());
             }
             Some(status) if ran => failures.push(format!("an act that must be refused was not ({status})")),
             Some(status) => failures.push(format!("whether an act is refused could not be tried ({status})")),
@@ -214,7 +224,10 @@ impl Agent {
             self.self_probe.doubtful = false;
         }
         match self.kernel.verify() {
-            Ok(mended) => failures.extend(mended),
+            Ok(mended) => {
+                failures.extend(mended);
+                self.protect_pins();
+            }
             Err(error) => failures.push(format!("{error:#}")),
         }
         let again = std::mem::replace(&mut self.self_probe.ran, ran) && ran;

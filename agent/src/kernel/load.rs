@@ -16,7 +16,7 @@ use aya::{
 };
 use palisade_abi::{
     ABI_VERSION,
-    codes::volume_flags,
+    codes::{tampering, volume_flags},
     hash::hash_path,
     maps::{HOST_ROOT, SetMeta, Settings},
     offsets::ABSENT,
@@ -163,6 +163,15 @@ pub(super) const LSM: &[&str] = &[
     "task_kill",
     "file_send_sigiotask",
     "ptrace_access_check",
+    "task_setscheduler",
+    "task_setnice",
+    "task_setrlimit",
+    "bpf_map",
+    "bpf_prog",
+    "inode_unlink",
+    "inode_rmdir",
+    "inode_rename",
+    "sb_umount",
 ];
 /// The map that all sets share.
 const ACTIVE_EPOCH: &str = "ACTIVE_EPOCH";
@@ -283,6 +292,27 @@ impl Kernel {
             self.folder = self.pins.finish(&self.set)?;
         }
         Ok(())
+    }
+
+    /// Says which maps and programs containers may not open.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be told.
+    pub fn protect(&mut self) -> anyhow::Result<()> {
+        let maps = self.all_maps.iter().map(|(_, map)| map).chain([&self.active_epoch]);
+        for map in maps {
+            self.maps.protect(tampering::OPEN_MAP, map.info()?.id())?;
+        }
+        for (_, program) in &self.all_programs {
+            self.maps.protect(tampering::OPEN_PROGRAM, program.info()?.id())?;
+        }
+        Ok(())
+    }
+
+    /// The folder of all pins: device number in the kernel's encoding, and inode. `None` where nobody else can reach it.
+    pub fn place_of_pins(&self) -> Option<(u32, u64)> {
+        self.pins.identity()
     }
 
     /// Makes this set the one that records, and gates what is not identified.

@@ -12,8 +12,8 @@ use palisade_abi::{
     codes,
     hash::hash_path,
     maps::{
-        Account, AdmittedKey, AgentState, GlobState, PROBE_SLOT, Process, Revision, RootIdentity, RuleKey,
-        RuleValue, SetMeta, Slot, SlotPolicy,
+        Account, AdmittedKey, AgentState, GlobState, LANES, PROBE_SLOT, Process, Revision, RootIdentity,
+        RuleKey, RuleValue, SetMeta, Slot, SlotPolicy,
     },
     record::CGROUP_NAME,
 };
@@ -57,7 +57,7 @@ struct Installed {
 /// The maps after loading.
 pub struct Maps {
     slots: HashMap<MapData, u64, Slot>,
-    slot_lanes: Option<PerCpuHashMap<MapData, u64, [u64; 4]>>,
+    slot_lanes: Option<PerCpuHashMap<MapData, u64, [u64; LANES]>>,
     slot_policies: HashMap<MapData, u64, SlotPolicy>,
     cgroups: HashMap<MapData, u64, u64>,
     revisions: HashMap<MapData, u32, Revision>,
@@ -72,6 +72,7 @@ pub struct Maps {
     names: HashMap<MapData, u64, [u8; CGROUP_NAME]>,
     accounts: HashMap<MapData, u64, Account>,
     admitted: HashMap<MapData, AdmittedKey, u32>,
+    protected: HashMap<MapData, u64, u32>,
     errors: Array<MapData, u64>,
     hash_key: [u64; 2],
     installed: Table<u32, Installed>,
@@ -104,6 +105,7 @@ impl Maps {
             names: take("NAMES")?.try_into()?,
             accounts: take("ACCOUNTS")?.try_into()?,
             admitted: take("ADMITTED")?.try_into()?,
+            protected: take("PROTECTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
             hash_key: meta.get(&0, 0)?.hash_key,
             installed: Table::new(),
@@ -325,7 +327,7 @@ impl Maps {
             bail!("the map of slots is full; raise maps.slots in the agent's configuration");
         }
         if let Some(lanes) = &mut self.slot_lanes {
-            let zero = vec![[0; 4]; aya::util::nr_cpus().map_err(|(_, error)| error)?];
+            let zero = vec![[0; LANES]; aya::util::nr_cpus().map_err(|(_, error)| error)?];
             lanes.insert(slot, PerCpuValues::try_from(zero)?, BPF_ANY)?;
         }
         Ok(true)
@@ -377,6 +379,12 @@ impl Maps {
     /// Says that the agent is there, until when, and what it wants of containers that are not identified.
     pub fn renew_lease(&mut self, state: AgentState) -> Result<()> {
         self.agent.set(0, state, BPF_ANY).context("cannot renew the agent's lease")
+    }
+
+    /// Says that containers may not open a map or a program: `act` is the [`codes::tampering`] that they would do.
+    pub fn protect(&mut self, act: u8, id: u32) -> Result<()> {
+        let key = u64::from(act) << 32 | u64::from(id);
+        self.protected.insert(key, 1, BPF_ANY).context("the map of protected objects is full")
     }
 
     /// Lets a file of an image start in containers that are not identified.
@@ -460,7 +468,7 @@ impl Maps {
             return vec![(0, self.slots.get(&slot, 0).map_or(0, |slot| slot.sequence))];
         };
         let Ok(values) = lanes.get(&slot, 0) else { return Vec::new() };
-        let of_processor = |(cpu, lanes): (usize, &[u64; 4])| {
+        let of_processor = |(cpu, lanes): (usize, &[u64; LANES])| {
             let numbered = |(context, last): (usize, &u64)| (((cpu << 4 | context) + 1) as u32, *last);
             lanes.iter().enumerate().map(numbered).collect::<Vec<_>>()
         };

@@ -186,6 +186,13 @@ impl Pins {
         Ok((sets, root.join(ACTIVE_EPOCH)))
     }
 
+    /// Device number in the kernel's encoding (`major << 20 | minor`) and inode of the folder on the host's bpffs.
+    pub fn identity(&self) -> Option<(u32, u64)> {
+        let found = rustix::fs::fstat(&self.held).ok().filter(|_| self.lasting)?;
+        let device = rustix::fs::major(found.st_dev) << 20 | rustix::fs::minor(found.st_dev);
+        Some((device, found.st_ino))
+    }
+
     /// Whether the folder is still the one that was locked.
     pub fn is_in_place(&self) -> bool {
         let held = rustix::fs::fstat(&self.held).map(|found| (found.st_dev, found.st_ino)).ok();
@@ -333,25 +340,16 @@ impl Pins {
                 .with_context(|| format!("cannot rename {}", folder.display()))?;
             folder = unfinished;
         }
-        for kind in KINDS {
-            let below = folder.join(kind);
-            let entries = match std::fs::read_dir(&below) {
-                Ok(entries) => entries,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error).with_context(|| format!("cannot read {}", below.display())),
-            };
-            for entry in entries {
-                let path = entry?.path();
-                std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        // And whatever somebody else has put there.
+        for below in KINDS.map(|kind| folder.join(kind)).iter().chain([&folder]) {
+            match std::fs::remove_dir_all(below) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("cannot remove {}", below.display()));
+                }
+                _ => {}
             }
-            std::fs::remove_dir(&below).with_context(|| format!("cannot remove {}", below.display()))?;
         }
-        match std::fs::remove_dir(&folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove {}", folder.display()))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Takes everything away, the folder itself included. Returns the names of the sets that were there.

@@ -1,0 +1,349 @@
+//! Containers that turn on the agent itself: its process, its maps and programs, their pins. Each row of the table in
+//! `docs/threat-model.md` is a case here, first with an agent that only records it, which shows that the act would work.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use k8s_cri::v1::NamespaceMode;
+use serde_json::Value;
+
+use crate::{
+    attacks::{EPERM, profile},
+    cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
+    events,
+    node::{AgentOptions, Node},
+    report::Report,
+};
+
+const EACCES: i32 = 13;
+const BPFFS: &str = "/sys/fs/bpf";
+/// Where containers see the host's bpffs.
+const PINS: &str = "/pins";
+
+/// What an act is on.
+#[derive(Clone, Copy)]
+enum Target {
+    /// The agent's process.
+    Process,
+    /// The maps or programs that the agent has open, by their ids.
+    Maps,
+    Programs,
+    /// Something in the folder of the set.
+    Pin(&'static str),
+    /// The whole bpffs.
+    Mount,
+}
+
+struct Act {
+    name: &'static str,
+    target: Target,
+    /// What its record calls it; `None` when there is none.
+    recorded: Option<&'static str>,
+    /// Whether a container without privileges can do it where nobody objects.
+    unprivileged: bool,
+    /// Whether it ends or stops the agent where nobody objects.
+    harms: bool,
+}
+
+const fn act(name: &'static str, target: Target, recorded: &'static str) -> Act {
+    Act { name, target, recorded: Some(recorded), unprivileged: false, harms: false }
+}
+
+const fn by_anybody(act: Act) -> Act {
+    Act { unprivileged: true, ..act }
+}
+
+const fn harmful(act: Act) -> Act {
+    Act { harms: true, ..act }
+}
+
+const ACTS: &[Act] = &[
+    by_anybody(act("continue", Target::Process, "signal")),
+    by_anybody(act("thread-kill", Target::Process, "signal")),
+    by_anybody(act("pidfd-kill", Target::Process, "signal")),
+    by_anybody(act("queue-signal", Target::Process, "signal")),
+    by_anybody(harmful(act("stop", Target::Process, "signal"))),
+    by_anybody(harmful(act("kill", Target::Process, "signal"))),
+    // Nobody can say who arranged for it, so it is refused without a record.
+    Act {
+        name: "descriptor-signal",
+        target: Target::Process,
+        recorded: None,
+        unprivileged: true,
+        harms: true,
+    },
+    act("trace", Target::Process, "trace"),
+    act("memory", Target::Process, "trace"),
+    act("read-memory", Target::Process, "trace"),
+    act("take-descriptor", Target::Process, "trace"),
+    act("schedule", Target::Process, "schedule"),
+    act("affinity", Target::Process, "schedule"),
+    act("priority", Target::Process, "schedule"),
+    act("limit", Target::Process, "limit"),
+    act("open-maps", Target::Maps, "open-map"),
+    act("open-programs", Target::Programs, "open-program"),
+    act("open-pin", Target::Pin("maps/SLOT_POLICIES"), "open-map"),
+    act("open-pin", Target::Pin("programs/task_kill"), "open-program"),
+    act("unlink", Target::Pin("links/task_kill"), "remove-pin"),
+    act("rename", Target::Pin("links/bprm_check_security"), "remove-pin"),
+    act("rename", Target::Pin("maps"), "remove-pin"),
+    act("replace", Target::Pin("programs"), "remove-pin"),
+    act("rmdir", Target::Pin("links"), "remove-pin"),
+    act("unmount", Target::Mount, "unmount"),
+];
+
+pub async fn run(cri: &Path) -> Result<ExitCode> {
+    let mut report = Report::new();
+    let runtime = Runtime::connect(cri);
+    let stage = Stage { cri, runtime: &runtime };
+    report.case("control: an agent that only records it", stage.control()).await;
+    stage.refused(&mut report).await?;
+    Ok(report.close())
+}
+
+struct Stage<'a> {
+    cri: &'a Path,
+    runtime: &'a Runtime,
+}
+
+/// An agent, and containers next to it that see its process.
+struct Scene {
+    node: Node,
+    privileged: String,
+    unprivileged: String,
+    pod: Pod,
+}
+
+impl Stage<'_> {
+    async fn scene(&self, settings: &'static str) -> Result<Scene> {
+        let mut node = Node::start(self.cri).await?;
+        node.write_profile("tampering.yaml", &profile("tampering", "enforce"))?;
+        let tier = node.start_agent(&AgentOptions { settings, ..AgentOptions::default() }).await?;
+        ensure!(tier == "full", "the {tier} tier cannot protect the agent");
+        let name = format!("pod-tampering-{}", node.agent_pid().context("no agent")?);
+        let pod = self.runtime.pod_with(&name, "tampering", "", NamespaceMode::Node, &[]).await?;
+        let mut ids = Vec::new();
+        for (name, privileged) in [("c-privileged", true), ("c-unprivileged", false)] {
+            let mounts = [(Path::new(BPFFS), PINS)];
+            let spec = Spec { name, privileged, mounts: &mounts, ..Spec::default() };
+            let id = self.runtime.create(&pod, &spec).await?;
+            self.runtime.start(&id).await?;
+            events::in_mode(&node, &id, "enforce").await?;
+            ids.push(id);
+        }
+        let unprivileged = ids.pop().context("no container")?;
+        let privileged = ids.pop().context("no container")?;
+        Ok(Scene { node, privileged, unprivileged, pod })
+    }
+}
+
+impl Stage<'_> {
+    /// Every act works, and is on record as audited; the last one kills the agent.
+    async fn control(&self) -> Result<()> {
+        let mut scene = self.scene("selfProtection: audit\nselfProbeSeconds: 1\n").await?;
+        for act in ACTS.iter().filter(|act| !act.harms) {
+            for id in scene.actors(act) {
+                let code = scene.carry_out(self.runtime, id, act).await?;
+                // A folder that is not empty is not removed, but that is for the filesystem to say, after all who may object.
+                ensure!(
+                    code == 0 || code == libc::ENOTEMPTY,
+                    "{} fails with {code} though nobody objects, so it proves nothing",
+                    act.name
+                );
+                scene.recorded(id, act, "audited").await?;
+                // The next act finds everything in its place.
+                scene.is_mended().await?;
+            }
+        }
+        let kill = ACTS.iter().find(|act| act.name == "kill").context("no act kills")?;
+        scene.carry_out(self.runtime, &scene.unprivileged, kill).await?;
+        scene.node.agent_was_killed()?;
+        scene.end(self.runtime).await
+    }
+
+    /// Every act is refused, and is on record as denied. The agent goes on working.
+    async fn refused(&self, report: &mut Report) -> Result<()> {
+        let scene = self.scene("").await?;
+        for act in ACTS {
+            let name = act.describe();
+            report.case(&format!("{name}: refused, on record"), scene.is_refused(self.runtime, act)).await;
+        }
+        report
+            .case("whether it is there anybody may ask", async {
+                let asks = Act { name: "is-there", recorded: None, ..act("", Target::Process, "") };
+                let code = scene.carry_out(self.runtime, &scene.unprivileged, &asks).await?;
+                ensure!(code == 0, "kill(pid, 0) fails with {code}");
+                Ok(())
+            })
+            .await;
+        report.case("a container with a pid namespace of its own cannot name it", self.hidden(&scene)).await;
+        report.case("the agent works as before, and its pins are whole", scene.is_mended()).await;
+        report.case("another agent may take over", self.taken_over(scene)).await;
+        Ok(())
+    }
+
+    /// By default a container sees its own processes only.
+    async fn hidden(&self, scene: &Scene) -> Result<()> {
+        let pod = self.runtime.pod("pod-tampering-own", "tampering", "").await?;
+        let id = self.runtime.container(&pod, "c-own", WORKLOAD_IMAGE, &[]).await?;
+        events::in_mode(&scene.node, &id, "enforce").await?;
+        let kill = ACTS.iter().find(|act| act.name == "kill").context("no act kills")?;
+        let code = scene.carry_out(self.runtime, &id, kill).await?;
+        ensure!(code == libc::ESRCH, "it fails with {code}");
+        self.runtime.remove_pod(&pod).await
+    }
+
+    /// What protects the agent ends with it: the next one opens the maps, and the last one takes away the pins.
+    async fn taken_over(&self, mut scene: Scene) -> Result<()> {
+        scene.node.kill_agent()?;
+        let open = ACTS.iter().find(|act| act.name == "open-pin").context("no act opens a pin")?;
+        let code = scene.carry_out_in_absence(self.runtime, &scene.privileged, open).await?;
+        ensure!(code == 0, "without an agent the maps cannot be opened: {code}");
+        scene.node.start_agent(&AgentOptions::default()).await?;
+        ensure!(scene.node.log("agent").contains("took over"), "it did not take over");
+        let code = scene.carry_out(self.runtime, &scene.privileged, open).await?;
+        ensure!(code == EPERM, "the new agent does not protect itself: {code}");
+        scene.end(self.runtime).await
+    }
+}
+
+impl Act {
+    fn describe(&self) -> String {
+        match self.target {
+            Target::Pin(path) => format!("{} {path}", self.name),
+            _ => self.name.to_owned(),
+        }
+    }
+}
+
+impl Scene {
+    /// The containers that can do `act` where nobody objects.
+    fn actors(&self, act: &Act) -> Vec<&str> {
+        let mut actors = vec![self.privileged.as_str()];
+        if act.unprivileged {
+            actors.push(&self.unprivileged);
+        }
+        actors
+    }
+
+    async fn is_refused(&self, runtime: &Runtime, act: &Act) -> Result<()> {
+        for id in self.actors(act) {
+            let code = self.carry_out(runtime, id, act).await?;
+            if act.name == "descriptor-signal" {
+                // The write into the pipe succeeds; the signal must not have come.
+                ensure!(code == 0, "the pipe could not be prepared: {code}");
+            } else {
+                ensure!(code == EPERM || code == EACCES, "{id}: it ended with {code}");
+            }
+            self.recorded(id, act, "denied").await?;
+            self.node.is_ready().await?;
+        }
+        Ok(())
+    }
+
+    /// Runs the attacker's program in a container; returns its exit code: 0 or the `errno`.
+    async fn carry_out(&self, runtime: &Runtime, container: &str, act: &Act) -> Result<i32> {
+        let pid = self.node.agent_pid().context("no agent")?;
+        let target = match act.target {
+            Target::Process => pid.to_string(),
+            Target::Maps => ids(pid, "map_id:")?,
+            Target::Programs => ids(pid, "prog_id:")?,
+            Target::Pin(_) | Target::Mount => {
+                return self.carry_out_in_absence(runtime, container, act).await;
+            }
+        };
+        self.execute(runtime, container, act, &target).await
+    }
+
+    /// The same for acts that need no agent.
+    async fn carry_out_in_absence(&self, runtime: &Runtime, container: &str, act: &Act) -> Result<i32> {
+        let target = match act.target {
+            Target::Pin(path) => seen(&self.set()?.join(path))?,
+            Target::Mount => PathBuf::from(PINS),
+            _ => bail!("{} needs an agent", act.name),
+        };
+        self.execute(runtime, container, act, &target.display().to_string()).await
+    }
+
+    async fn execute(&self, runtime: &Runtime, container: &str, act: &Act, target: &str) -> Result<i32> {
+        Ok(runtime.exec(container, &["/usr/bin/attacker", "tamper", act.name, target]).await?.code)
+    }
+
+    /// The folder of the set that is in force.
+    fn set(&self) -> Result<PathBuf> {
+        fs::read_dir(self.node.pins())?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.join("links").is_dir())
+            .context("no set is pinned")
+    }
+
+    /// There is a record of what the container did last, which says what became of it.
+    async fn recorded(&self, container: &str, act: &Act, verdict: &str) -> Result<()> {
+        let Some(name) = act.recorded else { return Ok(()) };
+        let runs = self.execs(container)?;
+        until(&format!("a record of {}", act.describe()), async || {
+            let records = events::query(&self.node, &["--kind", "tampering", "--container", container])?;
+            let found = records.iter().filter(|record| {
+                let tampering = &record["tampering"];
+                tampering["act"] == name
+                    && tampering["verdict"] == verdict
+                    && tampering["executable"] == "/usr/bin/attacker"
+                    && record["session_of"]["kind"] == "admin"
+            });
+            let by: BTreeSet<u64> =
+                found.filter_map(|record| record["tampering"]["process"]["pid"].as_u64()).collect();
+            Ok(runs.last().is_some_and(|last| by.contains(last)).then_some(()))
+        })
+        .await
+    }
+
+    /// Process ids of the attacker's runs in a container, in their order.
+    fn execs(&self, container: &str) -> Result<Vec<u64>> {
+        let records = events::query(&self.node, &["--kind", "exec", "--container", container])?;
+        Ok(records
+            .iter()
+            .filter(|record| events::has_argument(record, "tamper"))
+            .filter_map(|record| record["exec"]["process"]["pid"].as_u64())
+            .collect())
+    }
+
+    /// The agent claims what it claims in peace: everything is pinned.
+    async fn is_mended(&self) -> Result<()> {
+        until("everything is pinned and claimed", async || {
+            let whole = self.set().is_ok_and(|set| {
+                ["links/task_kill", "links/bprm_check_security", "programs/task_kill", "maps/SLOT_POLICIES"]
+                    .iter()
+                    .all(|pin| set.join(pin).exists())
+            });
+            let last: Option<Value> = events::query(&self.node, &["--kind", "node-state"])?.pop();
+            let holds = last.is_some_and(|record| record["node_state"]["claim"] == "holds");
+            Ok((whole && holds).then_some(()))
+        })
+        .await
+    }
+
+    async fn end(self, runtime: &Runtime) -> Result<()> {
+        runtime.remove_pod(&self.pod).await
+    }
+}
+
+/// Where a container sees a path on the host's bpffs.
+fn seen(path: &Path) -> Result<PathBuf> {
+    Ok(Path::new(PINS).join(path.strip_prefix(BPFFS)?))
+}
+
+/// The ids of all kernel objects that the agent has open, as its descriptors tell.
+fn ids(pid: u32, field: &str) -> Result<String> {
+    let mut ids = BTreeSet::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        let text = fs::read_to_string(entry?.path()).unwrap_or_default();
+        ids.extend(text.lines().filter_map(|line| line.strip_prefix(field)?.trim().parse::<u32>().ok()));
+    }
+    ensure!(!ids.is_empty(), "the agent has no {field}");
+    Ok(ids.iter().map(u32::to_string).collect::<Vec<_>>().join(","))
+}
