@@ -79,10 +79,8 @@ impl Agent {
             self.tell_coverage(slot, "taken-over", 0);
             self.ask_about(slot);
         }
-        tracing::info!(
-            containers = self.containers.len(),
-            "took over the pinned programs of an agent before this one"
-        );
+        let what = if self.kernel.adopted { "the pinned programs" } else { "the containers" };
+        tracing::info!(containers = self.containers.len(), "took over {what} of an agent before this one");
         Ok(())
     }
 

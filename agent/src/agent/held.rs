@@ -50,6 +50,9 @@ impl Agent {
 
     /// Lets a process go or kills it; tried again as long as that fails.
     fn let_go(&mut self, process: ProcessKey, kill: bool) {
+        if !kill {
+            self.let_go_in_others(process.0);
+        }
         if let Err(error) = self.kernel.let_go(process, kill) {
             tracing::error!(
                 pid = process.0,

@@ -228,13 +228,13 @@ pub async fn run(config: Config) -> Result<()> {
     agent.admit_own_program();
     agent.kernel.protect()?;
     agent.kernel.attach()?;
-    if agent.kernel.adopted {
+    let others = agent.kernel.old_sets()?;
+    if agent.kernel.adopted || agent.inherit(&others) {
         agent.adopt()?;
     }
     if let Err(error) = agent.prepare_self_probe() {
         tracing::error!(error = format!("{error:#}"), "the self-probe has no place in the kernel");
     }
-    let others = agent.kernel.old_sets()?;
     let unreadable = agent.kernel.other_sets()? > others.len();
     if others.is_empty() && !unreadable {
         agent.kernel.activate()?;
@@ -246,6 +246,7 @@ pub async fn run(config: Config) -> Result<()> {
         // The other one makes the records, and gates what is new, until this one knows every container.
         agent.find_running();
         agent.kernel.activate()?;
+        tracing::info!(step = "this set records", "upgrade");
         agent.find_running();
         agent.others = Some(Others::InForce(InForce::new(others, unreadable)));
     }

@@ -49,6 +49,28 @@ impl InForce {
 }
 
 impl Agent {
+    /// Takes over the state of the set that recorded so far. What cannot be copied is found out anew.
+    pub(super) fn inherit(&mut self, others: &[OldSet]) -> bool {
+        if !others.is_empty() {
+            tracing::info!(step = "the new programs are attached", "upgrade");
+        }
+        match self.kernel.inherit(others) {
+            Ok(copied) => {
+                if copied {
+                    tracing::info!(step = "the state is copied", "upgrade");
+                }
+                copied
+            }
+            Err(error) => {
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "not all that the set before knows could be taken over; it stays in force until this one knows all"
+                );
+                true
+            }
+        }
+    }
+
     /// Takes other sets a step further on their way out.
     pub(super) fn retire_others(&mut self) {
         match self.others.take() {
@@ -73,7 +95,10 @@ impl Agent {
                 }
                 self.queue.flush();
                 match self.kernel.retire_others() {
-                    Ok(()) => self.others = Some(Others::Leaving(sets)),
+                    Ok(()) => {
+                        tracing::info!(step = "the old programs are out of force", "upgrade");
+                        self.others = Some(Others::Leaving(sets));
+                    }
                     Err(error) => {
                         tracing::error!(error = format!("{error:#}"), "older programs stay in force");
                         self.others = Some(Others::InForce(InForce { sets, ..others }));
@@ -87,6 +112,9 @@ impl Agent {
                 if let Err(error) = self.kernel.forget_others(&names) {
                     tracing::error!(error = format!("{error:#}"), "the maps of older programs stay");
                 }
+                if open.is_empty() {
+                    tracing::info!(step = "the old maps are gone", "upgrade");
+                }
                 self.others = (!open.is_empty()).then_some(Others::Leaving(open));
             }
             None => {}
@@ -99,6 +127,21 @@ impl Agent {
         let covered =
             |slot: &u64| self.containers.get(slot).is_some_and(|container| container.is_under_policy());
         guarded.into_iter().filter(|slot| !covered(slot)).collect()
+    }
+
+    /// Notes in sets that are still in force that a process is not held any more: each refuses to let it be woken.
+    pub(super) fn let_go_in_others(&mut self, pid: u32) {
+        if let Some(Others::InForce(others)) = &mut self.others {
+            for set in &mut others.sets {
+                if let Err(error) = set.maps.let_go(pid) {
+                    tracing::error!(
+                        pid,
+                        error = format!("{error:#}"),
+                        "an older set keeps a process stopped"
+                    );
+                }
+            }
+        }
     }
 
     /// Books what the collector has acknowledged.

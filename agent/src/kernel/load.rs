@@ -28,7 +28,7 @@ use super::{
     btf::OverlayLayout,
     pins::SetFolder,
     roots,
-    sets::{adoptable, pinned_lsm, pinned_tracepoint, ring},
+    sets::{adoptable, pinned_lsm, pinned_tracepoint, recording, ring},
     volumes,
 };
 use crate::{
@@ -533,7 +533,8 @@ fn load(
         reserved: 0,
         epoch: now(),
         epoch_since_boot: now_since_boot(),
-        hash_key: random_key()?,
+        // That of the set before, whose rules can then be taken over as they are.
+        hash_key: recording(pins).map_or_else(random_key, |before| Ok(before.hash_key))?,
     };
     let settings = Settings {
         hash_key: meta.hash_key,

@@ -21,6 +21,8 @@ use palisade_profile::image::PolicyImage;
 
 use super::{Pins, pins::SetFolder, sets::pinned_map, volumes::VolumeMaps};
 
+mod inherit;
+
 /// Capacities of the maps.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
@@ -374,6 +376,11 @@ impl Maps {
     /// Says which set of programs makes the records.
     pub fn record_as(&mut self, epoch: u64) -> Result<()> {
         self.active_epoch.set(0, epoch, BPF_ANY).context("cannot say which programs record")
+    }
+
+    /// The epoch of the set that makes the records.
+    pub fn recording(&self) -> Result<u64> {
+        self.active_epoch.get(&0, 0).context("cannot read which programs record")
     }
 
     /// Says that the agent is there, until when, and what it wants of containers that are not identified.

@@ -74,6 +74,18 @@ impl Kernel {
             .collect())
     }
 
+    /// Copies the state of the set that records from among `others`, if it is there. Returns whether it was.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be copied whole.
+    pub fn inherit(&mut self, others: &[OldSet]) -> anyhow::Result<bool> {
+        let active = self.maps.recording()?;
+        let Some(old) = others.iter().find(|set| set.meta.epoch == active) else { return Ok(false) };
+        self.maps.inherit(&old.maps).with_context(|| format!("copying the state of {}", old.name))?;
+        Ok(true)
+    }
+
     /// Takes the programs of all other sets out of force; their maps stay until [`Kernel::forget_others`].
     ///
     /// # Errors
@@ -98,6 +110,17 @@ impl Kernel {
         }
         Ok(())
     }
+}
+
+/// What the set is that records, where one of this build's layout does.
+pub(super) fn recording(pins: &Pins) -> Option<SetMeta> {
+    let active: Array<_, u64> = pinned_map(&pins.active_epoch()).ok()?.try_into().ok()?;
+    let active = active.get(&0, 0).ok()?;
+    let names = pins.sets().ok()?;
+    names.iter().filter_map(|name| pins.find(name)).find_map(|folder| {
+        let meta: Array<_, SetMeta> = pinned_map(&folder.map("META")).ok()?.try_into().ok()?;
+        meta.get(&0, 0).ok().filter(|meta| meta.abi == ABI_VERSION && meta.epoch == active)
+    })
 }
 
 /// Processes that sets of this build's layout hold stopped.

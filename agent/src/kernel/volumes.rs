@@ -314,6 +314,19 @@ impl VolumeMaps {
         Ok(index)
     }
 
+    /// Copies what another set has, and this one has not.
+    pub fn inherit(&mut self, old: &Self) -> Result<()> {
+        for volume in old.volumes.iter() {
+            let (key, volume) = volume?;
+            let name = old.names.get(&volume.name, 0).context("a volume has no name")?;
+            self.names
+                .set(volume.name, name, 0)
+                .context("no room for the names of volumes; raise maps.volumeNames")?;
+            self.volumes.insert(key, volume, 0).context("no room for volumes; raise maps.volumes")?;
+        }
+        Ok(())
+    }
+
     /// Reads what an agent before this one noted.
     pub fn read_back(&mut self) -> Result<()> {
         for volume in self.volumes.iter() {

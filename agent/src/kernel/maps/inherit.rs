@@ -1,0 +1,104 @@
+//! What a set of programs takes over from the one before it: everything that a decision or a record needs, so that both say the
+//! same from the moment in which the new one records.
+
+use anyhow::{Context as _, Result, ensure};
+use aya::{
+    Pod,
+    maps::{HashMap, MapData, PerCpuValues},
+};
+use palisade_abi::{
+    codes::session,
+    maps::{HOST_ROOT, LANES, PROBE_SLOT, Process, Slot},
+};
+
+use super::{BPF_ANY, BPF_NOEXIST, Maps};
+
+impl Maps {
+    /// Copies the state of `old` where there is none yet. The programs of both sets are attached, so what comes to be
+    /// meanwhile has its entries here already. What points to something is written after what it points to.
+    ///
+    /// # Errors
+    ///
+    /// When paths are hashed with another key, or a map is full. What was copied then is read back, or replaced, like what an
+    /// agent that was killed has left.
+    pub fn inherit(&mut self, old: &Self) -> Result<()> {
+        ensure!(self.hash_key == old.hash_key, "its paths are hashed with another key");
+        for revision in old.revisions.iter() {
+            let (_, head) = revision?;
+            for index in head.glob_base..head.glob_base + head.glob_states {
+                let state = old.glob_states.get(&index, 0).context("a glob automaton is cut")?;
+                self.glob_states
+                    .set(index, state, BPF_ANY)
+                    .context("no room for glob automata; raise maps.globStates")?;
+            }
+        }
+        copy(&old.rules, &mut self.rules, |_, _| true).context("no room for rules; raise maps.rules")?;
+        copy(&old.revisions, &mut self.revisions, |_, _| true).context(ROOM_FOR_SLOTS)?;
+        copy(&old.roots, &mut self.roots, |slot, _| *slot != HOST_ROOT).context(ROOM_FOR_SLOTS)?;
+        copy(&old.root_slots, &mut self.root_slots, |_, _| true).context(ROOM_FOR_SLOTS)?;
+        self.volumes.inherit(&old.volumes)?;
+        copy(&old.names, &mut self.names, |slot, _| *slot != PROBE_SLOT).context(ROOM_FOR_SLOTS)?;
+        copy(&old.slot_policies, &mut self.slot_policies, |slot, _| *slot != PROBE_SLOT)
+            .context(ROOM_FOR_SLOTS)?;
+        for slot in old.slots.iter() {
+            let (number, slot) = slot?;
+            if number != PROBE_SLOT {
+                self.inherit_slot(number, slot)?;
+            }
+        }
+        copy(&old.cgroups, &mut self.cgroups, |_, _| true).context(ROOM_FOR_SLOTS)?;
+        self.inherit_processes(old)
+    }
+
+    /// A slot begins to count anew: its records are numbered within a set.
+    fn inherit_slot(&mut self, number: u64, slot: Slot) -> Result<()> {
+        if self.slots.get(&number, 0).is_ok() {
+            return Ok(());
+        }
+        if let Some(lanes) = &mut self.slot_lanes {
+            let zero = vec![[0; LANES]; aya::util::nr_cpus().map_err(|(_, error)| error)?];
+            lanes.insert(number, PerCpuValues::try_from(zero)?, BPF_NOEXIST).context(ROOM_FOR_SLOTS)?;
+        }
+        self.slots.insert(number, Slot { sequence: 0, lost: 0, ..slot }, BPF_NOEXIST).context(ROOM_FOR_SLOTS)
+    }
+
+    /// A process that forked while its parent had no entry here is of no known session; the old set knows better.
+    fn inherit_processes(&mut self, old: &Self) -> Result<()> {
+        let processes = old.processes();
+        for (pid, process) in processes.iter().filter(|(_, process)| process.slot != PROBE_SLOT) {
+            let known = self.processes.get(pid, 0).ok();
+            let knows_less = |known: &Process| {
+                known.slot == process.slot
+                    && known.session_kind == session::UNKNOWN
+                    && process.session_kind != session::UNKNOWN
+            };
+            if known.as_ref().is_none_or(knows_less) {
+                self.put_process(*pid, *process)?;
+            }
+        }
+        // Whoever ended between the look at the old entry and the writing of the new one will not end again.
+        for (pid, _) in processes {
+            if old.processes.get(&pid, 0).is_err() {
+                self.remove_process(pid);
+            }
+        }
+        Ok(())
+    }
+}
+
+const ROOM_FOR_SLOTS: &str = "no room for all containers; raise maps.slots";
+
+/// Copies the entries of a map that `wanted` takes and that the other has not.
+fn copy<K: Pod, V: Pod>(
+    from: &HashMap<MapData, K, V>,
+    to: &mut HashMap<MapData, K, V>,
+    wanted: impl Fn(&K, &V) -> bool,
+) -> Result<()> {
+    for entry in from.iter() {
+        let (key, value) = entry?;
+        if wanted(&key, &value) && to.get(&key, 0).is_err() {
+            to.insert(key, value, BPF_ANY)?;
+        }
+    }
+    Ok(())
+}
