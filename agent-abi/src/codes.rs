@@ -211,6 +211,14 @@ pub mod slot_flags {
     pub const MEMBERS_KNOWN: u32 = 1 << 1;
 }
 
+/// Bits of [`crate::maps::SetMeta::state`].
+pub mod set_state {
+    /// It has made records, or is about to.
+    pub const RECORDED: u32 = 1 << 0;
+    /// It knows all that the sets before it knew, so they are not needed for a verdict.
+    pub const WHOLE: u32 = 1 << 1;
+}
+
 /// Bits of [`crate::maps::Volume::flags`].
 pub mod volume_flags {
     /// The kubelet keeps its files in a folder that it replaces whole (`..2026_11_22_…`, to which `..data` and every name

@@ -28,7 +28,8 @@ pub struct Settings {
 pub struct SetMeta {
     /// [`crate::ABI_VERSION`] of the set. First in every version.
     pub abi: u32,
-    pub reserved: u32,
+    /// [`crate::codes::set_state`].
+    pub state: u32,
     /// Names the set on this boot, in its records and in `ACTIVE_EPOCH`: the time it was made, nanoseconds since the Unix
     /// epoch.
     pub epoch: u64,
@@ -74,7 +75,8 @@ pub struct AgentState {
     pub gone: u32,
     /// The folder of all pins: device number in the kernel's encoding, and inode; 0 when nothing is to be protected there.
     pub pins_device: u32,
-    pub reserved: u32,
+    /// The process id of the agent's parent: in a container, the runtime's process that the container hangs on.
+    pub parent: u32,
     pub pins_inode: u64,
 }
 

@@ -6,7 +6,7 @@
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use palisade_abi::{
     codes::{error, kind, mode, tampering, verdict},
-    maps::AgentState,
+    maps::{AgentState, PROBE_SLOT},
     record::TamperRecord,
 };
 
@@ -23,16 +23,29 @@ const BPF_FILESYSTEM: u64 = 0xcafe_4a11;
 /// Folders between a pin and the folder of all pins, at most.
 const PIN_DEPTH: u32 = 6;
 
-/// Whether an act on the process `task` is refused. `detail` is what the act's code says.
+/// Whether an act on the process `task` is refused, since it is the agent or one of its own. `detail` is what the act's code says.
 #[inline(always)]
 pub fn on_process(act: u8, task: Address, detail: u32) -> bool {
     let Some(agent) = agent() else { return false };
-    match KernelPtr(task).read::<u32>(offset!(task_tgid)) {
-        Some(pid) if pid == agent.pid => {
-            palisade_attempt(u64::from(act), u64::from(pid), u64::from(detail)) != 0
-        }
-        _ => false,
+    let Some(pid) = KernelPtr(task).read::<u32>(offset!(task_tgid)) else { return false };
+    is_guarded(pid, agent) && palisade_attempt(u64::from(act), u64::from(pid), u64::from(detail)) != 0
+}
+
+/// Whether a process is the agent's own: itself, what runs beside it in its container and may do what it may, the child with
+/// which it proves that it enforces, and the runtime's process above its container, with which the container ends.
+#[inline(always)]
+fn is_guarded(pid: u32, agent: &AgentState) -> bool {
+    if pid == agent.pid {
+        return true;
     }
+    // SAFETY: only a field is read.
+    let own = unsafe { PROCESSES.get(agent.pid) }.map(|process| process.slot);
+    if own.is_some() && pid == agent.parent {
+        return true;
+    }
+    // SAFETY: as above.
+    let slot = unsafe { PROCESSES.get(pid) }.map(|process| process.slot);
+    slot.is_some() && (slot == own || slot == Some(PROBE_SLOT))
 }
 
 /// Whether a file descriptor may not send `task` signals: nobody can say who arranged for that.

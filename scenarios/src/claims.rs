@@ -107,10 +107,7 @@ struct Stage<'a> {
 impl Stage<'_> {
     /// The folder of the set that is in force.
     fn set(&self) -> Result<PathBuf> {
-        fs::read_dir(self.node.pins())?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.is_dir())
-            .context("no set is pinned")
+        self.node.sets()?.pop().context("no set is pinned")
     }
 
     /// What is not allowed does not run.

@@ -15,8 +15,10 @@ mod disturbed;
 mod engines;
 mod events;
 mod exec;
+mod fake_runtime;
 mod faults;
 mod generator;
+mod limits;
 mod members;
 mod node;
 mod outlives;
@@ -91,11 +93,13 @@ enum Command {
         #[arg(long, default_value_t = 50)]
         kills: u32,
         /// Times that it is killed while two configurations take turns
-        ///
-        /// Nothing that is refused runs, but what is recorded of it is not settled yet: in the moment in which one set
-        /// of programs hands over to another a refusal may be on record as audited.
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value_t = 10)]
         turns: u32,
+        /// Another build of the agent, which takes turns with this one after each step of an upgrade and back
+        ///
+        /// If its programs have another ABI, what is left in their ring is lost, so records are not counted then.
+        #[arg(long)]
+        other: Option<PathBuf>,
         /// Attacks meanwhile, at least
         #[arg(long, default_value_t = 1000)]
         attacks: u64,
@@ -114,6 +118,16 @@ enum Command {
         /// Only the runtime that is running
         #[arg(long)]
         here: bool,
+    },
+    /// Thousands of containers and profiles, full maps, an agent with 64 MiB: verdicts stay right
+    Limits {
+        #[arg(long, default_value_t = 10_000)]
+        containers: usize,
+        #[arg(long, default_value_t = 1_000)]
+        profiles: usize,
+        /// Executions whose outcome is compared with what the profiles say
+        #[arg(long, default_value_t = 400)]
+        executions: usize,
     },
     /// Nested cgroups, moved processes, nsenter, the host's namespaces, sessions: each in the right container
     Members,
@@ -175,9 +189,12 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Daemonset => daemonset::run(&cri).await,
             Command::Engines { archive } => engines::run(&cri, &archive).await,
             Command::Disturbed { only } => disturbed::run(&only).await,
+            Command::Limits { containers, profiles, executions } => {
+                limits::run(&limits::Options { containers, profiles, executions }).await
+            }
             Command::Members => members::run(&cri).await,
-            Command::Outlives { kills, turns, attacks, seed } => {
-                outlives::run(&cri, &outlives::Options { kills, turns, attacks, seed }).await
+            Command::Outlives { kills, turns, other, attacks, seed } => {
+                outlives::run(&cri, &outlives::Options { kills, turns, other, attacks, seed }).await
             }
             Command::Claims => claims::run(&cri).await,
             Command::Tampering => tampering::run(&cri).await,

@@ -16,7 +16,7 @@ use crate::{
     attacks::{PAYLOAD_RAN, nonce, profile},
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
-    node::{AgentOptions, Node, which},
+    node::{AgentOptions, Node, cgroup_root, which},
     report::Report,
 };
 
@@ -357,17 +357,6 @@ async fn escape(node: &Node, runtime: &Runtime, app: &str, verdict: &str) -> Res
         ensure!(record["exec"]["reason"] == "escaped-to-host", "{record}");
     }
     runtime.remove_pod(&pod).await
-}
-
-/// Where the unified cgroup hierarchy is mounted.
-fn cgroup_root() -> Result<PathBuf> {
-    fs::read_to_string("/proc/self/mounts")?
-        .lines()
-        .find_map(|line| {
-            let fields: Vec<&str> = line.split(' ').collect();
-            (fields.get(2) == Some(&"cgroup2")).then(|| PathBuf::from(fields[1]))
-        })
-        .context("no cgroup v2 is mounted")
 }
 
 /// The cgroup of a process.

@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -18,6 +19,17 @@ pub fn which(program: &str) -> Result<PathBuf> {
         .map(|folder| folder.join(program))
         .find(|path| path.exists())
         .with_context(|| format!("{program} is not on the PATH"))
+}
+
+/// Where the unified cgroup hierarchy is mounted.
+pub fn cgroup_root() -> Result<PathBuf> {
+    std::fs::read_to_string("/proc/self/mounts")?
+        .lines()
+        .find_map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            (fields.get(2) == Some(&"cgroup2")).then(|| PathBuf::from(fields[1]))
+        })
+        .context("no cgroup v2 is mounted")
 }
 
 /// A running collector, and an agent when one was started.
@@ -44,6 +56,8 @@ pub struct AgentOptions {
     pub engines: bool,
     /// Whether enforcement is to end with the agent.
     pub unpinned: bool,
+    /// A cgroup to start it in, which limits its memory.
+    pub memory: Option<PathBuf>,
     /// Further lines of its configuration.
     pub settings: &'static str,
 }
@@ -170,6 +184,13 @@ impl Node {
         if let Some(objects) = &options.objects {
             command.env("PALISADE_TEST_OBJECTS", objects);
         }
+        if let Some(cgroup) = &options.memory {
+            let procs = cgroup.join("cgroup.procs");
+            // SAFETY: between fork and exec one file is written, whose name was allocated before.
+            unsafe {
+                command.pre_exec(move || std::fs::write(&procs, "0"));
+            }
+        }
         let agent = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -178,6 +199,16 @@ impl Node {
             .with_context(|| format!("cannot start {}", program.display()))?;
         self.agent = Some(agent);
         Ok(())
+    }
+
+    /// The folders of the sets that are pinned.
+    pub fn sets(&self) -> Result<Vec<PathBuf>> {
+        let mut sets: Vec<PathBuf> = std::fs::read_dir(self.pins())?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.is_dir())
+            .collect();
+        sets.sort();
+        Ok(sets)
     }
 
     /// Where this node's agent keeps what outlives it: apart from every other node's.
@@ -229,6 +260,13 @@ impl Node {
         Ok(())
     }
 
+    /// Whether the agent's process is stopped by a signal.
+    pub fn agent_is_stopped(&self) -> Result<bool> {
+        let pid = self.agent_pid().context("no agent runs")?;
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        Ok(status.lines().any(|line| line.starts_with("State:\tT")))
+    }
+
     /// Takes leave of an agent that somebody else has killed.
     pub fn agent_was_killed(&mut self) -> Result<()> {
         use std::os::unix::process::ExitStatusExt as _;
@@ -269,6 +307,12 @@ impl Node {
 
     pub fn collector_pid(&self) -> Option<u32> {
         self.collector.as_ref().map(Child::id)
+    }
+
+    /// How many containers are under a policy, or known to have none.
+    pub fn identified(&self) -> Result<usize> {
+        let records = self.palisade(&["coverage", "--json"])?;
+        Ok(records.lines().filter(|line| line.contains("\"mode\":\"enforce\"")).count())
     }
 
     /// The log of "agent" or "collector".

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -23,6 +23,8 @@ pub struct Options {
     pub kills: u32,
     /// The same while every agent has another configuration than the one before.
     pub turns: u32,
+    /// Another build of the agent.
+    pub other: Option<PathBuf>,
     /// Attacks that are tried meanwhile, at least.
     pub attacks: u64,
     /// Where the random moments come from; printed, so that they can be repeated.
@@ -60,8 +62,16 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
     report.case(&name, killed(&mut node, &runtime, &pod, options, false)).await;
     if options.turns > 0 {
         let name = format!("the same while two configurations take turns, {} kills", options.turns);
-        let options = Options { kills: options.turns, ..*options };
+        let options = Options { kills: options.turns, other: None, ..*options };
         report.case(&name, killed(&mut node, &runtime, &pod, &options, true)).await;
+    }
+    let other = AgentOptions { settings: "maps: {rules: 8192}\n", ..AgentOptions::default() };
+    let name = "killed after each step of an upgrade, and back";
+    report.case(name, upgraded(&mut node, &runtime, &pod, &other, true)).await;
+    if let Some(program) = &options.other {
+        let other = AgentOptions { program: Some(program.clone()), ..AgentOptions::default() };
+        let name = format!("the same with {}", program.display());
+        report.case(&name, upgraded(&mut node, &runtime, &pod, &other, false)).await;
     }
     report
         .case("--keep-enforcing stops the agent and leaves the verdicts", kept(&mut node, &runtime, &pod))
@@ -207,19 +217,7 @@ async fn killed(
     // Other map sizes are another set of programs, which takes over from the one before.
     let other = AgentOptions { settings: "maps: {rules: 8192}\n", ..AgentOptions::default() };
     let over = std::cell::Cell::new(false);
-    let attacks = async {
-        let (mut tried, mut ran) = (0, 0);
-        while tried < options.attacks || !over.get() {
-            let name = format!("{nonce}-{tried}");
-            let words =
-                ["/usr/bin/attacker", "generate", "/usr/bin/third", &name, &AT_ONCE.to_string(), RATE];
-            let ended = runtime.exec(&container, &words).await?;
-            ensure!(ended.code == 0, "the attacker could not try: {ended:?}");
-            ran += ended.stdout.trim().parse::<u64>().context("the attacker says nothing")?;
-            tried += AT_ONCE;
-        }
-        Ok((tried, ran))
-    };
+    let attacks = attacks(runtime, &container, &nonce, options.attacks, &over);
     let kills = async {
         let mut moments = Moments(seed);
         for kill in 0..options.kills {
@@ -249,6 +247,92 @@ async fn killed(
     // Numbers of an earlier set are not among those of the last.
     let made = if taking_turns { 0 } else { ended["coverage"]["records_made"].as_u64().unwrap_or(0) };
     balance(node, &container, &nonce, tried, made).await
+}
+
+/// What the log says of an upgrade, in this order. Between one set's last record and the next one's first nothing is refused
+/// by both: the old programs go last.
+const STEPS: [&str; 5] = [
+    "the new programs are attached",
+    "the state is copied",
+    "this set records",
+    "the old programs are out of force",
+    "the old maps are gone",
+];
+
+/// Two agents take turns, each under attack, and each is killed when it has said that it has taken a step; then it is begun
+/// anew and finishes.
+async fn upgraded(
+    node: &mut Node,
+    runtime: &Runtime,
+    pod: &Pod,
+    other: &AgentOptions,
+    same_layout: bool,
+) -> Result<()> {
+    let container = runtime.container(pod, "c-upgraded", WORKLOAD_IMAGE, &[]).await?;
+    events::in_mode(node, &container, "enforce").await?;
+    let nonce = nonce("upgraded");
+    let over = std::cell::Cell::new(false);
+    let attacks = attacks(runtime, &container, &nonce, AT_ONCE, &over);
+    let steps = async {
+        let own = AgentOptions::default();
+        let turns = [other, &own];
+        // A set of another layout cannot be copied.
+        for (step, agent) in STEPS
+            .iter()
+            .filter(|step| same_layout || **step != "the state is copied")
+            .flat_map(|step| turns.map(|agent| (*step, agent)))
+        {
+            node.kill_agent()?;
+            node.spawn_agent(agent)?;
+            until(step, async || Ok(node.log("agent").contains(step).then_some(()))).await?;
+            node.kill_agent()?;
+            // Begun anew it goes all the way.
+            node.start_agent(agent).await?;
+            until("one set is left", async || Ok((node.sets()?.len() == 1).then_some(()))).await?;
+        }
+        in_order(&node.log("agent"))?;
+        over.set(true);
+        anyhow::Ok(())
+    };
+    let (attacked, stepped) = tokio::join!(attacks, steps);
+    stepped?;
+    let (tried, ran) = attacked?;
+    println!("   {tried} attacks");
+    ensure!(ran == 0, "{ran} of {tried} attacks succeeded");
+    runtime.remove_container(&container).await?;
+    until("the container's last record", async || {
+        let records = events::query(node, &["--kind", "coverage", "--container", &container])?;
+        Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
+    })
+    .await?;
+    if same_layout { balance(node, &container, &nonce, tried, 0).await } else { Ok(()) }
+}
+
+/// Whether the steps that the log has are in their order.
+fn in_order(log: &str) -> Result<()> {
+    let places: Vec<usize> = STEPS.iter().filter_map(|step| log.find(step)).collect();
+    ensure!(places.is_sorted(), "the steps are out of order: {log}");
+    Ok(())
+}
+
+/// Attacks until it is over, and at least `least` times; returns how many there were, and how many succeeded.
+async fn attacks(
+    runtime: &Runtime,
+    container: &str,
+    nonce: &str,
+    least: u64,
+    over: &std::cell::Cell<bool>,
+) -> Result<(u64, u64)> {
+    let (mut tried, mut ran) = (0, 0);
+    while tried < least || !over.get() {
+        let name = format!("{nonce}-{tried}");
+        let words = ["/usr/bin/attacker", "generate", "/usr/bin/third", &name, &AT_ONCE.to_string(), RATE];
+        let ended = runtime.exec(container, &words).await?;
+        ensure!(ended.code == 0, "the attacker could not try: {ended:?}");
+        ran += ended.stdout.trim().parse::<u64>().context("the attacker says nothing")?;
+        tried += AT_ONCE;
+    }
+    Ok((tried, ran))
 }
 
 /// Every record that was made is stored once or counted by a gap, and so is every attack.

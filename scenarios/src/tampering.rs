@@ -13,7 +13,7 @@ use k8s_cri::v1::NamespaceMode;
 use serde_json::Value;
 
 use crate::{
-    attacks::{EPERM, profile},
+    attacks::{EPERM, nonce, profile},
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
     node::{AgentOptions, Node},
@@ -84,16 +84,16 @@ const ACTS: &[Act] = &[
     act("schedule", Target::Process, "schedule"),
     act("affinity", Target::Process, "schedule"),
     act("priority", Target::Process, "schedule"),
-    act("limit", Target::Process, "limit"),
+    by_anybody(act("limit", Target::Process, "limit")),
     act("open-maps", Target::Maps, "open-map"),
     act("open-programs", Target::Programs, "open-program"),
     act("open-pin", Target::Pin("maps/SLOT_POLICIES"), "open-map"),
     act("open-pin", Target::Pin("programs/task_kill"), "open-program"),
-    act("unlink", Target::Pin("links/task_kill"), "remove-pin"),
-    act("rename", Target::Pin("links/bprm_check_security"), "remove-pin"),
-    act("rename", Target::Pin("maps"), "remove-pin"),
-    act("replace", Target::Pin("programs"), "remove-pin"),
-    act("rmdir", Target::Pin("links"), "remove-pin"),
+    by_anybody(act("unlink", Target::Pin("links/task_kill"), "remove-pin")),
+    by_anybody(act("rename", Target::Pin("links/bprm_check_security"), "remove-pin")),
+    by_anybody(act("rename", Target::Pin("maps"), "remove-pin")),
+    by_anybody(act("replace", Target::Pin("programs"), "remove-pin")),
+    by_anybody(act("rmdir", Target::Pin("links"), "remove-pin")),
     act("unmount", Target::Mount, "unmount"),
 ];
 
@@ -148,19 +148,24 @@ impl Stage<'_> {
         let mut scene = self.scene("selfProtection: audit\nselfProbeSeconds: 1\n").await?;
         for act in ACTS.iter().filter(|act| !act.harms) {
             for id in scene.actors(act) {
-                let code = scene.carry_out(self.runtime, id, act).await?;
+                let (code, by) = scene.carry_out(self.runtime, id, act).await?;
                 // A folder that is not empty is not removed, but that is for the filesystem to say, after all who may object.
                 ensure!(
                     code == 0 || code == libc::ENOTEMPTY,
                     "{} fails with {code} though nobody objects, so it proves nothing",
                     act.name
                 );
-                scene.recorded(id, act, "audited").await?;
+                scene.recorded(id, act, "audited", by).await?;
                 // The next act finds everything in its place.
                 scene.is_mended().await?;
             }
         }
-        let kill = ACTS.iter().find(|act| act.name == "kill").context("no act kills")?;
+        let by_name = |name: &str| ACTS.iter().find(|act| act.name == name).context("there is no such act");
+        // A descriptor's signal has no known sender, and is refused only where the rest is.
+        scene.carry_out(self.runtime, &scene.unprivileged, by_name("descriptor-signal")?).await?;
+        until("the agent is stopped", async || Ok(scene.node.agent_is_stopped()?.then_some(()))).await?;
+        scene.node.signal_agent(rustix::process::Signal::CONT)?;
+        let kill = by_name("kill")?;
         scene.carry_out(self.runtime, &scene.unprivileged, kill).await?;
         scene.node.agent_was_killed()?;
         scene.end(self.runtime).await
@@ -176,13 +181,13 @@ impl Stage<'_> {
         report
             .case("whether it is there anybody may ask", async {
                 let asks = Act { name: "is-there", recorded: None, ..act("", Target::Process, "") };
-                let code = scene.carry_out(self.runtime, &scene.unprivileged, &asks).await?;
+                let (code, _) = scene.carry_out(self.runtime, &scene.unprivileged, &asks).await?;
                 ensure!(code == 0, "kill(pid, 0) fails with {code}");
                 Ok(())
             })
             .await;
         report.case("a container with a pid namespace of its own cannot name it", self.hidden(&scene)).await;
-        report.case("the agent works as before, and its pins are whole", scene.is_mended()).await;
+        report.case("the agent works as before, and its pins are whole", scene.works(self.runtime)).await;
         report.case("another agent may take over", self.taken_over(scene)).await;
         Ok(())
     }
@@ -193,7 +198,7 @@ impl Stage<'_> {
         let id = self.runtime.container(&pod, "c-own", WORKLOAD_IMAGE, &[]).await?;
         events::in_mode(&scene.node, &id, "enforce").await?;
         let kill = ACTS.iter().find(|act| act.name == "kill").context("no act kills")?;
-        let code = scene.carry_out(self.runtime, &id, kill).await?;
+        let (code, _) = scene.carry_out(self.runtime, &id, kill).await?;
         ensure!(code == libc::ESRCH, "it fails with {code}");
         self.runtime.remove_pod(&pod).await
     }
@@ -202,11 +207,11 @@ impl Stage<'_> {
     async fn taken_over(&self, mut scene: Scene) -> Result<()> {
         scene.node.kill_agent()?;
         let open = ACTS.iter().find(|act| act.name == "open-pin").context("no act opens a pin")?;
-        let code = scene.carry_out_in_absence(self.runtime, &scene.privileged, open).await?;
+        let (code, _) = scene.carry_out_in_absence(self.runtime, &scene.privileged, open).await?;
         ensure!(code == 0, "without an agent the maps cannot be opened: {code}");
         scene.node.start_agent(&AgentOptions::default()).await?;
         ensure!(scene.node.log("agent").contains("took over"), "it did not take over");
-        let code = scene.carry_out(self.runtime, &scene.privileged, open).await?;
+        let (code, _) = scene.carry_out(self.runtime, &scene.privileged, open).await?;
         ensure!(code == EPERM, "the new agent does not protect itself: {code}");
         scene.end(self.runtime).await
     }
@@ -233,21 +238,22 @@ impl Scene {
 
     async fn is_refused(&self, runtime: &Runtime, act: &Act) -> Result<()> {
         for id in self.actors(act) {
-            let code = self.carry_out(runtime, id, act).await?;
+            let (code, by) = self.carry_out(runtime, id, act).await?;
             if act.name == "descriptor-signal" {
                 // The write into the pipe succeeds; the signal must not have come.
                 ensure!(code == 0, "the pipe could not be prepared: {code}");
+                ensure!(!self.node.agent_is_stopped()?, "{id}: the agent is stopped");
             } else {
                 ensure!(code == EPERM || code == EACCES, "{id}: it ended with {code}");
             }
-            self.recorded(id, act, "denied").await?;
+            self.recorded(id, act, "denied", by).await?;
             self.node.is_ready().await?;
         }
         Ok(())
     }
 
-    /// Runs the attacker's program in a container; returns its exit code: 0 or the `errno`.
-    async fn carry_out(&self, runtime: &Runtime, container: &str, act: &Act) -> Result<i32> {
+    /// Runs the attacker's program in a container; returns its exit code, 0 or the `errno`, and its process id.
+    async fn carry_out(&self, runtime: &Runtime, container: &str, act: &Act) -> Result<(i32, u64)> {
         let pid = self.node.agent_pid().context("no agent")?;
         let target = match act.target {
             Target::Process => pid.to_string(),
@@ -261,7 +267,12 @@ impl Scene {
     }
 
     /// The same for acts that need no agent.
-    async fn carry_out_in_absence(&self, runtime: &Runtime, container: &str, act: &Act) -> Result<i32> {
+    async fn carry_out_in_absence(
+        &self,
+        runtime: &Runtime,
+        container: &str,
+        act: &Act,
+    ) -> Result<(i32, u64)> {
         let target = match act.target {
             Target::Pin(path) => seen(&self.set()?.join(path))?,
             Target::Mount => PathBuf::from(PINS),
@@ -270,46 +281,48 @@ impl Scene {
         self.execute(runtime, container, act, &target.display().to_string()).await
     }
 
-    async fn execute(&self, runtime: &Runtime, container: &str, act: &Act, target: &str) -> Result<i32> {
-        Ok(runtime.exec(container, &["/usr/bin/attacker", "tamper", act.name, target]).await?.code)
+    async fn execute(
+        &self,
+        runtime: &Runtime,
+        container: &str,
+        act: &Act,
+        target: &str,
+    ) -> Result<(i32, u64)> {
+        let ended = runtime.exec(container, &["/usr/bin/attacker", "tamper", act.name, target]).await?;
+        // The host's number: the pod is in its pid namespace.
+        let pid = ended.stdout.trim().parse().with_context(|| format!("no process id: {ended:?}"))?;
+        Ok((ended.code, pid))
     }
 
     /// The folder of the set that is in force.
     fn set(&self) -> Result<PathBuf> {
-        fs::read_dir(self.node.pins())?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.join("links").is_dir())
-            .context("no set is pinned")
+        self.node.sets()?.pop().context("no set is pinned")
     }
 
-    /// There is a record of what the container did last, which says what became of it.
-    async fn recorded(&self, container: &str, act: &Act, verdict: &str) -> Result<()> {
+    /// There is a record of what the process `by` did, which says what became of it.
+    async fn recorded(&self, container: &str, act: &Act, verdict: &str, by: u64) -> Result<()> {
         let Some(name) = act.recorded else { return Ok(()) };
-        let runs = self.execs(container)?;
         until(&format!("a record of {}", act.describe()), async || {
             let records = events::query(&self.node, &["--kind", "tampering", "--container", container])?;
-            let found = records.iter().filter(|record| {
+            let found = records.iter().any(|record| {
                 let tampering = &record["tampering"];
                 tampering["act"] == name
                     && tampering["verdict"] == verdict
                     && tampering["executable"] == "/usr/bin/attacker"
                     && record["session_of"]["kind"] == "admin"
+                    && tampering["process"]["pid"] == by
             });
-            let by: BTreeSet<u64> =
-                found.filter_map(|record| record["tampering"]["process"]["pid"].as_u64()).collect();
-            Ok(runs.last().is_some_and(|last| by.contains(last)).then_some(()))
+            Ok(found.then_some(()))
         })
         .await
     }
 
-    /// Process ids of the attacker's runs in a container, in their order.
-    fn execs(&self, container: &str) -> Result<Vec<u64>> {
-        let records = events::query(&self.node, &["--kind", "exec", "--container", container])?;
-        Ok(records
-            .iter()
-            .filter(|record| events::has_argument(record, "tamper"))
-            .filter_map(|record| record["exec"]["process"]["pid"].as_u64())
-            .collect())
+    /// It records what is new.
+    async fn works(&self, runtime: &Runtime) -> Result<()> {
+        let nonce = nonce("works");
+        runtime.exec(&self.unprivileged, &["/usr/bin/workload", "payload", &nonce]).await?;
+        events::exactly_one(&self.node, &nonce).await?;
+        self.is_mended().await
     }
 
     /// The agent claims what it claims in peace: everything is pinned.

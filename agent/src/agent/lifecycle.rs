@@ -73,7 +73,8 @@ impl Agent {
         let mut roots = HashMap::new();
         // As long as nothing is in the container's root, the runtime is still at work. Afterwards nobody is the runtime: a
         // process in the host's root may have escaped.
-        let mut members_known = true;
+        // A list that cannot be read is empty.
+        let mut members_known = !members.is_empty();
         let preparing = members.iter().all(|pid| self.kernel.is_at_home(*pid));
         for pid in &members {
             let process = if preparing {
@@ -94,7 +95,13 @@ impl Agent {
         }
         // One that ended meanwhile must not leave its number to whoever gets it next.
         let still = found.members();
-        for process in members.iter().filter(|process| !still.contains(process)) {
+        // One that only moved is still a process of the container.
+        let ended = |process: &&u32| {
+            let start = |pid| processes::start_and_parent(pid).map(|(start, _)| start);
+            let now = start(**process);
+            !still.contains(process) && (now.is_none() || now != above.get(*process).map(|(start, _)| *start))
+        };
+        for process in members.iter().filter(ended) {
             self.kernel.maps.remove_process(*process);
         }
         self.processes.seed(found.slot, &still);

@@ -202,6 +202,7 @@ pub async fn run(config: Config) -> Result<()> {
             unidentified: u32::from(config.unidentified.mode()),
             when_agent_absent: u32::from(config.when_agent_absent.mode()),
             pid: std::process::id(),
+            parent: std::os::unix::process::parent_id(),
             self_protection: u32::from(config.self_protection.mode()),
             // Until the first proof.
             failing: 1,
@@ -229,7 +230,9 @@ pub async fn run(config: Config) -> Result<()> {
     agent.kernel.protect()?;
     agent.kernel.attach()?;
     let others = agent.kernel.old_sets()?;
-    if agent.kernel.adopted || agent.inherit(&others) {
+    let others = agent.kernel.clear_away(others)?;
+    let inherited = if agent.kernel.adopted { None } else { agent.inherit(&others) };
+    if agent.kernel.adopted || inherited.is_some() {
         agent.adopt()?;
     }
     if let Err(error) = agent.prepare_self_probe() {
@@ -237,7 +240,7 @@ pub async fn run(config: Config) -> Result<()> {
     }
     let unreadable = agent.kernel.other_sets()? > others.len();
     if others.is_empty() && !unreadable {
-        agent.kernel.activate()?;
+        agent.kernel.activate(true)?;
         agent.find_running();
         // What was never completed.
         agent.kernel.retire_others()?;
@@ -245,7 +248,7 @@ pub async fn run(config: Config) -> Result<()> {
     } else {
         // The other one makes the records, and gates what is new, until this one knows every container.
         agent.find_running();
-        agent.kernel.activate()?;
+        agent.kernel.activate(inherited == Some(true))?;
         tracing::info!(step = "this set records", "upgrade");
         agent.find_running();
         agent.others = Some(Others::InForce(InForce::new(others, unreadable)));

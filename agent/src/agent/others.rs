@@ -49,24 +49,24 @@ impl InForce {
 }
 
 impl Agent {
-    /// Takes over the state of the set that recorded so far. What cannot be copied is found out anew.
-    pub(super) fn inherit(&mut self, others: &[OldSet]) -> bool {
+    /// Takes over the state of the set that recorded so far: `Some(true)` when all of it was. What cannot be copied is found out
+    /// anew.
+    pub(super) fn inherit(&mut self, others: &[OldSet]) -> Option<bool> {
         if !others.is_empty() {
             tracing::info!(step = "the new programs are attached", "upgrade");
         }
         match self.kernel.inherit(others) {
-            Ok(copied) => {
-                if copied {
-                    tracing::info!(step = "the state is copied", "upgrade");
-                }
-                copied
+            Ok(false) => None,
+            Ok(true) => {
+                tracing::info!(step = "the state is copied", "upgrade");
+                Some(true)
             }
             Err(error) => {
                 tracing::error!(
                     error = format!("{error:#}"),
                     "not all that the set before knows could be taken over; it stays in force until this one knows all"
                 );
-                true
+                Some(false)
             }
         }
     }
@@ -123,7 +123,8 @@ impl Agent {
 
     /// Containers that other sets guard and this agent's does not.
     fn uncovered(&self, sets: &[OldSet]) -> Vec<u64> {
-        let guarded: HashSet<u64> = sets.iter().flat_map(|set| set.maps.guarded()).collect();
+        let guarded: HashSet<u64> =
+            sets.iter().filter(|set| set.in_force).flat_map(|set| set.maps.guarded()).collect();
         let covered =
             |slot: &u64| self.containers.get(slot).is_some_and(|container| container.is_under_policy());
         guarded.into_iter().filter(|slot| !covered(slot)).collect()
@@ -166,7 +167,7 @@ impl Agent {
         let maps = &set.maps;
         let mut made: Vec<Made> = Vec::new();
         // What its ring can hold: a set that has lost the map that all share may go on.
-        set.records.drain(self.ring_bytes / SMALLEST_RECORD, |bytes| match decode(bytes) {
+        set.records.drain(set.ring_bytes / SMALLEST_RECORD, |bytes| match decode(bytes) {
             Ok(decoded) => made.push(records::make(
                 &source,
                 &mut processes,

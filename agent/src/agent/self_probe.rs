@@ -202,7 +202,7 @@ impl Agent {
         let lost_before = std::mem::replace(&mut self.self_probe.lost, lost);
         let code = self.self_probe.ended.and_then(|status| status.code());
         let signalled = code == Some(SIGNAL_LET_THROUGH.into());
-        let ran = code == Some(0) || signalled;
+        let ran = code == Some(0);
         match self.self_probe.ended {
             // A ring that a container floods has no room for the probe's record, either; that is counted elsewhere.
             Some(status) if self.is_refusal(status) && (self.self_probe.recorded || lost > lost_before) => {}

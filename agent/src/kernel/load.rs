@@ -16,7 +16,7 @@ use aya::{
 };
 use palisade_abi::{
     ABI_VERSION,
-    codes::{tampering, volume_flags},
+    codes::{set_state, tampering, volume_flags},
     hash::hash_path,
     maps::{HOST_ROOT, SetMeta, Settings},
     offsets::ABSENT,
@@ -246,8 +246,11 @@ impl Kernel {
         }
         let mut all_maps = Vec::new();
         for name in folder.map_names()? {
-            let path = folder.map(&name);
-            all_maps.push((name, MapData::from_pin(&path).map_err(anyhow::Error::new)?));
+            // What is no map, somebody else has put there; what is needed is opened below.
+            match MapData::from_pin(folder.map(&name)) {
+                Ok(map) => all_maps.push((name, map)),
+                Err(error) => tracing::warn!(name, %error, "something among the pinned maps is none"),
+            }
         }
         let active_epoch = MapData::from_pin(pins.active_epoch()).map_err(anyhow::Error::new)?;
         Ok(Self {
@@ -315,12 +318,14 @@ impl Kernel {
         self.pins.identity()
     }
 
-    /// Makes this set the one that records, and gates what is not identified.
+    /// Makes this set the one that records, and gates what is not identified. `whole` says whether it knows all that the sets
+    /// before it know.
     ///
     /// # Errors
     ///
     /// When the kernel cannot be told.
-    pub fn activate(&mut self) -> anyhow::Result<()> {
+    pub fn activate(&mut self, whole: bool) -> anyhow::Result<()> {
+        self.maps.note_state(set_state::RECORDED | if whole { set_state::WHOLE } else { 0 })?;
         self.maps.record_as(self.meta.epoch)
     }
 
@@ -530,7 +535,7 @@ fn load(
     let layout = Layout::of_running_kernel()?;
     let meta = SetMeta {
         abi: ABI_VERSION,
-        reserved: 0,
+        state: 0,
         epoch: now(),
         epoch_since_boot: now_since_boot(),
         // That of the set before, whose rules can then be taken over as they are.

@@ -70,6 +70,7 @@ pub struct Maps {
     root_slots: HashMap<MapData, u64, u64>,
     pub(super) volumes: VolumeMaps,
     agent: Array<MapData, AgentState>,
+    meta: Array<MapData, SetMeta>,
     active_epoch: Array<MapData, u64>,
     names: HashMap<MapData, u64, [u8; CGROUP_NAME]>,
     accounts: HashMap<MapData, u64, Account>,
@@ -103,13 +104,14 @@ impl Maps {
             root_slots: take("ROOT_SLOTS")?.try_into()?,
             volumes: VolumeMaps::new(take("VOLUMES")?.try_into()?, take("VOLUME_NAMES")?.try_into()?),
             agent: take("AGENT")?.try_into()?,
+            hash_key: meta.get(&0, 0)?.hash_key,
+            meta,
             active_epoch: pinned_map(&pins.active_epoch())?.try_into()?,
             names: take("NAMES")?.try_into()?,
             accounts: take("ACCOUNTS")?.try_into()?,
             admitted: take("ADMITTED")?.try_into()?,
             protected: take("PROTECTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
-            hash_key: meta.get(&0, 0)?.hash_key,
             installed: Table::new(),
             retired: Vec::new(),
             next_revision: 1,
@@ -376,6 +378,18 @@ impl Maps {
     /// Says which set of programs makes the records.
     pub fn record_as(&mut self, epoch: u64) -> Result<()> {
         self.active_epoch.set(0, epoch, BPF_ANY).context("cannot say which programs record")
+    }
+
+    /// Adds to what is said of the set: [`codes::set_state`].
+    pub fn note_state(&mut self, state: u32) -> Result<()> {
+        let meta = self.meta.get(&0, 0)?;
+        let meta = SetMeta { state: meta.state | state, ..meta };
+        self.meta.set(0, meta, BPF_ANY).context("cannot describe the set")
+    }
+
+    /// What is said of the set: [`codes::set_state`].
+    pub fn state(&self) -> u32 {
+        self.meta.get(&0, 0).map_or(0, |meta| meta.state)
     }
 
     /// The epoch of the set that makes the records.

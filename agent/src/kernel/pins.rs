@@ -301,7 +301,15 @@ impl Pins {
     pub fn detach(&self, name: &str) -> Result<()> {
         let links = self.root.join(name).join(KINDS[0]);
         let entries = match std::fs::read_dir(&links) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            // What is no folder, somebody else has put there.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+                ) =>
+            {
+                return Ok(());
+            }
             entries => entries.with_context(|| format!("cannot read {}", links.display()))?,
         };
         for entry in entries {
@@ -342,7 +350,11 @@ impl Pins {
         }
         // And whatever somebody else has put there.
         for below in KINDS.map(|kind| folder.join(kind)).iter().chain([&folder]) {
-            match std::fs::remove_dir_all(below) {
+            let removed = match std::fs::symlink_metadata(below) {
+                Ok(found) if !found.is_dir() => std::fs::remove_file(below),
+                _ => std::fs::remove_dir_all(below),
+            };
+            match removed {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(error).with_context(|| format!("cannot remove {}", below.display()));
                 }

@@ -10,6 +10,7 @@ use aya::{
 };
 use palisade_abi::{
     ABI_VERSION,
+    codes::set_state,
     maps::{AgentState, SetMeta},
 };
 
@@ -25,6 +26,10 @@ pub struct OldSet {
     pub meta: SetMeta,
     pub maps: Maps,
     pub records: Ring,
+    /// Bytes of its ring.
+    pub ring_bytes: usize,
+    /// Whether its programs still judge.
+    pub in_force: bool,
 }
 
 impl OldSet {
@@ -34,7 +39,15 @@ impl OldSet {
         let meta = meta.get(&0, 0)?;
         anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
         let maps = Maps::open(&folder, pins)?;
-        Ok(Self { meta, maps, records: ring(&folder, "RECORDS")?, name: name.to_owned() })
+        let size = MapData::from_pin(folder.map("RECORDS"))?.info()?.max_entries();
+        Ok(Self {
+            meta,
+            maps,
+            records: ring(&folder, "RECORDS")?,
+            ring_bytes: size as usize,
+            name: name.to_owned(),
+            in_force: true,
+        })
     }
 }
 
@@ -74,6 +87,35 @@ impl Kernel {
             .collect())
     }
 
+    /// Takes away sets that never recorded, which an agent left that was killed during an upgrade, and takes those out of force
+    /// that the recording one has replaced: what they knew was copied. Returns what is left of `others`.
+    ///
+    /// # Errors
+    ///
+    /// When something stays.
+    pub fn clear_away(&self, others: Vec<OldSet>) -> anyhow::Result<Vec<OldSet>> {
+        let active = self.maps.recording()?;
+        let recording = others.iter().find(|set| set.meta.epoch == active).map(|set| set.maps.state());
+        let state =
+            recording.unwrap_or_else(|| if active == self.meta.epoch { self.maps.state() } else { 0 });
+        if state & set_state::WHOLE == 0 {
+            return Ok(others);
+        }
+        let mut left = Vec::new();
+        for mut set in others {
+            if set.meta.epoch == active {
+                left.push(set);
+            } else if set.maps.state() & set_state::RECORDED == 0 {
+                self.pins.remove(&set.name)?;
+            } else {
+                self.pins.detach(&set.name)?;
+                set.in_force = false;
+                left.push(set);
+            }
+        }
+        Ok(left)
+    }
+
     /// Copies the state of the set that records from among `others`, if it is there. Returns whether it was.
     ///
     /// # Errors
@@ -91,7 +133,8 @@ impl Kernel {
     /// # Errors
     ///
     /// When one stays.
-    pub fn retire_others(&self) -> anyhow::Result<()> {
+    pub fn retire_others(&mut self) -> anyhow::Result<()> {
+        self.maps.note_state(set_state::WHOLE)?;
         for other in self.pins.sets()?.iter().filter(|name| **name != self.set) {
             tracing::info!(set = other, "an older set of programs is out of force");
             self.pins.detach(other)?;
@@ -152,7 +195,9 @@ pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
     let active: Array<_, u64> = pinned_map(&active)?.try_into()?;
     let active = active.get(&0, 0)?;
     for set in sets {
-        let meta: Array<_, SetMeta> = pinned_map(&set.map("META"))?.try_into()?;
+        // What is no set, somebody else has put there.
+        let Ok(map) = pinned_map(&set.map("META")) else { continue };
+        let meta: Array<_, SetMeta> = map.try_into()?;
         if meta.get(&0, 0)?.epoch == active {
             let agent: Array<_, AgentState> = pinned_map(&set.map("AGENT"))?.try_into()?;
             return Ok(Some(agent.get(&0, 0)?));

@@ -40,6 +40,8 @@ impl Maps {
         copy(&old.names, &mut self.names, |slot, _| *slot != PROBE_SLOT).context(ROOM_FOR_SLOTS)?;
         copy(&old.slot_policies, &mut self.slot_policies, |slot, _| *slot != PROBE_SLOT)
             .context(ROOM_FOR_SLOTS)?;
+        // Before their slots: a process without an entry whose slot is known counts as one that is coming in.
+        self.inherit_processes(old)?;
         for slot in old.slots.iter() {
             let (number, slot) = slot?;
             if number != PROBE_SLOT {
@@ -47,7 +49,13 @@ impl Maps {
             }
         }
         copy(&old.cgroups, &mut self.cgroups, |_, _| true).context(ROOM_FOR_SLOTS)?;
-        self.inherit_processes(old)
+        // Who forked or came in meanwhile, until both sets say the same.
+        let mut rounds = 0;
+        while self.inherit_processes(old)? {
+            rounds += 1;
+            ensure!(rounds < MOST_ROUNDS, "its processes come faster than they can be copied");
+        }
+        Ok(())
     }
 
     /// A slot begins to count anew: its records are numbered within a set.
@@ -62,18 +70,24 @@ impl Maps {
         self.slots.insert(number, Slot { sequence: 0, lost: 0, ..slot }, BPF_NOEXIST).context(ROOM_FOR_SLOTS)
     }
 
-    /// A process that forked while its parent had no entry here is of no known session; the old set knows better.
-    fn inherit_processes(&mut self, old: &Self) -> Result<()> {
+    /// Copies the processes that are not here, or of which the old set knows better: one that forked while its parent had no
+    /// entry here is of no known session, and one that executed something meanwhile may count as coming in. Returns whether
+    /// there were any.
+    fn inherit_processes(&mut self, old: &Self) -> Result<bool> {
         let processes = old.processes();
+        let mut copied = false;
         for (pid, process) in processes.iter().filter(|(_, process)| process.slot != PROBE_SLOT) {
             let known = self.processes.get(pid, 0).ok();
             let knows_less = |known: &Process| {
+                let session = (known.session_kind, known.session_pid, known.session_start);
+                let theirs = (process.session_kind, process.session_pid, process.session_start);
                 known.slot == process.slot
-                    && known.session_kind == session::UNKNOWN
-                    && process.session_kind != session::UNKNOWN
+                    && (session != theirs && process.session_kind != session::UNKNOWN
+                        || known.entering > process.entering)
             };
             if known.as_ref().is_none_or(knows_less) {
                 self.put_process(*pid, *process)?;
+                copied = true;
             }
         }
         // Whoever ended between the look at the old entry and the writing of the new one will not end again.
@@ -82,10 +96,12 @@ impl Maps {
                 self.remove_process(pid);
             }
         }
-        Ok(())
+        Ok(copied)
     }
 }
 
+/// How often processes are compared; each round takes in what came during the one before.
+const MOST_ROUNDS: u32 = 64;
 const ROOM_FOR_SLOTS: &str = "no room for all containers; raise maps.slots";
 
 /// Copies the entries of a map that `wanted` takes and that the other has not.
