@@ -26,26 +26,34 @@ const PIN_DEPTH: u32 = 6;
 /// Whether an act on the process `task` is refused, since it is the agent or one of its own. `detail` is what the act's code says.
 #[inline(always)]
 pub fn on_process(act: u8, task: Address, detail: u32) -> bool {
-    let Some(agent) = agent() else { return false };
     let Some(pid) = KernelPtr(task).read::<u32>(offset!(task_tgid)) else { return false };
-    is_guarded(pid, agent) && palisade_attempt(u64::from(act), u64::from(pid), u64::from(detail)) != 0
+    palisade_is_guarded(u64::from(pid)) != 0
+        && palisade_attempt(u64::from(act), u64::from(pid), u64::from(detail)) != 0
 }
 
 /// Whether a process is the agent's own: itself, what runs beside it in its container and may do what it may, the child with
 /// which it proves that it enforces, and the runtime's process above its container, with which the container ends.
-#[inline(always)]
-fn is_guarded(pid: u32, agent: &AgentState) -> bool {
-    if pid == agent.pid {
-        return true;
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_is_guarded(pid: u64) -> u64 {
+    let Some(agent) = agent() else { return 0 };
+    if pid == u64::from(agent.pid) {
+        return 1;
     }
+    let own = palisade_slot_of_process(u64::from(agent.pid));
+    if own != 0 && pid == u64::from(agent.parent) {
+        return 1;
+    }
+    let slot = palisade_slot_of_process(pid);
+    u64::from(slot != 0 && (slot == own || slot == PROBE_SLOT))
+}
+
+/// The slot that the process `pid` has an entry for; 0 without one.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_slot_of_process(pid: u64) -> u64 {
     // SAFETY: only a field is read.
-    let own = unsafe { PROCESSES.get(agent.pid) }.map(|process| process.slot);
-    if own.is_some() && pid == agent.parent {
-        return true;
-    }
-    // SAFETY: as above.
-    let slot = unsafe { PROCESSES.get(pid) }.map(|process| process.slot);
-    slot.is_some() && (slot == own || slot == Some(PROBE_SLOT))
+    unsafe { PROCESSES.get(pid as u32) }.map_or(0, |process| process.slot)
 }
 
 /// Whether a file descriptor may not send `task` signals: nobody can say who arranged for that.
@@ -131,17 +139,14 @@ pub extern "C" fn palisade_attempt(act: u64, target: u64, detail: u64) -> u64 {
     if pid == agent.pid || !lives(agent) {
         return 0;
     }
-    // SAFETY: only a field is read.
-    let slot = match unsafe { PROCESSES.get(pid) } {
-        Some(process) => process.slot,
-        None => match containers::current_slot() {
+    let slot = match palisade_slot_of_process(u64::from(pid)) {
+        0 => match containers::current_slot() {
             Some(slot) => slot,
             None => return 0,
         },
+        slot => slot,
     };
-    // SAFETY: as above.
-    let own = unsafe { PROCESSES.get(agent.pid) }.is_some_and(|process| process.slot == slot);
-    if own {
+    if slot == palisade_slot_of_process(u64::from(agent.pid)) {
         return 0;
     }
     let refused = agent.self_protection == u32::from(mode::ENFORCE);

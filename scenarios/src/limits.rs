@@ -59,10 +59,11 @@ pub async fn run(options: &Options) -> Result<ExitCode> {
     // Half of them are found, half are seen to come.
     let half = options.containers / 2;
     scene.begin(0..half)?;
+    let there = containers_below(&cgroup_root()?) - half;
     let settings = format!(
         "maps: {{slots: {}, rules: {}, globStates: {}}}\n",
-        // One is the self-probe's.
-        options.containers + 1,
+        // One is the self-probe's, and some may be there already.
+        options.containers + 1 + there,
         options.profiles * 2,
         options.profiles * 32,
     );
@@ -213,6 +214,19 @@ impl Scene {
         ensure!(value("oom_kill ") == 0, "it was killed for want of memory: {events}");
         Ok(())
     }
+}
+
+/// Cgroups with a container's name.
+fn containers_below(folder: &Path) -> usize {
+    let below = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+    below
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| {
+            let name = entry.file_name();
+            let digits = name.as_encoded_bytes().iter().filter(|byte| byte.is_ascii_hexdigit()).count();
+            if digits >= fake_runtime::id(0).len() { 1 } else { containers_below(&entry.path()) }
+        })
+        .sum()
 }
 
 /// A cgroup that limits the agent's memory, where the unified hierarchy can.

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{
     attacks::{EPERM, KILLED, PAYLOAD_RAN, nonce, profile},
-    cri::{Pod, Runtime, WORKLOAD_IMAGE, until},
+    cri::{Pod, Runtime, WORKLOAD_IMAGE, until, until_within},
     events,
     node::{AgentOptions, Node},
     report::Report,
@@ -31,6 +31,8 @@ pub struct Options {
     pub seed: Option<u64>,
 }
 
+/// A set of another layout stays for a minute where a container is not identified.
+const UNREADABLE: Duration = Duration::from_secs(120);
 /// Attacks of one run of the generator, and how many a second.
 const AT_ONCE: u64 = 50;
 const RATE: &str = "25";
@@ -227,11 +229,10 @@ async fn killed(
             let turn = if taking_turns && kill % 2 == 0 { other.clone() } else { AgentOptions::default() };
             node.spawn_agent(&turn)?;
         }
-        over.set(true);
         anyhow::Ok(())
     };
     let begun = Instant::now();
-    let (attacked, killed) = tokio::join!(attacks, kills);
+    let (attacked, killed) = tokio::join!(attacks, until_over(kills, &over));
     killed?;
     let (tried, ran) = attacked?;
     println!("   {tried} attacks in {:.0} s", begun.elapsed().as_secs_f64());
@@ -288,13 +289,13 @@ async fn upgraded(
             node.kill_agent()?;
             // Begun anew it goes all the way.
             node.start_agent(agent).await?;
-            until("one set is left", async || Ok((node.sets()?.len() == 1).then_some(()))).await?;
+            until_within(UNREADABLE, "one set is left", async || Ok((node.sets()?.len() == 1).then_some(())))
+                .await?;
         }
         in_order(&node.log("agent"))?;
-        over.set(true);
         anyhow::Ok(())
     };
-    let (attacked, stepped) = tokio::join!(attacks, steps);
+    let (attacked, stepped) = tokio::join!(attacks, until_over(steps, &over));
     stepped?;
     let (tried, ran) = attacked?;
     println!("   {tried} attacks");
@@ -305,7 +306,7 @@ async fn upgraded(
         Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
     })
     .await?;
-    if same_layout { balance(node, &container, &nonce, tried, 0).await } else { Ok(()) }
+    if same_layout { balance(node, &container, &nonce, tried, 0).await } else { once(node, &container) }
 }
 
 /// Whether the steps that the log has are in their order.
@@ -313,6 +314,13 @@ fn in_order(log: &str) -> Result<()> {
     let places: Vec<usize> = STEPS.iter().filter_map(|step| log.find(step)).collect();
     ensure!(places.is_sorted(), "the steps are out of order: {log}");
     Ok(())
+}
+
+/// Says that it is over when `work` has ended, however it did.
+async fn until_over(work: impl Future<Output = Result<()>>, over: &std::cell::Cell<bool>) -> Result<()> {
+    let result = work.await;
+    over.set(true);
+    result
 }
 
 /// Attacks until it is over, and at least `least` times; returns how many there were, and how many succeeded.
@@ -333,6 +341,19 @@ async fn attacks(
         tried += AT_ONCE;
     }
     Ok((tried, ran))
+}
+
+/// No record is stored twice.
+fn once(node: &Node, container: &str) -> Result<()> {
+    let records = events::query(node, &["--all", "--container", container])?;
+    let mut identities = BTreeSet::new();
+    for record in records.iter().filter(|record| record["sequence"].as_u64().unwrap_or(0) > 0) {
+        let number = |field: &str| record[field].as_u64().unwrap_or(0);
+        let identity = (number("epoch"), number("lane"), number("sequence"));
+        ensure!(identities.insert(identity), "stored twice: {record}");
+    }
+    println!("   {} records stored, each once", identities.len());
+    Ok(())
 }
 
 /// Every record that was made is stored once or counted by a gap, and so is every attack.

@@ -230,6 +230,9 @@ pub async fn run(config: Config) -> Result<()> {
     agent.kernel.protect()?;
     agent.kernel.attach()?;
     let others = agent.kernel.old_sets()?;
+    if agent.kernel.other_sets()? > 0 {
+        tracing::info!(step = "the new programs are attached", "upgrade");
+    }
     let others = agent.kernel.clear_away(others)?;
     let inherited = if agent.kernel.adopted { None } else { agent.inherit(&others) };
     if agent.kernel.adopted || inherited.is_some() {

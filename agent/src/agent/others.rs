@@ -52,9 +52,6 @@ impl Agent {
     /// Takes over the state of the set that recorded so far: `Some(true)` when all of it was. What cannot be copied is found out
     /// anew.
     pub(super) fn inherit(&mut self, others: &[OldSet]) -> Option<bool> {
-        if !others.is_empty() {
-            tracing::info!(step = "the new programs are attached", "upgrade");
-        }
         match self.kernel.inherit(others) {
             Ok(false) => None,
             Ok(true) => {
