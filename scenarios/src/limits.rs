@@ -104,7 +104,7 @@ pub async fn run(options: &Options) -> Result<ExitCode> {
     report
         .case("a container for which there is no room is refused everything", beyond(&node, &scene, options))
         .await;
-    report.case("the agent kept within its memory", async { scene.kept_within_memory() }).await;
+    report.case("the agent kept within its memory", async { scene.kept_within_memory(&node) }).await;
     report.case("the agent stops cleanly", async { node.stop_agent() }).await;
     if report.failed() > 0 {
         let log = node.log("agent");
@@ -196,7 +196,10 @@ impl Scene {
         }
     }
 
-    fn kept_within_memory(&self) -> Result<()> {
+    fn kept_within_memory(&self, node: &Node) -> Result<()> {
+        let status = fs::read_to_string(format!("/proc/{}/status", node.agent_pid().context("no agent")?))?;
+        let of_its_own = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default();
+        println!("   the agent's own memory at most {}", of_its_own.trim());
         let Some(memory) = &self.memory else {
             println!("   this node has no memory controller in its unified hierarchy: not limited");
             return Ok(());

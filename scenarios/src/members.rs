@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Processes that are moved into the container while they execute something.
-const ARRIVALS: u64 = 300;
+const ARRIVALS: u64 = 100;
 
 /// Commands that the pod declares as a probe.
 const PROBES: &str = r#"{"c-probed": [["/usr/bin/workload", "true", "probe"]]}"#;
@@ -117,7 +117,7 @@ impl Stage<'_> {
     async fn arriving(&self) -> Result<()> {
         let cgroup = cgroup_of(self.runtime.pid(self.container).await?)?;
         for turn in 0..ARRIVALS {
-            let mut arriving = Command::new("env").args(["env"; 40]).arg("true").spawn()?;
+            let mut arriving = Command::new("env").args(["env"; 12]).arg("true").spawn()?;
             // Somewhere between its execs, and each time elsewhere.
             std::thread::sleep(Duration::from_micros(200 + 37 * (turn % 64)));
             let moved = fs::write(cgroup.join("cgroup.procs"), arriving.id().to_string());
