@@ -163,8 +163,7 @@ impl Profiles {
 
     /// What holds for a container.
     pub fn policy_for(&self, facts: &ContainerFacts) -> Option<Policy> {
-        let all: Vec<Profile> = self.good.values().flatten().cloned().collect();
-        policy::unite(&all, facts)
+        policy::unite(self.good.values().flatten(), facts)
     }
 }
 

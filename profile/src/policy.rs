@@ -25,9 +25,13 @@ pub struct Policy {
 /// A namespace's profiles take the place of the cluster's. A section that only some of the united profiles have
 /// restricts: its absence in the others adds nothing to it.
 #[must_use]
-pub fn unite(profiles: &[Profile], facts: &ContainerFacts) -> Option<Policy> {
+pub fn unite<'a>(
+    profiles: impl IntoIterator<Item = &'a Profile, IntoIter: Clone>,
+    facts: &ContainerFacts,
+) -> Option<Policy> {
+    let profiles = profiles.into_iter();
     let selected = |wanted: &dyn Fn(&Scope) -> bool| -> Vec<&Profile> {
-        profiles.iter().filter(|profile| wanted(&profile.scope) && profile.selector.matches(facts)).collect()
+        profiles.clone().filter(|profile| wanted(&profile.scope) && profile.selector.matches(facts)).collect()
     };
     let mut chosen =
         selected(&|scope| matches!(scope, Scope::Namespace(namespace) if *namespace == facts.namespace));

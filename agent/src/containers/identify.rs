@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::transport::Channel;
 
 use super::{Identity, containerd, cri, docker, storage};
@@ -11,6 +11,8 @@ use crate::config::Runtimes;
 /// Waits between attempts: quick at first, since a container's entrypoint is near, then patient.
 const FIRST_WAIT: Duration = Duration::from_millis(5);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// Containers that runtimes are asked about at a time.
+const AT_ONCE: usize = 64;
 
 /// Everybody that may know a container.
 pub struct Sources {
@@ -18,6 +20,8 @@ pub struct Sources {
     pub containerd: Vec<(PathBuf, Channel)>,
     docker: Vec<PathBuf>,
     storage: Vec<PathBuf>,
+    /// Questions at a time.
+    permits: Semaphore,
 }
 
 impl Sources {
@@ -32,6 +36,7 @@ impl Sources {
                 .collect(),
             docker: runtimes.docker.clone(),
             storage: runtimes.storage.clone(),
+            permits: Semaphore::new(AT_ONCE),
         }
     }
 
@@ -79,7 +84,12 @@ pub async fn identify(
     let mut wait = FIRST_WAIT;
     loop {
         let mut said = "nobody knows such a container".to_owned();
-        if let Some(identity) = sources.ask(&id, &mut said).await {
+        let answer = {
+            // Thousands of containers wait here when the agent starts; a question takes much more memory than its wait.
+            let _permit = sources.permits.acquire().await;
+            Box::pin(sources.ask(&id, &mut said)).await
+        };
+        if let Some(identity) = answer {
             let _agent_stops = found.send((slot, identity)).await;
             return;
         }
