@@ -84,7 +84,23 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
 impl Machine<'_> {
     /// Boots, runs `command`, and waits for its end. With `stream` the output goes to standard output as it comes.
+    ///
+    /// Emulated with several threads, a processor may run into a breakpoint with which another one just replaces code
+    /// (jump labels), after the kernel has forgotten it: the kernel ends with `Oops: int3`, whoever ran. Then, and only
+    /// then, everything is done once more.
     pub fn run(&self, command: &[String], stream: bool) -> Result<Outcome> {
+        match self.run_once(command, stream) {
+            Err(error) if format!("{error:#}").contains(BREAKPOINT) => {
+                println!(
+                    "the emulator has led the guest's kernel into a breakpoint ({BREAKPOINT}); booting once more"
+                );
+                self.run_once(command, stream)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn run_once(&self, command: &[String], stream: bool) -> Result<Outcome> {
         let images = images::make(self.binaries)?;
         let disk = rootfs::prepare(&images)?;
         let bootable = kernels::prepare(self.kernel)?;
@@ -128,9 +144,10 @@ impl Machine<'_> {
         let mut child = qemu.spawn().context("cannot start qemu-system-x86_64")?;
         let mut console = child.stdout.take().context("qemu has no console")?;
         let mut complaints = child.stderr.take().context("qemu has no standard error")?;
-        let over = AtomicBool::new(false);
+        let (over, panicked) = (AtomicBool::new(false), AtomicBool::new(false));
         let (output, late) = std::thread::scope(|scope| -> Result<(Vec<u8>, bool)> {
-            let reader = scope.spawn(move || copy(&mut console, stream));
+            let panicked = &panicked;
+            let reader = scope.spawn(move || copy(&mut console, stream, panicked));
             let watch = scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     if begun.elapsed() > self.deadline {
@@ -146,6 +163,12 @@ impl Machine<'_> {
                     break true;
                 }
                 if child.try_wait()?.is_some() {
+                    break false;
+                }
+                if panicked.load(Ordering::Relaxed) {
+                    // It should reboot by itself, which ends the emulator; not every one does.
+                    std::thread::park_timeout(Duration::from_secs(5));
+                    child.kill()?;
                     break false;
                 }
                 std::thread::park_timeout(Duration::from_millis(50));
@@ -167,7 +190,11 @@ impl Machine<'_> {
         let Some(code) = exit.trim().strip_prefix("exit ").and_then(|code| code.parse().ok()) else {
             let mut said = String::new();
             complaints.read_to_string(&mut said)?;
-            bail!("the guest ended without an exit code; its console ends with:\n{}\n{said}", tail(&output));
+            let oops = if output.contains(BREAKPOINT) { BREAKPOINT } else { "" };
+            bail!(
+                "the guest ended without an exit code {oops}; its console ends with:\n{}\n{said}",
+                tail(&output)
+            );
         };
         Ok(Outcome { code, output, release: bootable.release })
     }
@@ -246,8 +273,12 @@ fn copy_host(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Reads everything, and passes it on to standard output with `stream`.
-pub fn copy(console: &mut impl std::io::Read, stream: bool) -> Result<Vec<u8>> {
+const PANIC: &[u8] = b"Kernel panic - not syncing";
+/// What the kernel says when it meets a breakpoint that nobody knows.
+const BREAKPOINT: &str = "Oops: int3";
+
+/// Reads everything, and passes it on to standard output with `stream`. Says when the guest's kernel has given up.
+pub fn copy(console: &mut impl std::io::Read, stream: bool, panicked: &AtomicBool) -> Result<Vec<u8>> {
     let mut all = Vec::new();
     let mut buffer = [0; 4096];
     loop {
@@ -262,6 +293,10 @@ pub fn copy(console: &mut impl std::io::Read, stream: bool) -> Result<Vec<u8>> {
             out.flush()?;
         }
         all.extend(part);
+        let recent = &all[all.len().saturating_sub(2 * buffer.len())..];
+        if recent.windows(PANIC.len()).any(|found| found == PANIC) {
+            panicked.store(true, Ordering::Relaxed);
+        }
     }
 }
 
