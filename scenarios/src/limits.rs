@@ -35,10 +35,10 @@ pub struct Options {
     pub profiles: usize,
     /// Executions that are compared.
     pub executions: usize,
+    /// The agent's memory in MiB, kernel maps included.
+    pub memory: u64,
 }
 
-/// The agent's memory, kernel maps included.
-const MEMORY: &str = "67108864";
 /// How long thousands of containers may take to be identified.
 const PATIENCE: Duration = Duration::from_secs(600);
 const SIGKILL: i32 = 9;
@@ -65,7 +65,7 @@ pub async fn run(options: &Options) -> Result<ExitCode> {
         // One is the self-probe's, and some may be there already.
         options.containers + 1 + there,
         options.profiles * 2,
-        options.profiles * 32,
+        options.profiles * 20,
     );
     let agent = AgentOptions {
         unidentified: Some("deny"),
@@ -162,7 +162,7 @@ impl Scene {
         let cgroups = top.join(nonce("palisade-limits"));
         fs::create_dir(&cgroups)?;
         let socket = folder.path().join("runtime.sock");
-        Ok(Self { memory: limited(&top), folder, socket, cgroups })
+        Ok(Self { memory: limited(&top, options.memory), folder, socket, cgroups })
     }
 
     /// The containers' cgroups.
@@ -210,7 +210,7 @@ impl Scene {
             events.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok()).unwrap_or(0)
         };
         println!(
-            "   peak {:.1} MiB of 64, at the limit {} times",
+            "   with its maps at most {:.1} MiB, at the limit {} times",
             peak.trim().parse::<f64>().unwrap_or(0.0) / f64::from(1 << 20),
             value("max ")
         );
@@ -233,7 +233,7 @@ fn containers_below(folder: &Path) -> usize {
 }
 
 /// A cgroup that limits the agent's memory, where the unified hierarchy can.
-fn limited(top: &Path) -> Option<PathBuf> {
+fn limited(top: &Path, mebibytes: u64) -> Option<PathBuf> {
     let controllers = fs::read_to_string(top.join("cgroup.controllers")).ok()?;
     if !controllers.split_whitespace().any(|controller| controller == "memory") {
         return None;
@@ -241,7 +241,7 @@ fn limited(top: &Path) -> Option<PathBuf> {
     fs::write(top.join("cgroup.subtree_control"), "+memory").ok()?;
     let folder = top.join(nonce("palisade-memory"));
     fs::create_dir(&folder).ok()?;
-    fs::write(folder.join("memory.max"), MEMORY).ok()?;
+    fs::write(folder.join("memory.max"), (mebibytes << 20).to_string()).ok()?;
     Some(folder)
 }
 

@@ -128,6 +128,9 @@ enum Command {
         /// Executions whose outcome is compared with what the profiles say
         #[arg(long, default_value_t = 400)]
         executions: usize,
+        /// Limit of the agent's memory in MiB, kernel maps included; 10,000 containers under 1,000 profiles need more than 64
+        #[arg(long, default_value_t = 128)]
+        memory: u64,
     },
     /// Nested cgroups, moved processes, nsenter, the host's namespaces, sessions: each in the right container
     Members,
@@ -189,8 +192,8 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Daemonset => daemonset::run(&cri).await,
             Command::Engines { archive } => engines::run(&cri, &archive).await,
             Command::Disturbed { only } => disturbed::run(&only).await,
-            Command::Limits { containers, profiles, executions } => {
-                limits::run(&limits::Options { containers, profiles, executions }).await
+            Command::Limits { containers, profiles, executions, memory } => {
+                limits::run(&limits::Options { containers, profiles, executions, memory }).await
             }
             Command::Members => members::run(&cri).await,
             Command::Outlives { kills, turns, other, attacks, seed } => {

@@ -230,7 +230,7 @@ fn scenarios(binaries: &Path, full: bool, tally: &mut Tally) {
     // stop the containerd that the others use.
     let count = if full { 200 } else { 20 };
     let script = format!(
-        "code=0; for scenario in exec faults generator outlives claims tampering 'limits --containers 500 --profiles 100 --executions 100' members engines daemonset disturbed volumes 'starts --count {count}'; do \
+        "code=0; for scenario in exec faults generator outlives claims tampering 'limits --containers 500 --profiles 100 --executions 100 --memory 64' members engines daemonset disturbed volumes 'starts --count {count}'; do \
          echo \"-- $scenario\"; palisade-scenarios $scenario || code=1; done; exit $code"
     );
     let minutes = if full { 180 } else { 60 };

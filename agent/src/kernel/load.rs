@@ -221,9 +221,7 @@ impl Kernel {
             tracing::info!("the layout of overlayfs was inferred and proven on a scratch overlay");
         }
         kernel.layout = Some(layout);
-        // Parsing BTF took tens of megabytes that are never needed again.
-        // SAFETY: the call takes no pointers; it gives free memory of the allocator back to the kernel.
-        unsafe { libc::malloc_trim(0) };
+        give_back_memory();
         Ok(kernel)
     }
 
@@ -511,6 +509,12 @@ impl Kernel {
     }
 }
 
+/// Parsing BTF takes tens of megabytes that are never needed again.
+fn give_back_memory() {
+    // SAFETY: the call takes no pointers; it gives free memory of the allocator back to the kernel.
+    unsafe { libc::malloc_trim(0) };
+}
+
 /// What was loaded anew.
 struct Fresh {
     folder: SetFolder,
@@ -533,6 +537,8 @@ fn load(
         tracing::debug!(%error, "the limit on locked memory stays; it matters before kernel 5.11");
     }
     let layout = Layout::of_running_kernel()?;
+    // Before the maps are made, which count against the same limit.
+    give_back_memory();
     let meta = SetMeta {
         abi: ABI_VERSION,
         state: 0,
