@@ -123,7 +123,7 @@ fn agent() -> Option<&'static AgentState> {
     AGENT.get(0)
 }
 
-/// Whether the agent is there: it has ended, or renews its lease.
+/// Whether the agent is there: its process has not ended, and it renews its lease.
 #[inline(always)]
 fn lives(agent: &AgentState) -> bool {
     // SAFETY: the helper has no preconditions.

@@ -49,14 +49,14 @@ impl InForce {
 }
 
 impl Agent {
-    /// Takes over the state of the set that recorded so far: `Some(true)` when all of it was. What cannot be copied is found out
-    /// anew.
+    /// Takes over the state of the set that recorded so far: `Some(true)` when it is all that any set knows. What
+    /// cannot be copied is found out anew.
     pub(super) fn inherit(&mut self, others: &[OldSet]) -> Option<bool> {
         match self.kernel.inherit(others) {
-            Ok(false) => None,
-            Ok(true) => {
+            Ok(None) => None,
+            Ok(Some(whole)) => {
                 tracing::info!(step = "the state is copied", "upgrade");
-                Some(true)
+                Some(whole)
             }
             Err(error) => {
                 tracing::error!(

@@ -116,16 +116,17 @@ impl Kernel {
         Ok(left)
     }
 
-    /// Copies the state of the set that records from among `others`, if it is there. Returns whether it was.
+    /// Copies the state of the set that records from among `others`; `None` when it is not there. Returns whether that set knew
+    /// all that those before it knew: what it lacks, a copy lacks.
     ///
     /// # Errors
     ///
     /// When it cannot be copied whole.
-    pub fn inherit(&mut self, others: &[OldSet]) -> anyhow::Result<bool> {
+    pub fn inherit(&mut self, others: &[OldSet]) -> anyhow::Result<Option<bool>> {
         let active = self.maps.recording()?;
-        let Some(old) = others.iter().find(|set| set.meta.epoch == active) else { return Ok(false) };
+        let Some(old) = others.iter().find(|set| set.meta.epoch == active) else { return Ok(None) };
         self.maps.inherit(&old.maps).with_context(|| format!("copying the state of {}", old.name))?;
-        Ok(true)
+        Ok(Some(old.maps.state() & set_state::WHOLE != 0))
     }
 
     /// Takes the programs of all other sets out of force; their maps stay until [`Kernel::forget_others`].
