@@ -17,6 +17,7 @@ mod events;
 mod exec;
 mod fake_runtime;
 mod faults;
+mod gate;
 mod generator;
 mod limits;
 mod members;

@@ -16,6 +16,7 @@ use crate::{
     attacks::{PAYLOAD_RAN, nonce, profile},
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
+    gate::Gate,
     node::{AgentOptions, Node, cgroup_root, which},
     report::Report,
 };
@@ -131,9 +132,10 @@ impl Stage<'_> {
     /// A process that entered is moved, and then executes what its container may not.
     async fn moved(&self, target: Target, other: &str) -> Result<()> {
         let nonce = nonce("moved");
-        let go = format!("/marks/{nonce}");
+        let gate = Gate::new(&self.marks.join(&nonce))?;
+        let wait = format!("/marks/{nonce}");
         let command =
-            ["/usr/bin/workload", "after", go.as_str(), "/usr/bin/third", "payload", nonce.as_str()];
+            ["/usr/bin/workload", "after", wait.as_str(), "/usr/bin/third", "payload", nonce.as_str()];
         let own = cgroup_of(self.runtime.pid(self.container).await?)?;
         let folder = match target {
             Target::Nested => own.join("nested"),
@@ -145,7 +147,7 @@ impl Stage<'_> {
             let pid = until("the process waits", async || process_with(&nonce)).await?;
             fs::write(folder.join("cgroup.procs"), pid.to_string())
                 .with_context(|| format!("moving {pid} to {}", folder.display()))?;
-            Ok(fs::write(self.marks.join(&nonce), "")?)
+            gate.open().await
         };
         let (ended, moved) = tokio::join!(self.runtime.exec(self.container, &command), move_it);
         moved.and_then(|()| {

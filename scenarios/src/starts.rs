@@ -15,6 +15,7 @@ use crate::{
     containerd::{Containerd, Version, stop_the_guests},
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
+    gate::Gate,
     node::{AgentOptions, Interfaces, Node},
     report::Report,
 };
@@ -266,32 +267,38 @@ async fn later(cri: &Path, options: AgentOptions, count: usize) -> Result<()> {
     let runtime = Runtime::connect(cri);
     let marks = Marks::new()?;
     let pod = runtime.pod("pod-later", "starts", "").await?;
-    let mut ids = Vec::new();
+    let mut waiting = Vec::new();
     for number in 0..count {
         let name = format!("c-{number}");
-        let (go, mark) = (format!("{MARKS}/.go-{number}"), format!("{MARKS}/{name}"));
-        let command = ["/usr/bin/workload", "after", &go, MARK, &mark];
+        let gate = Gate::new(&marks.0.path().join(format!(".gate-{number}")))?;
+        let (wait, mark) = (format!("{MARKS}/.gate-{number}"), format!("{MARKS}/{name}"));
+        let command = ["/usr/bin/workload", "after", &wait, MARK, &mark];
         let mounts = [(marks.0.path(), MARKS)];
         let id = runtime
             .create(&pod, &Spec { name: &name, command: &command, mounts: &mounts, ..Spec::default() })
             .await?;
         runtime.start(&id).await?;
-        ids.push(id);
+        waiting.push((id, gate));
     }
     let mut node = Node::start(cri).await?;
     node.write_profile("starts.yaml", &profile("starts", "enforce"))?;
     node.start_agent(&options).await?;
-    for id in &ids {
+    for (id, _) in &waiting {
         let coverage = events::in_mode(&node, id, "enforce").await?;
         ensure!(coverage["coverage"]["found_running"] == true, "{coverage}");
     }
     let let_go = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
-    for number in 0..count {
-        std::fs::write(marks.0.path().join(format!(".go-{number}")), "")?;
+    for some in waiting.chunks(AT_ONCE) {
+        let ends = some.iter().map(async |(id, gate)| {
+            gate.open().await?;
+            anyhow::Ok((id, runtime.ended(id).await?))
+        });
+        for ended in join_all(ends).await {
+            let (id, code) = ended?;
+            ensure!(code != PAYLOAD_RAN, "{id} ran what is not allowed");
+        }
     }
-    for (number, id) in ids.iter().enumerate() {
-        let code = runtime.ended(id).await?;
-        ensure!(code != PAYLOAD_RAN, "c-{number} ran what is not allowed");
+    for (id, _) in &waiting {
         let record = until("its record", async || Ok(marks_of(&node, id)?.pop())).await?;
         ensure!(record["exec"]["verdict"] == "denied", "{record}");
         ensure!(

@@ -17,6 +17,7 @@ use crate::{
     containerd::{Containerd, Version, stop_the_guests},
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
+    gate::Gate,
     node::{AgentOptions, Interfaces, Node, which},
     report::Report,
 };
@@ -251,7 +252,7 @@ async fn cell(
         report.case(&title("an entrypoint that is a script on a volume"), stage.script()).await;
         if guarded {
             report.case(&title("the attestation names the volumes"), stage.attested(&first)).await;
-            let go = kubelet.volume("empty-dir", "memory").join("go");
+            let gate = Gate::new(&kubelet.volume("empty-dir", "memory").join("gate"))?;
             let command = [
                 "/usr/bin/attacker",
                 "rebind",
@@ -259,7 +260,7 @@ async fn cell(
                 "/tools",
                 "/usr/bin/attacker",
                 "after",
-                "/memory/go",
+                "/memory/gate",
                 "/tools/tool",
                 "payload",
                 "rebound-before",
@@ -280,7 +281,7 @@ async fn cell(
             let stage = Stage { node: &node, runtime: &runtime, pod: &pod, kubelet: &kubelet, guarded };
             events::in_mode(&node, &first, "enforce").await?;
             report
-                .case(&title("volumes swapped before the agent's restart"), stage.rebound_before(&go))
+                .case(&title("volumes swapped before the agent's restart"), stage.rebound_before(&gate))
                 .await;
             for act in FIRST {
                 let title = title(&format!("after the agent's restart, {}", act.name));
@@ -403,8 +404,8 @@ impl Stage<'_> {
     }
 
     /// A container that puts one of its volumes in the place of another before the agent comes gains nothing by it.
-    async fn rebound_before(&self, go: &Path) -> Result<()> {
-        fs::write(go, "")?;
+    async fn rebound_before(&self, gate: &Gate) -> Result<()> {
+        gate.open().await?;
         let record = until("what it executed", async || {
             let records = events::query(self.node, &["--kind", "exec"])?;
             Ok(records.into_iter().find(|record| {
