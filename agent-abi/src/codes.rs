@@ -174,7 +174,7 @@ codes! {
         KILL_FAILED = 16 => "kill-failed",
         HOST_ROOT_MISSING = 17 => "host-root-missing",
         REVISION_MISSED = 18 => "revision-missed",
-        GLOB_STATE_MISSED = 19 => "glob-state-missed",
+        GLOB_WORD_MISSED = 19 => "glob-word-missed",
         ORIGIN_READ = 20 => "origin-read",
         ROOT_REFUSED = 21 => "root-refused",
         CGROUP_DEEP = 22 => "cgroup-deep",

@@ -137,10 +137,13 @@ pub struct Revision {
     pub mode: u32,
     /// 1 when the profile has an `exec` section; without one exec is not restricted.
     pub restricts_exec: u32,
-    /// First row of this revision in `GLOB_STATES`, where its automaton starts.
+    /// The automaton's first chunk in `GLOBS`.
     pub glob_base: u32,
-    /// Rows of the automaton; 0 when the revision has no globs.
-    pub glob_states: u32,
+    /// Its chunks; 0 when the revision has no globs.
+    pub glob_chunks: u32,
+    /// Words of one of its states.
+    pub glob_width: u32,
+    pub reserved: u32,
     /// The revision's name: its 12 hexadecimal digits as a number. The kernel does not read it.
     pub name: u64,
 }
@@ -164,17 +167,29 @@ pub struct RuleValue {
     pub origins: u32,
 }
 
-/// One state of a glob automaton: a full transition table, so that a step is one load.
+/// A piece of a glob automaton, which is a sequence of words:
+///
+/// - for each byte, the column of its class ([`GLOB_BYTES`] words);
+/// - for each state, the mask of `1 << origin` that is allowed when the path ends there, low half first ([`GLOB_ORIGINS`] words),
+///   and the next state by class; [`GLOB_DEAD`] when nothing can match any more.
+///
+/// A column counts from the state's first word. A step is two loads, and a state takes as many words as its patterns have
+/// different bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
-pub struct GlobState {
-    /// Next state by input byte, relative to the revision's base; [`GLOB_DEAD`] when nothing can match any more.
-    pub next: [u16; 256],
-    /// Mask of `1 << origin` that is allowed when the path ends here.
-    pub origins: u32,
-    pub reserved: u32,
+pub struct GlobChunk {
+    pub words: [u16; GLOB_CHUNK],
 }
+
+/// Words of a chunk.
+pub const GLOB_CHUNK: usize = 32;
+
+/// Words that map bytes to columns.
+pub const GLOB_BYTES: usize = 256;
+
+/// Words before a state's transitions.
+pub const GLOB_ORIGINS: usize = 2;
 
 /// The transition that leads nowhere.
 pub const GLOB_DEAD: u16 = u16::MAX;
@@ -316,10 +331,10 @@ sizes! {
     AdmittedKey = 24,
     Slot = 48,
     SlotPolicy = 24,
-    Revision = 24,
+    Revision = 32,
     RuleKey = 24,
     RuleValue = 4,
-    GlobState = 520,
+    GlobChunk = 64,
     Process = 40,
     RootIdentity = 40,
     VolumeKey = 16,
@@ -330,7 +345,7 @@ sizes! {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Account, AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue,
+        Account, AdmittedKey, AgentState, GlobChunk, Process, Revision, RootIdentity, RuleKey, RuleValue,
         SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     };
 
@@ -347,7 +362,7 @@ mod user {
         Account,
         AdmittedKey,
         AgentState,
-        GlobState,
+        GlobChunk,
         Process,
         Revision,
         RootIdentity,

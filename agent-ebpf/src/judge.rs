@@ -7,13 +7,13 @@ use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns};
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{error, mode, origin, reason, verdict},
-    maps::{AdmittedKey, GLOB_DEAD, Revision, RuleKey},
+    maps::{AdmittedKey, GLOB_BYTES, GLOB_CHUNK, GLOB_DEAD, Revision, RuleKey},
 };
 
 use crate::{
     containers::TOO_DEEP,
     context, count,
-    maps::{ADMITTED, AGENT, GLOB_STATES, REVISIONS, RULES, SLOT_POLICIES, offset},
+    maps::{ADMITTED, AGENT, GLOBS, REVISIONS, RULES, SLOT_POLICIES, offset},
     path, record,
     scratch::{self, Area, Scratch},
 };
@@ -196,10 +196,11 @@ fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
 /// Runs the revision's automaton over the path and returns the origins it allows.
 #[inline(always)]
 fn match_globs(area: *mut Area, start: u32, revision: &Revision) -> u32 {
-    let base = revision.glob_base;
-    if revision.glob_states == 0 {
+    if revision.glob_chunks == 0 {
         return 0;
     }
+    let base = revision.glob_base;
+    let row = |state: u32| GLOB_BYTES as u32 + state * revision.glob_width;
     let mut state = 0_u32;
     let mut at = start;
     let mut turn = 0;
@@ -207,11 +208,8 @@ fn match_globs(area: *mut Area, start: u32, revision: &Revision) -> u32 {
         if at >= PATH_CAPACITY as u32 {
             break;
         }
-        let Some(row) = GLOB_STATES.get(base + state) else {
-            count::error(error::GLOB_STATE_MISSED);
-            return 0;
-        };
-        let next = row.next[path::byte(area, at) as usize];
+        let Some(column) = glob_word(base, u32::from(path::byte(area, at))) else { return 0 };
+        let Some(next) = glob_word(base, row(state) + u32::from(column)) else { return 0 };
         if next == GLOB_DEAD {
             return 0;
         }
@@ -219,10 +217,18 @@ fn match_globs(area: *mut Area, start: u32, revision: &Revision) -> u32 {
         at += 1;
         turn += 1;
     }
-    if let Some(row) = GLOB_STATES.get(base + state) {
-        row.origins
-    } else {
-        count::error(error::GLOB_STATE_MISSED);
-        0
+    match (glob_word(base, row(state)), glob_word(base, row(state) + 1)) {
+        (Some(low), Some(high)) => u32::from(low) | u32::from(high) << 16,
+        _ => 0,
     }
+}
+
+/// A word of the automaton whose chunks begin at `base`.
+#[inline(always)]
+fn glob_word(base: u32, index: u32) -> Option<u16> {
+    let Some(chunk) = GLOBS.get(base + index / GLOB_CHUNK as u32) else {
+        count::error(error::GLOB_WORD_MISSED);
+        return None;
+    };
+    Some(chunk.words[index as usize % GLOB_CHUNK])
 }

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use palisade_abi::{
     codes,
     maps::{
-        Account, AdmittedKey, AgentState, GlobState, Process, Revision, RootIdentity, RuleKey, RuleValue,
+        Account, AdmittedKey, AgentState, GlobChunk, Process, Revision, RootIdentity, RuleKey, RuleValue,
         SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     },
     offsets::KernelOffsets,
@@ -44,7 +44,7 @@ pub static REVISIONS: HashMap<u32, Revision> = HashMap::with_max_entries(2048, 0
 pub static RULES: HashMap<RuleKey, RuleValue> = HashMap::with_max_entries(32768, 0);
 
 #[map]
-pub static GLOB_STATES: Array<GlobState> = Array::with_max_entries(4096, 0);
+pub static GLOBS: Array<GlobChunk> = Array::with_max_entries(16384, 0);
 
 /// Processes of containers by tgid.
 #[map]

@@ -130,7 +130,8 @@ pub struct MapSizes {
     pub slots: u32,
     pub processes: u32,
     pub rules: u32,
-    pub glob_states: u32,
+    /// Of glob automata over all revisions in force.
+    pub glob_bytes: u32,
     /// Mounts of containers, at a time.
     pub volumes: u32,
     /// Different names of mounts, each with its place.
@@ -175,7 +176,7 @@ impl Default for MapSizes {
             slots: 1024,
             processes: 16384,
             rules: 16384,
-            glob_states: 4096,
+            glob_bytes: 1 << 20,
             volumes: 8192,
             volume_names: 1024,
             ring_bytes: 4 << 20,
@@ -240,18 +241,20 @@ impl Config {
                 self.collector
             );
         }
-        let MapSizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = self.maps;
+        let MapSizes { slots, processes, rules, glob_bytes, volumes, volume_names, ring_bytes } = self.maps;
         for (name, value) in [
             ("slots", slots),
             ("processes", processes),
             ("rules", rules),
-            ("globStates", glob_states),
             ("volumes", volumes),
             ("volumeNames", volume_names),
         ] {
             if value == 0 || value > 1 << 20 {
                 bail!("maps.{name}: {value} is not between 1 and 1048576");
             }
+        }
+        if !(1 << 10..=1 << 28).contains(&glob_bytes) {
+            bail!("maps.globBytes: {glob_bytes} is not between 1024 and 268435456");
         }
         if !ring_bytes.is_power_of_two() || !(1 << 16..=1 << 30).contains(&ring_bytes) {
             bail!("maps.ringBytes: {ring_bytes} is not a power of two between 65536 and 1073741824");
@@ -284,8 +287,8 @@ impl Config {
 
     /// What the maps are to hold.
     pub fn sizes(&self) -> Sizes {
-        let MapSizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = self.maps;
-        Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes }
+        let MapSizes { slots, processes, rules, glob_bytes, volumes, volume_names, ring_bytes } = self.maps;
+        Sizes { slots, processes, rules, glob_bytes, volumes, volume_names, ring_bytes }
     }
 }
 

@@ -1,9 +1,6 @@
 //! The verdict on a policy image, as the kernel gives it.
 
-use palisade_abi::{
-    codes::{mode, origin, reason, verdict},
-    maps::GLOB_DEAD,
-};
+use palisade_abi::codes::{mode, origin, reason, verdict};
 
 use crate::image::PolicyImage;
 
@@ -28,7 +25,7 @@ pub fn evaluate(image: &PolicyImage, path: &[u8], file_origin: u8, failure: u8) 
     if failure != 0 {
         return mismatch(failure);
     }
-    let origins = image.exact.get(path).copied().unwrap_or(0) | match_globs(image, path);
+    let origins = image.exact.get(path).copied().unwrap_or(0) | image.globs.origins(path);
     if origins & (1 << u32::from(file_origin)) != 0 {
         Decision { verdict: verdict::ALLOWED, reason: reason::RULE }
     } else if file_origin == origin::UNKNOWN {
@@ -38,19 +35,6 @@ pub fn evaluate(image: &PolicyImage, path: &[u8], file_origin: u8, failure: u8) 
     } else {
         mismatch(reason::NO_RULE)
     }
-}
-
-fn match_globs(image: &PolicyImage, path: &[u8]) -> u32 {
-    let Some(mut row) = image.globs.first() else { return 0 };
-    for byte in path {
-        let next = row.next[usize::from(*byte)];
-        if next == GLOB_DEAD {
-            return 0;
-        }
-        let Some(found) = image.globs.get(usize::from(next)) else { return 0 };
-        row = found;
-    }
-    row.origins
 }
 
 #[cfg(test)]

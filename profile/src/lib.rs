@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod automaton;
 pub mod document;
 pub mod evaluate;
 pub mod glob;

@@ -61,11 +61,11 @@ pub async fn run(options: &Options) -> Result<ExitCode> {
     scene.begin(0..half)?;
     let there = containers_below(&cgroup_root()?) - half;
     let settings = format!(
-        "maps: {{slots: {}, rules: {}, globStates: {}}}\n",
+        "maps: {{slots: {}, rules: {}, globBytes: {}}}\n",
         // One is the self-probe's, and some may be there already.
         options.containers + 1 + there,
         options.profiles * 2,
-        options.profiles * 20,
+        options.profiles * 2048,
     );
     let agent = AgentOptions {
         unidentified: Some("deny"),

@@ -19,7 +19,6 @@ use crate::{
         Container, Identity, NO_PROFILE, UNIDENTIFIED,
         cgroups::{self, Found},
         containerd::RuntimeEvent,
-        identify,
         nri::{Described, Notice, Question},
     },
     processes,
@@ -147,8 +146,7 @@ impl Agent {
         // Who has been described by the runtime already only lacks the image's digest, which need not compete with its
         // start.
         let wait = if self.expected.contains_key(&id) { DIGEST_WAIT } else { Duration::ZERO };
-        let asking = identify::identify(self.sources.clone(), slot, id, self.identified.clone(), wait);
-        self.asking.insert(slot, tokio::spawn(asking));
+        self.questions.ask(slot, id, wait);
     }
 
     /// Identifies containers that the runtime has described before their cgroup was there. Not while cgroups are being
@@ -369,9 +367,7 @@ impl Agent {
         let made = self.kernel.maps.records_made(slot);
         self.tell_coverage(slot, "ended", made);
         self.kernel.maps.close_account(slot, made);
-        if let Some(asking) = self.asking.remove(&slot) {
-            asking.abort();
-        }
+        self.questions.forget(slot);
         self.pending.remove(&slot);
         self.awaiting_mounts.remove(&slot);
         self.revisions.release(&mut self.kernel.maps, slot);

@@ -30,7 +30,6 @@ use palisade_proto::v1;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    task::JoinHandle,
     time::{MissedTickBehavior, interval},
 };
 
@@ -44,7 +43,7 @@ use crate::{
     containers::{
         Container, Containers, Identity, NOT_IN_FORCE, cgroups,
         containerd::RuntimeEvent,
-        identify::{self, Sources},
+        identify::{self, Questions, Sources},
         nri,
     },
     delivery::{self, Credit, Queue},
@@ -77,9 +76,7 @@ pub struct Agent {
     losses: Losses,
     queue: Arc<Queue>,
     sessions: Sessions,
-    sources: Arc<Sources>,
-    identified: mpsc::Sender<(u64, Identity)>,
-    asking: HashMap<u64, JoinHandle<()>>,
+    questions: Questions,
     /// Slots by the runtime's id of the container.
     slots: HashMap<String, u64>,
     /// What the runtime described before its cgroup was there.
@@ -187,9 +184,7 @@ pub async fn run(config: Config) -> Result<()> {
         sessions: Sessions::default(),
         losses: Losses::default(),
         queue,
-        sources,
-        identified,
-        asking: HashMap::new(),
+        questions: Questions::new(sources, identified),
         slots: HashMap::new(),
         expected: HashMap::new(),
         held: HashMap::new(),
@@ -304,7 +299,6 @@ impl Agent {
                     self.identify_expected();
                 }
                 Some((slot, identity)) = inputs.identities.recv() => {
-                    self.asking.remove(&slot);
                     self.identify(slot, identity);
                 }
                 Some(event) = inputs.events.recv() => self.runtime_event(event),

@@ -16,7 +16,7 @@ use palisade_abi::{
     codes::{mode, verdict},
     maps::{PROBE_SLOT, Process},
 };
-use palisade_profile::{document::Mode, image::PolicyImage};
+use palisade_profile::{automaton::Automaton, document::Mode, image::PolicyImage};
 use palisade_proto::v1::{self, record::Event};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -101,7 +101,7 @@ impl Agent {
             mode: Mode::Enforce,
             restricts_exec: true,
             exact: std::collections::BTreeMap::default(),
-            globs: Vec::new(),
+            globs: Automaton::default(),
         };
         let revision = maps.install(0, &nothing)?;
         maps.set_policy(PROBE_SLOT, revision, 0)?;

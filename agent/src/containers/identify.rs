@@ -1,18 +1,19 @@
 //! Finding out what a container is, from whoever knows.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
 use super::{Identity, containerd, cri, docker, storage};
 use crate::config::Runtimes;
 
-/// Waits between attempts: quick at first, since a container's entrypoint is near, then patient.
-const FIRST_WAIT: Duration = Duration::from_millis(5);
-const LONGEST_WAIT: Duration = Duration::from_secs(2);
-/// Containers that runtimes are asked about at a time.
-const AT_ONCE: usize = 64;
+mod questions;
+
+pub use questions::Questions;
+
+/// How long a containerd that is gone is left alone.
+const RECONNECT: Duration = Duration::from_secs(2);
 
 /// Everybody that may know a container.
 pub struct Sources {
@@ -20,8 +21,6 @@ pub struct Sources {
     pub containerd: Vec<(PathBuf, Channel)>,
     docker: Vec<PathBuf>,
     storage: Vec<PathBuf>,
-    /// Questions at a time.
-    permits: Semaphore,
 }
 
 impl Sources {
@@ -36,7 +35,6 @@ impl Sources {
                 .collect(),
             docker: runtimes.docker.clone(),
             storage: runtimes.storage.clone(),
-            permits: Semaphore::new(AT_ONCE),
         }
     }
 
@@ -71,39 +69,6 @@ impl Sources {
     }
 }
 
-/// Asks after `first` and then until somebody knows the container, and sends what he says. Ends by itself when nobody listens or the
-/// handle is dropped.
-pub async fn identify(
-    sources: Arc<Sources>,
-    slot: u64,
-    id: String,
-    found: mpsc::Sender<(u64, Identity)>,
-    first: Duration,
-) {
-    tokio::time::sleep(first).await;
-    let mut wait = FIRST_WAIT;
-    loop {
-        let mut said = "nobody knows such a container".to_owned();
-        let answer = {
-            // Thousands of containers wait here when the agent starts; a question takes much more memory than its wait.
-            let _permit = sources.permits.acquire().await;
-            Box::pin(sources.ask(&id, &mut said)).await
-        };
-        if let Some(identity) = answer {
-            let _agent_stops = found.send((slot, identity)).await;
-            return;
-        }
-        if found.is_closed() {
-            return;
-        }
-        tokio::time::sleep(wait).await;
-        if wait < LONGEST_WAIT && wait * 2 >= LONGEST_WAIT {
-            tracing::warn!(container = id, error = said, "no runtime says what this is; asking on");
-        }
-        wait = (wait * 2).min(LONGEST_WAIT);
-    }
-}
-
 /// Follows a containerd for ever.
 pub async fn follow(socket: PathBuf, channel: Channel, events: mpsc::Sender<containerd::RuntimeEvent>) {
     while !events.is_closed() {
@@ -113,6 +78,6 @@ pub async fn follow(socket: PathBuf, channel: Channel, events: mpsc::Sender<cont
         {
             tracing::debug!(socket = %socket.display(), error = format!("{error:#}"), "containerd's events end");
         }
-        tokio::time::sleep(LONGEST_WAIT).await;
+        tokio::time::sleep(RECONNECT).await;
     }
 }

@@ -18,7 +18,7 @@ use palisade_abi::{
     ABI_VERSION,
     codes::{set_state, tampering, volume_flags},
     hash::hash_path,
-    maps::{HOST_ROOT, SetMeta, Settings},
+    maps::{GlobChunk, HOST_ROOT, SetMeta, Settings},
     offsets::ABSENT,
 };
 use thiserror::Error;
@@ -557,7 +557,7 @@ fn load(
     };
     let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
     let folder = pins.begin(set)?;
-    let Sizes { slots, processes, rules, glob_states, volumes, volume_names, ring_bytes } = *sizes;
+    let Sizes { slots, processes, rules, glob_bytes, volumes, volume_names, ring_bytes } = *sizes;
     let mut ebpf = EbpfLoader::new()
         .btf(Some(&btf))
         .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
@@ -573,7 +573,7 @@ fn load(
         .map_max_entries("CGROUPS", slots * 2)
         .map_max_entries("PROCESSES", processes)
         .map_max_entries("RULES", rules)
-        .map_max_entries("GLOB_STATES", glob_states)
+        .map_max_entries("GLOBS", glob_bytes.div_ceil(size_of::<GlobChunk>() as u32))
         .map_max_entries("VOLUMES", volumes)
         .map_max_entries("VOLUME_NAMES", volume_names)
         .map_max_entries("RECORDS", ring_bytes)

@@ -12,12 +12,12 @@ use palisade_abi::{
     codes,
     hash::hash_path,
     maps::{
-        Account, AdmittedKey, AgentState, GlobState, LANES, PROBE_SLOT, Process, Revision, RootIdentity,
-        RuleKey, RuleValue, SetMeta, Slot, SlotPolicy,
+        Account, AdmittedKey, AgentState, GLOB_CHUNK, GlobChunk, LANES, PROBE_SLOT, Process, Revision,
+        RootIdentity, RuleKey, RuleValue, SetMeta, Slot, SlotPolicy,
     },
     record::CGROUP_NAME,
 };
-use palisade_profile::image::PolicyImage;
+use palisade_profile::{automaton::Automaton, image::PolicyImage};
 
 use super::{Pins, pins::SetFolder, sets::pinned_map, volumes::VolumeMaps};
 
@@ -32,8 +32,8 @@ pub struct Sizes {
     pub processes: u32,
     /// Exact paths over all revisions in force.
     pub rules: u32,
-    /// Automaton states over all revisions in force.
-    pub glob_states: u32,
+    /// Bytes of glob automata over all revisions in force.
+    pub glob_bytes: u32,
     /// Mounts of containers, at a time.
     pub volumes: u32,
     /// Different names of mounts, each with its place.
@@ -56,6 +56,16 @@ struct Installed {
     keys: Vec<RuleKey>,
 }
 
+/// An automaton as the map holds it.
+fn chunks(automaton: &Automaton) -> Vec<GlobChunk> {
+    let chunk = |words: &[u16]| {
+        let mut chunk = GlobChunk { words: [0; GLOB_CHUNK] };
+        chunk.words[..words.len()].copy_from_slice(words);
+        chunk
+    };
+    automaton.words().chunks(GLOB_CHUNK).map(chunk).collect()
+}
+
 /// The maps after loading.
 pub struct Maps {
     slots: HashMap<MapData, u64, Slot>,
@@ -64,7 +74,7 @@ pub struct Maps {
     cgroups: HashMap<MapData, u64, u64>,
     revisions: HashMap<MapData, u32, Revision>,
     rules: HashMap<MapData, RuleKey, RuleValue>,
-    glob_states: Array<MapData, GlobState>,
+    globs: Array<MapData, GlobChunk>,
     processes: HashMap<MapData, u32, Process>,
     roots: HashMap<MapData, u64, RootIdentity>,
     root_slots: HashMap<MapData, u64, u64>,
@@ -98,7 +108,7 @@ impl Maps {
             cgroups: take("CGROUPS")?.try_into()?,
             revisions: take("REVISIONS")?.try_into()?,
             rules: take("RULES")?.try_into()?,
-            glob_states: take("GLOB_STATES")?.try_into()?,
+            globs: take("GLOBS")?.try_into()?,
             processes: take("PROCESSES")?.try_into()?,
             roots: take("ROOTS")?.try_into()?,
             root_slots: take("ROOT_SLOTS")?.try_into()?,
@@ -149,9 +159,10 @@ impl Maps {
         done: &mut Installed,
     ) -> Result<()> {
         let PolicyImage { mode, restricts_exec, exact, globs } = image;
-        done.globs = self.free_globs(globs.len() as u32)?;
-        for (index, state) in done.globs.clone().zip(globs) {
-            self.glob_states.set(index, state, BPF_ANY).context("cannot write the glob automaton")?;
+        let chunks = chunks(globs);
+        done.globs = self.free_globs(chunks.len() as u32)?;
+        for (index, chunk) in done.globs.clone().zip(chunks) {
+            self.globs.set(index, chunk, BPF_ANY).context("cannot write the glob automaton")?;
         }
         for (path, origins) in exact {
             let key = RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
@@ -164,7 +175,9 @@ impl Maps {
             mode: u32::from(mode.code()),
             restricts_exec: u32::from(*restricts_exec),
             glob_base: done.globs.start,
-            glob_states: globs.len() as u32,
+            glob_chunks: done.globs.len() as u32,
+            glob_width: globs.width() as u32,
+            reserved: 0,
             name,
         };
         self.revisions
@@ -172,7 +185,7 @@ impl Maps {
             .context("the map of revisions is full; raise maps.slots in the agent's configuration")
     }
 
-    /// The lowest free run of `count` automaton rows.
+    /// The lowest free run of `count` chunks.
     fn free_globs(&self, count: u32) -> Result<std::ops::Range<u32>> {
         let mut taken: Vec<_> = self.installed.values().map(|installed| installed.globs.clone()).collect();
         taken.sort_by_key(|range| range.start);
@@ -183,8 +196,11 @@ impl Maps {
             }
             start = range.end;
         }
-        if start + count > self.glob_states.len() {
-            bail!("no room for {count} automaton states; raise maps.globStates in the agent's configuration");
+        if start + count > self.globs.len() {
+            bail!(
+                "no room for a glob automaton of {} bytes; raise maps.globBytes in the agent's configuration",
+                count as usize * size_of::<GlobChunk>()
+            );
         }
         Ok(start..start + count)
     }
@@ -213,7 +229,7 @@ impl Maps {
         let heads: Vec<(u32, Revision)> = self.revisions.iter().collect::<Result<_, _>>()?;
         let mut found = Vec::new();
         for (number, head) in heads {
-            let globs = head.glob_base..head.glob_base + head.glob_states;
+            let globs = head.glob_base..head.glob_base + head.glob_chunks;
             let keys = keys.remove(&number).unwrap_or_default();
             self.installed.insert(number, Installed { globs, keys });
             self.next_revision = self.next_revision.max(number + 1);
@@ -251,18 +267,20 @@ impl Maps {
         };
         let same_head = head.mode == u32::from(mode.code())
             && head.restricts_exec == u32::from(*restricts_exec)
-            && head.glob_states as usize == globs.len();
+            && head.glob_width as usize == globs.width();
         let same_rules = installed.keys.len() == exact.len()
             && exact.iter().all(|(path, origins)| {
                 let key =
                     RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
                 self.rules.get(&key, 0).is_ok_and(|rule| rule.origins == *origins)
             });
-        let same_globs = installed
-            .globs
-            .clone()
-            .zip(globs)
-            .all(|(index, state)| self.glob_states.get(&index, 0).is_ok_and(|found| found == *state));
+        let chunks = chunks(globs);
+        let same_globs = installed.globs.len() == chunks.len()
+            && installed
+                .globs
+                .clone()
+                .zip(chunks)
+                .all(|(index, chunk)| self.globs.get(&index, 0).is_ok_and(|found| found == chunk));
         same_head && same_rules && same_globs
     }
 

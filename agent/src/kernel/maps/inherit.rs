@@ -25,11 +25,11 @@ impl Maps {
         ensure!(self.hash_key == old.hash_key, "its paths are hashed with another key");
         for revision in old.revisions.iter() {
             let (_, head) = revision?;
-            for index in head.glob_base..head.glob_base + head.glob_states {
-                let state = old.glob_states.get(&index, 0).context("a glob automaton is cut")?;
-                self.glob_states
-                    .set(index, state, BPF_ANY)
-                    .context("no room for glob automata; raise maps.globStates")?;
+            for index in head.glob_base..head.glob_base + head.glob_chunks {
+                let chunk = old.globs.get(&index, 0).context("a glob automaton is cut")?;
+                self.globs
+                    .set(index, chunk, BPF_ANY)
+                    .context("no room for glob automata; raise maps.globBytes")?;
             }
         }
         copy(&old.rules, &mut self.rules, |_, _| true).context("no room for rules; raise maps.rules")?;
