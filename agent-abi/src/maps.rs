@@ -38,7 +38,15 @@ pub struct SetMeta {
     pub epoch_since_boot: u64,
     /// Key of the path hash.
     pub hash_key: [u64; 2],
+    /// [`LEDGER_VERSION`] of the set.
+    pub ledger: u32,
+    pub reserved: u32,
 }
+
+/// Version of what says how many records a set has made and what became of them: [`SetMeta`], [`Account`], [`Slot`], [`LANES`]
+/// and the names of slots. An agent counts the records of a set whose [`crate::ABI_VERSION`] it cannot read, as long as this
+/// is its own; so these types change only for a reason that is worth losing that.
+pub const LEDGER_VERSION: u32 = 1;
 
 /// What became of a slot's records that the kernel numbered: written by the agent, so that the next one knows what this
 /// one took with it when it was killed.
@@ -291,7 +299,7 @@ pub struct Volume {
 }
 
 /// Bytes of a volume's name and of the path at which it is mounted, marks included. What does not fit has no name.
-pub const VOLUME_NAME_CAPACITY: usize = 256;
+pub const VOLUME_NAME_CAPACITY: usize = if cfg!(feature = "another-abi") { 248 } else { 256 };
 
 /// What stands before the path within a volume: right-aligned, zero in front; see [`crate::volume`].
 #[repr(C)]
@@ -316,7 +324,7 @@ pub const PROBE_SLOT: u64 = u64::MAX - 1;
 pub const HOST_ROOT: u64 = 0;
 
 macro_rules! sizes {
-    ($($type:ty = $size:literal),* $(,)?) => {
+    ($($type:ty = $size:expr),* $(,)?) => {
         $(const _: () = assert!(size_of::<$type>() == $size);)*
         /// Sizes of all shared map types, for the check of an existing map's layout.
         pub const SIZES: &[(&str, usize)] = &[$((stringify!($type), $size)),*];
@@ -325,7 +333,7 @@ macro_rules! sizes {
 
 sizes! {
     Settings = 40,
-    SetMeta = 40,
+    SetMeta = 48,
     Account = 24,
     AgentState = 48,
     AdmittedKey = 24,
@@ -339,7 +347,7 @@ sizes! {
     RootIdentity = 40,
     VolumeKey = 16,
     Volume = 24,
-    VolumeName = 264,
+    VolumeName = VOLUME_NAME_CAPACITY + 8,
 }
 
 #[cfg(feature = "user")]

@@ -162,7 +162,9 @@ pub fn executed(bprm: Address) {
         if unexamined(process.slot) == verdict::DENIED {
             kill();
         }
-        record::lose(process.slot, Lane::Exec);
+        if record::is_active() {
+            record::lose(process.slot, Lane::Exec);
+        }
         return;
     };
     let mut verdict = examine(task, scratch, bprm, &process);
@@ -396,6 +398,12 @@ pub extern "C" fn palisade_report(task: u64) -> u64 {
             PATH_CAPACITY as u32 - u32::from((*scratch).script_start),
         )
     };
+    if refused && !record::is_active() {
+        // The set that records is not asked any more: a hook ends with the first refusal.
+        // SAFETY: as above.
+        record::lose(unsafe { (*scratch).slot }, Lane::Check);
+        return 1;
+    }
     let small = path_length <= SMALL_PATH as u32
         && cwd_length <= SMALL_CWD as u32
         && script_length <= SMALL_PATH as u32

@@ -165,6 +165,9 @@ pub extern "C" fn palisade_attempt(act: u64, target: u64, detail: u64) -> u64 {
             (&raw mut (*place).reserved_too).write(0);
         }
         record::submit(entry, true);
+    } else if refused && !record::is_active() {
+        // As for an exec: the set that records is not asked any more.
+        record::lose(slot, Lane::Tamper);
     }
     u64::from(refused)
 }

@@ -98,7 +98,7 @@ enum Command {
         turns: u32,
         /// Another build of the agent, which takes turns with this one after each step of an upgrade and back
         ///
-        /// If its programs have another ABI, what is left in their ring is lost, so records are not counted then.
+        /// Its ABI may be another one: then its state cannot be copied, and what is left in its ring must be counted.
         #[arg(long)]
         other: Option<PathBuf>,
         /// Attacks meanwhile, at least

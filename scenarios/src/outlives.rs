@@ -247,7 +247,7 @@ async fn killed(
     .await?;
     // Numbers of an earlier set are not among those of the last.
     let made = if taking_turns { 0 } else { ended["coverage"]["records_made"].as_u64().unwrap_or(0) };
-    balance(node, &container, &nonce, tried, made).await
+    balance(node, &container, &nonce, tried, made, true).await
 }
 
 /// What the log says of an upgrade, in this order. Between one set's last record and the next one's first nothing is refused
@@ -277,7 +277,7 @@ async fn upgraded(
     let steps = async {
         let own = AgentOptions::default();
         let turns = [other, &own];
-        // A set of another layout cannot be copied.
+        // The state of another layout cannot be copied.
         for (step, agent) in STEPS
             .iter()
             .filter(|step| same_layout || **step != "the state is copied")
@@ -306,7 +306,7 @@ async fn upgraded(
         Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
     })
     .await?;
-    if same_layout { balance(node, &container, &nonce, tried, 0).await } else { once(node, &container) }
+    balance(node, &container, &nonce, tried, 0, same_layout).await
 }
 
 /// Whether the steps that the log has are in their order.
@@ -343,21 +343,18 @@ async fn attacks(
     Ok((tried, ran))
 }
 
-/// No record is stored twice.
-fn once(node: &Node, container: &str) -> Result<()> {
-    let records = events::query(node, &["--all", "--container", container])?;
-    let mut identities = BTreeSet::new();
-    for record in records.iter().filter(|record| record["sequence"].as_u64().unwrap_or(0) > 0) {
-        let number = |field: &str| record[field].as_u64().unwrap_or(0);
-        let identity = (number("epoch"), number("lane"), number("sequence"));
-        ensure!(identities.insert(identity), "stored twice: {record}");
-    }
-    println!("   {} records stored, each once", identities.len());
-    Ok(())
-}
-
 /// Every record that was made is stored once or counted by a gap, and so is every attack.
-async fn balance(node: &Node, container: &str, nonce: &str, tried: u64, made: u64) -> Result<()> {
+async fn balance(
+    node: &Node,
+    container: &str,
+    nonce: &str,
+    tried: u64,
+    made: u64,
+    same_layout: bool,
+) -> Result<()> {
+    // Where programs cannot refuse, each set judges: the one that records may not know the container yet when the other one,
+    // whose state it could not copy, kills.
+    let may_not_know = !same_layout && node.log("agent").contains("tier=\"fallback\"");
     let records = events::query(node, &["--all", "--container", container])?;
     let mut identities = BTreeSet::new();
     let (mut stored, mut gaps, mut denials) = (0_u64, 0_u64, 0_u64);
@@ -375,7 +372,9 @@ async fn balance(node: &Node, container: &str, nonce: &str, tried: u64, made: u6
             .and_then(|words| words.last()?.as_str())
             .is_some_and(|word| word.starts_with(nonce));
         if record["exec"]["executable"] == "/usr/bin/third" && of_attack {
-            ensure!(record["exec"]["verdict"] == "denied", "{record}");
+            let (verdict, reason) = (&record["exec"]["verdict"], &record["exec"]["reason"]);
+            let does_not_know = may_not_know && verdict == "audited" && reason == "unidentified";
+            ensure!(verdict == "denied" || does_not_know, "{record}");
             denials += 1;
         }
     }

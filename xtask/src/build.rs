@@ -68,6 +68,22 @@ pub fn planted() -> Result<(PathBuf, PathBuf)> {
     Ok((folder.join("palisade-agent"), all))
 }
 
+/// Builds an agent whose layouts are those of another version: for testing upgrades.
+pub fn another_abi() -> Result<PathBuf> {
+    shell::step("build an agent of another ABI", || {
+        let objects = ebpf(&["another-abi"], "another-abi")?;
+        let options = Options { release: true };
+        let folder = binaries(&options, &objects, &["palisade-agent"], &["palisade-agent/another-abi"])?;
+        // Another build with features takes its place.
+        let kept = folder.join(ANOTHER_ABI);
+        std::fs::copy(folder.join("palisade-agent"), &kept)?;
+        Ok(kept)
+    })
+}
+
+/// The name of the agent that [`another_abi`] builds.
+pub const ANOTHER_ABI: &str = "palisade-agent-of-another-abi";
+
 fn ebpf(extra: &[&str], name: &str) -> Result<PathBuf> {
     let output = paths::target().join("ebpf").join(name);
     std::fs::create_dir_all(&output).with_context(|| format!("cannot create {}", output.display()))?;

@@ -35,6 +35,9 @@ pub struct Options {
     /// Give up after this many seconds
     #[arg(long, default_value_t = 1800)]
     pub deadline: u64,
+    /// Have an agent with the layouts of another version beside this build's: palisade-agent-of-another-abi
+    #[arg(long)]
+    pub another_abi: bool,
     /// The command and its arguments
     #[arg(last = true, required = true)]
     pub command: Vec<String>,
@@ -67,6 +70,9 @@ pub struct Outcome {
 pub fn run(options: &Options) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
     let here = std::env::current_dir()?;
+    let other = options.another_abi.then(build::another_abi).transpose()?;
+    let place = format!("bin/{}", build::ANOTHER_ABI);
+    let extra: Vec<(&str, &Path)> = other.iter().map(|other| (place.as_str(), other.as_path())).collect();
     let machine = Machine {
         kernel: options.kernel,
         smp: options.smp,
@@ -76,7 +82,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         containerd: true,
         binaries: &binaries,
         host: Some(&here),
-        extra: &[],
+        extra: &extra,
     };
     let outcome = machine.run(&options.command, true)?;
     Ok(ExitCode::from(outcome.code))

@@ -23,7 +23,7 @@ impl Agent {
 
     /// Lets the pause program start in containers that are not identified, once it has been seen as one.
     pub(super) fn admit_sandbox(&mut self, slot: u64) {
-        let workload = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
+        let workload = self.kernel.maps.ledger.slot(slot).map_or(0, |slot| slot.workload_pid);
         let Some(container) = self.containers.get_mut(&slot) else { return };
         if !container.identity.as_ref().is_some_and(|identity| identity.sandbox) {
             return;

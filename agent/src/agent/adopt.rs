@@ -51,12 +51,12 @@ impl Agent {
         self.revisions.read_back(found);
         let folders: HashMap<u64, Found> =
             cgroups::scan(&self.cgroups).into_iter().map(|found| (found.slot, found)).collect();
-        let mut slots = self.kernel.maps.slots();
+        let mut slots = self.kernel.maps.ledger.slots();
         slots.retain(|(slot, _)| *slot != PROBE_SLOT);
         // What ran before any agent is taken over step by step, and the agent may have been killed between two of them.
         slots.retain(|(_, slot)| slot.created != 0);
         for (slot, _) in &slots {
-            let name = self.kernel.maps.name(*slot);
+            let name = self.kernel.maps.ledger.name(*slot);
             let id = cgroups::container_id(&name).unwrap_or(&name).to_owned();
             let folder = folders.get(slot).map(|found| found.folder.clone()).unwrap_or_default();
             let mut container = Container::new(id.clone(), folder, false);
@@ -88,7 +88,7 @@ impl Agent {
     fn settle_accounts(&mut self) {
         let mut made: HashMap<u64, (u64, u64)> = HashMap::new();
         let mut settling = Settling::default();
-        for (slot, _) in self.kernel.maps.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
+        for (slot, _) in self.kernel.maps.ledger.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
             let (numbers, lost) = self.numbers_and_losses(slot);
             made.insert(slot, (numbers.iter().map(|(_, last)| last).sum(), lost));
             settling.last.extend(numbers.into_iter().map(|(lane, last)| ((slot, lane), last)));
@@ -96,7 +96,7 @@ impl Agent {
         self.settling = Some(settling);
         self.empty_ring();
         let in_ring = self.settling.take().unwrap_or_default().in_ring;
-        let accounts: HashMap<_, _> = self.kernel.maps.accounts().into_iter().collect();
+        let accounts: HashMap<_, _> = self.kernel.maps.ledger.accounts().into_iter().collect();
         // Of slots that are gone only the account is left.
         for (slot, account) in &accounts {
             made.entry(*slot).or_insert((account.made, 0));
@@ -121,16 +121,16 @@ impl Agent {
     /// The last numbers of a slot and its count of lost records, of one moment if a container that floods the ring lets
     /// it: a lost record has a number, too. Else the earlier count: what is lost in between is counted twice, not never.
     fn numbers_and_losses(&self, slot: u64) -> (Vec<(u32, u64)>, u64) {
-        let lost = || self.kernel.maps.lost(slot);
+        let lost = || self.kernel.maps.ledger.lost(slot);
         let mut before = lost();
-        let mut numbers = self.kernel.maps.last_numbers(slot);
+        let mut numbers = self.kernel.maps.ledger.last_numbers(slot);
         for _ in 0..ATTEMPTS {
             let now = lost();
             if now == before {
                 break;
             }
             before = now;
-            numbers = self.kernel.maps.last_numbers(slot);
+            numbers = self.kernel.maps.ledger.last_numbers(slot);
         }
         (numbers, before)
     }

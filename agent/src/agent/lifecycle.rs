@@ -108,7 +108,8 @@ impl Agent {
             self.learn_root(found, &still);
         }
         // A slot that the kernel made itself has a time of creation.
-        let found_running = is_new || self.kernel.maps.slot(found.slot).is_some_and(|slot| slot.created == 0);
+        let found_running =
+            is_new || self.kernel.maps.ledger.slot(found.slot).is_some_and(|slot| slot.created == 0);
         let mut container = Container::new(found.id.clone(), found.folder.clone(), found_running);
         container.members_known = members_known;
         self.begin(found.slot, container);
@@ -300,7 +301,7 @@ impl Agent {
         }
         self.awaiting_mounts.remove(&slot);
         let Some(container) = self.containers.get_mut(&slot) else { return };
-        let first = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
+        let first = self.kernel.maps.ledger.slot(slot).map_or(0, |slot| slot.workload_pid);
         let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
         // Only where the kernel has no other root for it: a `chroot` into a mounted host directory must not count.
         let has_own_root = self.kernel.maps.has_root(slot);
@@ -364,9 +365,9 @@ impl Agent {
             return;
         }
         self.waiting.remove(&slot);
-        let made = self.kernel.maps.records_made(slot);
+        let made = self.kernel.maps.ledger.records_made(slot);
         self.tell_coverage(slot, "ended", made);
-        self.kernel.maps.close_account(slot, made);
+        self.kernel.maps.ledger.close_account(slot, made);
         self.questions.forget(slot);
         self.pending.remove(&slot);
         self.awaiting_mounts.remove(&slot);

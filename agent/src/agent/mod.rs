@@ -236,7 +236,8 @@ pub async fn run(config: Config) -> Result<()> {
     if let Err(error) = agent.prepare_self_probe() {
         tracing::error!(error = format!("{error:#}"), "the self-probe has no place in the kernel");
     }
-    let unreadable = agent.kernel.other_sets()? > others.len();
+    let unreadable =
+        agent.kernel.other_sets()? > others.len() || others.iter().any(|set| set.whole().is_none());
     if others.is_empty() && !unreadable {
         agent.kernel.activate(true)?;
         agent.find_running();
@@ -375,6 +376,7 @@ impl Agent {
         let ended: Vec<u64> = self
             .kernel
             .maps
+            .ledger
             .slots()
             .iter()
             .filter(|(_, slot)| slot.ended != 0)
@@ -411,7 +413,7 @@ impl Agent {
         }
         let slots: Vec<u64> = self.containers.keys().copied().collect();
         for slot in slots {
-            let made = self.kernel.maps.records_made(slot);
+            let made = self.kernel.maps.ledger.records_made(slot);
             if let Some(container) = self.containers.get_mut(&slot)
                 && !self.kernel.outlives_the_agent()
             {

@@ -14,9 +14,9 @@ use super::{Agent, flow::SMALLEST_RECORD};
 use crate::{
     containers::{Container, cgroups},
     delivery::Credit,
-    kernel::OldSet,
+    kernel::{OldSet, Whole},
     processes::Processes,
-    records::{self, Made, Source},
+    records::{Made, Source, make},
 };
 
 /// How often it is said that an older set cannot be taken out of force yet.
@@ -35,7 +35,7 @@ pub(super) enum Others {
 
 pub(super) struct InForce {
     sets: Vec<OldSet>,
-    /// Whether there are more, of another layout: what they guard cannot be read.
+    /// Whether some have another layout: what they guard cannot be read.
     unreadable: bool,
     since: Instant,
     /// When it was last said that they stay.
@@ -120,8 +120,12 @@ impl Agent {
 
     /// Containers that other sets guard and this agent's does not.
     fn uncovered(&self, sets: &[OldSet]) -> Vec<u64> {
-        let guarded: HashSet<u64> =
-            sets.iter().filter(|set| set.in_force).flat_map(|set| set.maps.guarded()).collect();
+        let guarded: HashSet<u64> = sets
+            .iter()
+            .filter(|set| set.in_force)
+            .filter_map(OldSet::whole)
+            .flat_map(|whole| whole.maps.guarded())
+            .collect();
         let covered =
             |slot: &u64| self.containers.get(slot).is_some_and(|container| container.is_under_policy());
         guarded.into_iter().filter(|slot| !covered(slot)).collect()
@@ -130,8 +134,8 @@ impl Agent {
     /// Notes in sets that are still in force that a process is not held any more: each refuses to let it be woken.
     pub(super) fn let_go_in_others(&mut self, pid: u32) {
         if let Some(Others::InForce(others)) = &mut self.others {
-            for set in &mut others.sets {
-                if let Err(error) = set.maps.let_go(pid) {
+            for whole in others.sets.iter_mut().filter_map(OldSet::whole_mut) {
+                if let Err(error) = whole.maps.let_go(pid) {
                     tracing::error!(
                         pid,
                         error = format!("{error:#}"),
@@ -146,11 +150,11 @@ impl Agent {
     pub(super) fn credit(&mut self, credit: Credit) {
         let Credit { epoch, slot, delivered, reported } = credit;
         if epoch == self.kernel.meta.epoch {
-            self.kernel.maps.credit(slot, delivered, reported);
+            self.kernel.maps.ledger.credit(slot, delivered, reported);
         } else if let Some(Others::Leaving(sets)) = &mut self.others
             && let Some(set) = sets.iter_mut().find(|set| set.meta.epoch == epoch)
         {
-            set.maps.credit(slot, delivered, reported);
+            set.ledger_mut().credit(slot, delivered, reported);
         }
     }
 
@@ -158,22 +162,7 @@ impl Agent {
     fn deliver_for(&mut self, set: &mut OldSet) {
         let epoch = set.meta.epoch;
         let source = Source::new(self.source.node.clone(), self.source.boot.clone(), &set.meta);
-        let revisions = set.maps.revision_names();
-        // Apart from the live ones: these records are older.
-        let mut processes = Processes::new(&self.source.boot);
-        let maps = &set.maps;
-        let mut made: Vec<Made> = Vec::new();
-        // What its ring can hold: a set that has lost the map that all share may go on.
-        set.records.drain(set.ring_bytes / SMALLEST_RECORD, |bytes| match decode(bytes) {
-            Ok(decoded) => made.push(records::make(
-                &source,
-                &mut processes,
-                |number| revisions.get(&number).cloned().unwrap_or_default(),
-                |pid| maps.slot_of_process(pid),
-                decoded,
-            )),
-            Err(error) => tracing::error!(%error, "a record of an older set cannot be read"),
-        });
+        let made = self.read_ring(&source, set);
         let read = made.len();
         let mut seen: HashMap<u64, u64> = HashMap::new();
         for Made { header, event, .. } in made.into_iter().filter(|made| made.header.slot != PROBE_SLOT) {
@@ -200,7 +189,8 @@ impl Agent {
             }
             missing_in_all += count;
             let now = self.source.now();
-            let gap = v1::Gap { count, cause: "agent-killed".to_owned(), from: now, to: now };
+            let cause = if set.whole().is_some() { "agent-killed" } else { "another-layout" }.to_owned();
+            let gap = v1::Gap { count, cause, from: now, to: now };
             let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
@@ -215,14 +205,36 @@ impl Agent {
             "read what an older set has left"
         );
     }
+
+    /// The records that wait in the ring of an older set; none when it has another layout.
+    fn read_ring(&self, source: &Source, set: &mut OldSet) -> Vec<Made> {
+        let mut made = Vec::new();
+        let Some(Whole { maps, records, ring_bytes }) = set.whole_mut() else { return made };
+        let revisions = maps.revision_names();
+        // Apart from the live ones: these records are older.
+        let mut processes = Processes::new(&self.source.boot);
+        // What its ring can hold: a set that has lost the map that all share may go on.
+        records.drain(*ring_bytes / SMALLEST_RECORD, |bytes| match decode(bytes) {
+            Ok(decoded) => made.push(make(
+                source,
+                &mut processes,
+                |number| revisions.get(&number).cloned().unwrap_or_default(),
+                |pid| maps.slot_of_process(pid),
+                decoded,
+            )),
+            Err(error) => tracing::error!(%error, "a record of an older set cannot be read"),
+        });
+        made
+    }
 }
 
 /// Every slot of a set with what was numbered in it, and what of that is delivered or reported.
 fn accounts(set: &OldSet) -> Vec<(u64, u64, u64)> {
-    let booked: HashMap<_, _> = set.maps.accounts().into_iter().collect();
+    let ledger = set.ledger();
+    let booked: HashMap<_, _> = ledger.accounts().into_iter().collect();
     let mut made: HashMap<u64, u64> = booked.iter().map(|(slot, account)| (*slot, account.made)).collect();
-    for (slot, _) in set.maps.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
-        made.insert(slot, set.maps.last_numbers(slot).iter().map(|(_, last)| last).sum());
+    for (slot, _) in ledger.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
+        made.insert(slot, ledger.last_numbers(slot).iter().map(|(_, last)| last).sum());
     }
     made.into_iter()
         .map(|(slot, made)| {
@@ -239,7 +251,7 @@ fn is_balanced(set: &OldSet) -> bool {
 
 /// A container that is gone, as far as the set knows it.
 fn by_name(set: &OldSet, slot: u64) -> Container {
-    let name = set.maps.name(slot);
+    let name = set.ledger().name(slot);
     let id = cgroups::container_id(&name).unwrap_or(&name).to_owned();
     Container::new(id, std::path::PathBuf::new(), true)
 }

@@ -12,7 +12,9 @@ impl Agent {
         let coverage = v1::Coverage {
             change: change.to_owned(),
             in_force_since: container.in_force_since,
-            first_exec: self.source.wall(self.kernel.maps.slot(slot).map_or(0, |slot| slot.first_exec)),
+            first_exec: self
+                .source
+                .wall(self.kernel.maps.ledger.slot(slot).map_or(0, |slot| slot.first_exec)),
             tier: self.kernel.tier.as_str().to_owned(),
             found_running: container.found_running,
             records_made,
@@ -52,7 +54,7 @@ impl Agent {
 
     /// Completes the attestation of containers whose workload has begun.
     pub(super) fn report_first_execs(&mut self) {
-        for (slot, value) in self.kernel.maps.slots() {
+        for (slot, value) in self.kernel.maps.ledger.slots() {
             if value.first_exec == 0 {
                 continue;
             }
@@ -83,7 +85,9 @@ impl Agent {
     /// Turns what was lost since the last time into gap records.
     pub(super) fn report_losses(&mut self) {
         let now = self.source.now();
-        for (slot, value) in self.kernel.maps.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
+        for (slot, value) in
+            self.kernel.maps.ledger.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT)
+        {
             self.losses.lost_in_kernel(slot, value.lost, now);
         }
         let epoch = self.kernel.meta.epoch;

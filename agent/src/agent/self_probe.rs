@@ -198,7 +198,7 @@ impl Agent {
     /// Puts together what speaks against the claim, mends what can be mended, and says so when it has changed.
     fn conclude(&mut self) {
         let mut failures = Vec::new();
-        let lost = self.kernel.maps.lost(PROBE_SLOT);
+        let lost = self.kernel.maps.ledger.lost(PROBE_SLOT);
         let lost_before = std::mem::replace(&mut self.self_probe.lost, lost);
         let code = self.self_probe.ended.and_then(|status| status.code());
         let signalled = code == Some(SIGNAL_LET_THROUGH.into());

@@ -72,7 +72,7 @@ impl Agent {
         }
         let Some(pid) = self.process_in_its_root(slot) else {
             // One that runs on the host's root has nothing mounted that the host has not.
-            let workload = self.kernel.maps.slot(slot).map_or(0, |slot| slot.workload_pid);
+            let workload = self.kernel.maps.ledger.slot(slot).map_or(0, |slot| slot.workload_pid);
             return workload != 0
                 && self.kernel.has_hosts_root(workload)
                 && self.note_volumes(slot, Vec::new(), false);
@@ -94,7 +94,7 @@ impl Agent {
         if self.containers.get(&slot).is_none_or(|container| container.found_running) {
             return false;
         }
-        let first_exec = self.kernel.maps.slot(slot).map_or(0, |slot| slot.first_exec);
+        let first_exec = self.kernel.maps.ledger.slot(slot).map_or(0, |slot| slot.first_exec);
         let held = self.held.get(&slot).into_iter().flatten();
         first_exec == 0
             || held.into_iter().any(|exec| {

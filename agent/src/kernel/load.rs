@@ -18,7 +18,7 @@ use palisade_abi::{
     ABI_VERSION,
     codes::{set_state, tampering, volume_flags},
     hash::hash_path,
-    maps::{GlobChunk, HOST_ROOT, SetMeta, Settings},
+    maps::{GlobChunk, HOST_ROOT, LEDGER_VERSION, SetMeta, Settings},
     offsets::ABSENT,
 };
 use thiserror::Error;
@@ -546,6 +546,8 @@ fn load(
         epoch_since_boot: now_since_boot(),
         // That of the set before, whose rules can then be taken over as they are.
         hash_key: recording(pins).map_or_else(random_key, |before| Ok(before.hash_key))?,
+        ledger: LEDGER_VERSION,
+        reserved: 0,
     };
     let settings = Settings {
         hash_key: meta.hash_key,

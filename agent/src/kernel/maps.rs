@@ -7,21 +7,23 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use aya::maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues};
+use aya::maps::{Array, HashMap, MapData};
 use palisade_abi::{
     codes,
     hash::hash_path,
     maps::{
-        Account, AdmittedKey, AgentState, GLOB_CHUNK, GlobChunk, LANES, PROBE_SLOT, Process, Revision,
-        RootIdentity, RuleKey, RuleValue, SetMeta, Slot, SlotPolicy,
+        AdmittedKey, AgentState, GLOB_CHUNK, GlobChunk, PROBE_SLOT, Process, Revision, RootIdentity, RuleKey,
+        RuleValue, SetMeta, Slot, SlotPolicy,
     },
-    record::CGROUP_NAME,
 };
 use palisade_profile::{automaton::Automaton, image::PolicyImage};
 
 use super::{Pins, pins::SetFolder, sets::pinned_map, volumes::VolumeMaps};
 
 mod inherit;
+mod ledger;
+
+pub use ledger::Ledger;
 
 /// Capacities of the maps.
 #[derive(Clone, Copy, Debug)]
@@ -68,8 +70,7 @@ fn chunks(automaton: &Automaton) -> Vec<GlobChunk> {
 
 /// The maps after loading.
 pub struct Maps {
-    slots: HashMap<MapData, u64, Slot>,
-    slot_lanes: Option<PerCpuHashMap<MapData, u64, [u64; LANES]>>,
+    pub ledger: Ledger,
     slot_policies: HashMap<MapData, u64, SlotPolicy>,
     cgroups: HashMap<MapData, u64, u64>,
     revisions: HashMap<MapData, u32, Revision>,
@@ -82,8 +83,6 @@ pub struct Maps {
     agent: Array<MapData, AgentState>,
     meta: Array<MapData, SetMeta>,
     active_epoch: Array<MapData, u64>,
-    names: HashMap<MapData, u64, [u8; CGROUP_NAME]>,
-    accounts: HashMap<MapData, u64, Account>,
     admitted: HashMap<MapData, AdmittedKey, u32>,
     protected: HashMap<MapData, u64, u32>,
     errors: Array<MapData, u64>,
@@ -97,13 +96,9 @@ impl Maps {
     /// Opens the maps of a pinned set; one of another layout is an error.
     pub(super) fn open(folder: &SetFolder, pins: &Pins) -> Result<Self> {
         let take = |name: &str| pinned_map(&folder.map(name));
-        let lanes = folder.map("SLOT_LANES");
-        let slot_lanes =
-            lanes.exists().then(|| anyhow::Ok(PerCpuHashMap::try_from(pinned_map(&lanes)?)?)).transpose()?;
         let meta: Array<_, SetMeta> = take("META")?.try_into()?;
         Ok(Self {
-            slots: take("SLOTS")?.try_into()?,
-            slot_lanes,
+            ledger: Ledger::open(folder, &meta.get(&0, 0)?)?,
             slot_policies: take("SLOT_POLICIES")?.try_into()?,
             cgroups: take("CGROUPS")?.try_into()?,
             revisions: take("REVISIONS")?.try_into()?,
@@ -117,8 +112,6 @@ impl Maps {
             hash_key: meta.get(&0, 0)?.hash_key,
             meta,
             active_epoch: pinned_map(&pins.active_epoch())?.try_into()?,
-            names: take("NAMES")?.try_into()?,
-            accounts: take("ACCOUNTS")?.try_into()?,
             admitted: take("ADMITTED")?.try_into()?,
             protected: take("PROTECTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
@@ -337,22 +330,8 @@ impl Maps {
     /// Makes a slot for a container that ran before the programs did, with the process of its entrypoint (0 when
     /// unknown). Returns whether it is new.
     pub fn add_slot(&mut self, slot: u64, workload_pid: u32, id: &str) -> Result<bool> {
-        let mut name = [0; CGROUP_NAME];
-        let length = id.len().min(CGROUP_NAME);
-        name[..length].copy_from_slice(&id.as_bytes()[..length]);
-        self.names.insert(slot, name, BPF_ANY).context("the map of names is full; raise maps.slots")?;
-        let value = Slot { workload_pid, ..Slot::default() };
-        if self.slots.insert(slot, value, BPF_NOEXIST).is_err() {
-            if self.slots.get(&slot, 0).is_ok() {
-                return Ok(false);
-            }
-            bail!("the map of slots is full; raise maps.slots in the agent's configuration");
-        }
-        if let Some(lanes) = &mut self.slot_lanes {
-            let zero = vec![[0; LANES]; aya::util::nr_cpus().map_err(|(_, error)| error)?];
-            lanes.insert(slot, PerCpuValues::try_from(zero)?, BPF_ANY)?;
-        }
-        Ok(true)
+        self.ledger.set_name(slot, id)?;
+        self.ledger.add(slot, Slot { workload_pid, ..Slot::default() })
     }
 
     /// Says that a cgroup belongs to a slot.
@@ -465,97 +444,19 @@ impl Maps {
         self.roots.get(&slot, 0).is_ok()
     }
 
-    pub fn slot(&self, slot: u64) -> Option<Slot> {
-        self.slots.get(&slot, 0).ok()
-    }
-
-    /// All slots with what the kernel keeps about them.
-    pub fn slots(&self) -> Vec<(u64, Slot)> {
-        self.slots.iter().filter_map(Result::ok).collect()
-    }
-
-    /// The name of a slot's cgroup, or of its container.
-    pub fn name(&self, slot: u64) -> String {
-        let name = self.names.get(&slot, 0).unwrap_or([0; CGROUP_NAME]);
-        let used = name.split(|byte| *byte == 0).next().unwrap_or_default();
-        String::from_utf8_lossy(used).into_owned()
-    }
-
     /// Slots that are under a revision and have not ended.
     pub fn guarded(&self) -> Vec<u64> {
         let policies = self.slot_policies.iter().filter_map(Result::ok);
         policies
             .filter(|(slot, policy)| *slot != PROBE_SLOT && policy.revision != 0)
             .map(|(slot, _)| slot)
-            .filter(|slot| self.slots.get(slot, 0).is_ok_and(|slot| slot.ended == 0))
+            .filter(|slot| self.ledger.slot(*slot).is_some_and(|slot| slot.ended == 0))
             .collect()
-    }
-
-    /// Records that were lost of a slot so far.
-    pub fn lost(&self, slot: u64) -> u64 {
-        self.slots.get(&slot, 0).map_or(0, |slot| slot.lost)
     }
 
     /// Since when a slot is under its revision, nanoseconds since boot; 0 when it is under none.
     pub fn in_force_since(&self, slot: u64) -> u64 {
         self.slot_policies.get(&slot, 0).map_or(0, |policy| policy.since)
-    }
-
-    /// The last numbers that were given in a slot, by lane.
-    pub fn last_numbers(&self, slot: u64) -> Vec<(u32, u64)> {
-        let Some(lanes) = &self.slot_lanes else {
-            return vec![(0, self.slots.get(&slot, 0).map_or(0, |slot| slot.sequence))];
-        };
-        let Ok(values) = lanes.get(&slot, 0) else { return Vec::new() };
-        let of_processor = |(cpu, lanes): (usize, &[u64; LANES])| {
-            let numbered = |(context, last): (usize, &u64)| (((cpu << 4 | context) + 1) as u32, *last);
-            lanes.iter().enumerate().map(numbered).collect::<Vec<_>>()
-        };
-        values.iter().enumerate().flat_map(of_processor).collect()
-    }
-
-    /// Slots whose account is not balanced or not closed.
-    pub fn accounts(&self) -> Vec<(u64, Account)> {
-        self.accounts.iter().filter_map(Result::ok).collect()
-    }
-
-    /// Notes how many records a slot had made in all; what is delivered and reported adds up to that in the end.
-    pub fn close_account(&mut self, slot: u64, made: u64) {
-        let account = Account { made, ..self.accounts.get(&slot, 0).unwrap_or_default() };
-        self.balance(slot, account);
-    }
-
-    /// Notes that the collector has taken records of a slot, and gap records that count others.
-    pub fn credit(&mut self, slot: u64, delivered: u64, reported: u64) {
-        let mut account = self.accounts.get(&slot, 0).unwrap_or_default();
-        account.delivered += delivered;
-        account.reported += reported;
-        self.balance(slot, account);
-    }
-
-    fn balance(&mut self, slot: u64, account: Account) {
-        if account == Account::default()
-            || (account.made != 0 && account.delivered + account.reported >= account.made)
-        {
-            let _may_never_have_been_written = self.accounts.remove(&slot);
-        } else if let Err(error) = self.accounts.insert(slot, account, BPF_ANY) {
-            tracing::warn!(
-                slot,
-                %error,
-                "no room for the account of a slot; if the agent is killed now, its records are not counted"
-            );
-        }
-    }
-
-    /// Records that were numbered in a slot so far.
-    pub fn records_made(&self, slot: u64) -> u64 {
-        match &self.slot_lanes {
-            Some(lanes) => lanes
-                .get(&slot, 0)
-                .map(|values| values.iter().flat_map(|lanes| lanes.iter()).sum())
-                .unwrap_or(0),
-            None => self.slots.get(&slot, 0).map(|slot| slot.sequence).unwrap_or(0),
-        }
     }
 
     /// Whether a process of the slot still lives. One that an agent added just when it ended, and was killed before it saw
@@ -578,19 +479,15 @@ impl Maps {
     /// Forgets a slot whose cgroup is gone and whose processes have ended.
     pub fn remove_slot(&mut self, slot: u64) {
         let _gone_is_gone = self.slot_policies.remove(&slot);
-        let _as_above = self.slots.remove(&slot);
         if let Ok(root) = self.roots.get(&slot, 0)
             && self.root_slots.get(&root.superblock, 0).is_ok_and(|owner| owner == slot)
         {
             let _as_above = self.root_slots.remove(&root.superblock);
         }
         let _as_above = self.roots.remove(&slot);
-        let _as_above = self.names.remove(&slot);
+        self.ledger.remove(slot);
         let _as_above = self.cgroups.remove(&slot);
         self.volumes.forget(slot);
-        if let Some(lanes) = &mut self.slot_lanes {
-            let _as_above = lanes.remove(&slot);
-        }
     }
 
     /// The kernel's error counters that are not zero, by name.

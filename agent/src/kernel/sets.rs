@@ -15,7 +15,7 @@ use palisade_abi::{
 };
 
 use super::{
-    Kernel, Maps, Pins, Ring,
+    Kernel, Ledger, Maps, Pins, Ring,
     load::{LSM, ON_DEMAND, TRACEPOINTS},
     pins::SetFolder,
 };
@@ -24,12 +24,25 @@ use super::{
 pub struct OldSet {
     pub name: String,
     pub meta: SetMeta,
+    content: Content,
+    /// Whether its programs still judge.
+    pub in_force: bool,
+}
+
+/// What this build can read of it.
+enum Content {
+    /// It has this build's layout.
+    Whole(Box<Whole>),
+    /// It has another one: it can only be said how many records it made.
+    Ledger(Box<Ledger>),
+}
+
+/// A set of this build's layout.
+pub struct Whole {
     pub maps: Maps,
     pub records: Ring,
     /// Bytes of its ring.
     pub ring_bytes: usize,
-    /// Whether its programs still judge.
-    pub in_force: bool,
 }
 
 impl OldSet {
@@ -37,17 +50,47 @@ impl OldSet {
         let folder = pins.find(name).context("it is gone")?;
         let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
         let meta = meta.get(&0, 0)?;
-        anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
-        let maps = Maps::open(&folder, pins)?;
-        let size = MapData::from_pin(folder.map("RECORDS"))?.info()?.max_entries();
-        Ok(Self {
-            meta,
-            maps,
-            records: ring(&folder, "RECORDS")?,
-            ring_bytes: size as usize,
-            name: name.to_owned(),
-            in_force: true,
-        })
+        let content = if meta.abi == ABI_VERSION {
+            let size = MapData::from_pin(folder.map("RECORDS"))?.info()?.max_entries();
+            Content::Whole(Box::new(Whole {
+                maps: Maps::open(&folder, pins)?,
+                records: ring(&folder, "RECORDS")?,
+                ring_bytes: size as usize,
+            }))
+        } else {
+            Content::Ledger(Box::new(Ledger::open(&folder, &meta)?))
+        };
+        Ok(Self { meta, content, name: name.to_owned(), in_force: true })
+    }
+
+    /// `None` when it has another layout.
+    pub fn whole(&self) -> Option<&Whole> {
+        match &self.content {
+            Content::Whole(whole) => Some(whole),
+            Content::Ledger(_) => None,
+        }
+    }
+
+    /// `None` when it has another layout.
+    pub fn whole_mut(&mut self) -> Option<&mut Whole> {
+        match &mut self.content {
+            Content::Whole(whole) => Some(whole),
+            Content::Ledger(_) => None,
+        }
+    }
+
+    pub fn ledger(&self) -> &Ledger {
+        match &self.content {
+            Content::Whole(whole) => &whole.maps.ledger,
+            Content::Ledger(ledger) => ledger,
+        }
+    }
+
+    pub fn ledger_mut(&mut self) -> &mut Ledger {
+        match &mut self.content {
+            Content::Whole(whole) => &mut whole.maps.ledger,
+            Content::Ledger(ledger) => ledger,
+        }
     }
 }
 
@@ -63,8 +106,8 @@ impl Kernel {
         Ok(others.count())
     }
 
-    /// Opens the complete sets of other builds and configurations that have this build's layout. Of another layout nothing
-    /// can be read, and that is said.
+    /// Opens the complete sets of other builds and configurations. Of one whose ledger has another layout nothing can be
+    /// read, and that is said.
     ///
     /// # Errors
     ///
@@ -74,7 +117,16 @@ impl Kernel {
             self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
         Ok(others
             .filter_map(|name| match OldSet::open(&self.pins, &name) {
-                Ok(set) => Some(set),
+                Ok(set) => {
+                    if set.whole().is_none() {
+                        tracing::warn!(
+                            set = set.name,
+                            abi = set.meta.abi,
+                            "an older set has another layout: what is left in its ring is lost, and counted"
+                        );
+                    }
+                    Some(set)
+                }
                 Err(error) => {
                     tracing::warn!(
                         set = name,
@@ -95,7 +147,7 @@ impl Kernel {
     /// When something stays.
     pub fn clear_away(&self, others: Vec<OldSet>) -> anyhow::Result<Vec<OldSet>> {
         let active = self.maps.recording()?;
-        let recording = others.iter().find(|set| set.meta.epoch == active).map(|set| set.maps.state());
+        let recording = others.iter().find(|set| set.meta.epoch == active).map(|set| set.meta.state);
         let state =
             recording.unwrap_or_else(|| if active == self.meta.epoch { self.maps.state() } else { 0 });
         if state & set_state::WHOLE == 0 {
@@ -105,7 +157,7 @@ impl Kernel {
         for mut set in others {
             if set.meta.epoch == active {
                 left.push(set);
-            } else if set.maps.state() & set_state::RECORDED == 0 {
+            } else if set.meta.state & set_state::RECORDED == 0 {
                 self.pins.remove(&set.name)?;
             } else {
                 self.pins.detach(&set.name)?;
@@ -125,8 +177,9 @@ impl Kernel {
     pub fn inherit(&mut self, others: &[OldSet]) -> anyhow::Result<Option<bool>> {
         let active = self.maps.recording()?;
         let Some(old) = others.iter().find(|set| set.meta.epoch == active) else { return Ok(None) };
-        self.maps.inherit(&old.maps).with_context(|| format!("copying the state of {}", old.name))?;
-        Ok(Some(old.maps.state() & set_state::WHOLE != 0))
+        let Some(whole) = old.whole() else { return Ok(None) };
+        self.maps.inherit(&whole.maps).with_context(|| format!("copying the state of {}", old.name))?;
+        Ok(Some(old.meta.state & set_state::WHOLE != 0))
     }
 
     /// Takes the programs of all other sets out of force; their maps stay until [`Kernel::forget_others`].
@@ -175,8 +228,10 @@ pub(super) fn recording(pins: &Pins) -> Option<SetMeta> {
 pub fn held_processes(pins: &Pins) -> anyhow::Result<Vec<u32>> {
     let mut held = Vec::new();
     for name in pins.sets()? {
-        if let Ok(set) = OldSet::open(pins, &name) {
-            let processes = set.maps.processes().into_iter();
+        if let Ok(set) = OldSet::open(pins, &name)
+            && let Some(whole) = set.whole()
+        {
+            let processes = whole.maps.processes().into_iter();
             held.extend(processes.filter(|(_, process)| process.held != 0).map(|(pid, _)| pid));
         }
     }

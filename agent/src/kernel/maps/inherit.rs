@@ -4,14 +4,14 @@
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Pod,
-    maps::{HashMap, MapData, PerCpuValues},
+    maps::{HashMap, MapData},
 };
 use palisade_abi::{
     codes::session,
-    maps::{HOST_ROOT, LANES, PROBE_SLOT, Process, Slot},
+    maps::{HOST_ROOT, PROBE_SLOT, Process, Slot},
 };
 
-use super::{BPF_ANY, BPF_NOEXIST, Maps};
+use super::{BPF_ANY, Maps};
 
 impl Maps {
     /// Copies the state of `old` where there is none yet. The programs of both sets are attached, so what comes to be
@@ -37,15 +37,17 @@ impl Maps {
         copy(&old.roots, &mut self.roots, |slot, _| *slot != HOST_ROOT).context(ROOM_FOR_SLOTS)?;
         copy(&old.root_slots, &mut self.root_slots, |_, _| true).context(ROOM_FOR_SLOTS)?;
         self.volumes.inherit(&old.volumes)?;
-        copy(&old.names, &mut self.names, |slot, _| *slot != PROBE_SLOT).context(ROOM_FOR_SLOTS)?;
+        copy(&old.ledger.names, &mut self.ledger.names, |slot, _| *slot != PROBE_SLOT)
+            .context(ROOM_FOR_SLOTS)?;
         copy(&old.slot_policies, &mut self.slot_policies, |slot, _| *slot != PROBE_SLOT)
             .context(ROOM_FOR_SLOTS)?;
         // Before their slots: a process without an entry whose slot is known counts as one that is coming in.
         self.inherit_processes(old)?;
-        for slot in old.slots.iter() {
+        for slot in old.ledger.slots.iter() {
             let (number, slot) = slot?;
             if number != PROBE_SLOT {
-                self.inherit_slot(number, slot)?;
+                // It begins to count anew: records are numbered within a set.
+                self.ledger.add(number, Slot { sequence: 0, lost: 0, ..slot })?;
             }
         }
         copy(&old.cgroups, &mut self.cgroups, |_, _| true).context(ROOM_FOR_SLOTS)?;
@@ -56,18 +58,6 @@ impl Maps {
             ensure!(rounds < MOST_ROUNDS, "its processes come faster than they can be copied");
         }
         Ok(())
-    }
-
-    /// A slot begins to count anew: its records are numbered within a set.
-    fn inherit_slot(&mut self, number: u64, slot: Slot) -> Result<()> {
-        if self.slots.get(&number, 0).is_ok() {
-            return Ok(());
-        }
-        if let Some(lanes) = &mut self.slot_lanes {
-            let zero = vec![[0; LANES]; aya::util::nr_cpus().map_err(|(_, error)| error)?];
-            lanes.insert(number, PerCpuValues::try_from(zero)?, BPF_NOEXIST).context(ROOM_FOR_SLOTS)?;
-        }
-        self.slots.insert(number, Slot { sequence: 0, lost: 0, ..slot }, BPF_NOEXIST).context(ROOM_FOR_SLOTS)
     }
 
     /// Copies the processes that are not here, or of which the old set knows better: one that forked while its parent had no
