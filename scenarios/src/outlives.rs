@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{
@@ -38,6 +39,8 @@ const AT_ONCE: u64 = 50;
 const RATE: &str = "25";
 /// The longest that an agent lives before it is killed: it is in force, or not yet.
 const LONGEST_LIFE: Duration = Duration::from_millis(2500);
+/// How long a starved agent does not run; less than its lease.
+const AWAY: Duration = Duration::from_secs(3);
 
 pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
     let mut report = Report::new();
@@ -67,6 +70,12 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
         let options = Options { kills: options.turns, other: None, ..*options };
         report.case(&name, killed(&mut node, &runtime, &pod, &options, true)).await;
     }
+    report
+        .case(
+            "an agent that is starved of the processor loses records, and counts them",
+            starved(&mut node, &runtime, &pod),
+        )
+        .await;
     let other = AgentOptions { settings: "maps: {rules: 8192}\n", ..AgentOptions::default() };
     let name = "killed after each step of an upgrade, and back";
     report.case(name, upgraded(&mut node, &runtime, &pod, &other, true)).await;
@@ -247,7 +256,46 @@ async fn killed(
     .await?;
     // Numbers of an earlier set are not among those of the last.
     let made = if taking_turns { 0 } else { ended["coverage"]["records_made"].as_u64().unwrap_or(0) };
-    balance(node, &container, &nonce, tried, made, true).await
+    balance(node, &container, &nonce, tried, made, true).await?;
+    Ok(())
+}
+
+/// The agent gets a fiftieth of its time, and its ring is small.
+async fn starved(node: &mut Node, runtime: &Runtime, pod: &Pod) -> Result<()> {
+    node.stop_agent()?;
+    let small_ring = AgentOptions { settings: "maps: {ringBytes: 65536}\n", ..AgentOptions::default() };
+    node.start_agent(&small_ring).await?;
+    let container = runtime.container(pod, "c-starved", WORKLOAD_IMAGE, &[]).await?;
+    events::in_mode(node, &container, "enforce").await?;
+    let agent = node.agent_pid().and_then(|pid| Pid::from_raw(pid.cast_signed())).context("no agent runs")?;
+    let nonce = nonce("starved");
+    let over = std::cell::Cell::new(false);
+    let attacks = attacks(runtime, &container, &nonce, 4 * AT_ONCE, &over);
+    let starving = async {
+        for _ in 0..4 {
+            kill_process(agent, Signal::STOP)?;
+            tokio::time::sleep(AWAY).await;
+            kill_process(agent, Signal::CONT)?;
+            tokio::time::sleep(AWAY / 50).await;
+        }
+        anyhow::Ok(())
+    };
+    let (attacked, starved) = tokio::join!(attacks, until_over(starving, &over));
+    starved?;
+    let (tried, ran) = attacked?;
+    ensure!(ran == 0, "{ran} of {tried} attacks succeeded");
+    runtime.remove_container(&container).await?;
+    let ended = until("the container's last record", async || {
+        let records = events::query(node, &["--kind", "coverage", "--container", &container])?;
+        Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
+    })
+    .await?;
+    let made = ended["coverage"]["records_made"].as_u64().unwrap_or(0);
+    let counted = balance(node, &container, &nonce, tried, made, true).await?;
+    ensure!(counted > 0, "nothing was lost, so it was not starved");
+    node.stop_agent()?;
+    node.start_agent(&AgentOptions::default()).await?;
+    Ok(())
 }
 
 /// What the log says of an upgrade, in this order. Between one set's last record and the next one's first nothing is refused
@@ -306,7 +354,8 @@ async fn upgraded(
         Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
     })
     .await?;
-    balance(node, &container, &nonce, tried, 0, same_layout).await
+    balance(node, &container, &nonce, tried, 0, same_layout).await?;
+    Ok(())
 }
 
 /// Whether the steps that the log has are in their order.
@@ -343,7 +392,7 @@ async fn attacks(
     Ok((tried, ran))
 }
 
-/// Every record that was made is stored once or counted by a gap, and so is every attack.
+/// Every record that was made is stored once or counted by a gap, and so is every attack. Returns how many were counted.
 async fn balance(
     node: &Node,
     container: &str,
@@ -351,7 +400,7 @@ async fn balance(
     tried: u64,
     made: u64,
     same_layout: bool,
-) -> Result<()> {
+) -> Result<u64> {
     // Where programs cannot refuse, each set judges: the one that records may not know the container yet when the other one,
     // whose state it could not copy, kills.
     let may_not_know = !same_layout && node.log("agent").contains("tier=\"fallback\"");
@@ -387,7 +436,7 @@ async fn balance(
     );
     ensure!(stored + gaps >= made, "{} records are neither stored nor counted", made - stored - gaps);
     ensure!(denials + gaps >= tried, "{} attacks are neither stored nor counted", tried - denials - gaps);
-    Ok(())
+    Ok(gaps)
 }
 
 async fn kept(node: &mut Node, runtime: &Runtime, pod: &Pod) -> Result<()> {
