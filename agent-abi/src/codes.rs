@@ -82,7 +82,7 @@ codes! {
 }
 
 codes! {
-    /// Where a file's bytes come from. `1 << origin` is the bit in a rule's mask.
+    /// Where a file's bytes come from.
     origin: u8 {
         UNKNOWN = 0 => "unknown",
         IMAGE = 1 => "image",
@@ -116,6 +116,8 @@ codes! {
         AGENT_ABSENT = 15 => "agent-absent",
         /// Not identified, but one of the few executables that may start all the same.
         ADMITTED = 16 => "admitted",
+        /// Rules name the file, but not for processes that came into the container as this one did.
+        SESSION = 17 => "session-not-allowed",
     }
 }
 

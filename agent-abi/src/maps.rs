@@ -171,14 +171,29 @@ pub struct RuleKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct RuleValue {
-    /// Mask of `1 << origin`.
-    pub origins: u32,
+    /// Mask of [`grant`]s.
+    pub grants: u32,
+}
+
+/// The bit of a rule that allows bytes of an origin ([`crate::codes::origin`]) to processes of a session
+/// ([`crate::codes::session`]): a byte for each session, a bit of it for each origin. No bit for what is neither.
+#[inline(always)]
+#[must_use]
+pub const fn grant(origin: u8, session: u8) -> u32 {
+    if origin > 7 || session > 3 { 0 } else { 1 << (origin as u32 | (session as u32) << 3) }
+}
+
+/// The bits that allow bytes of an origin to anybody.
+#[inline(always)]
+#[must_use]
+pub const fn grant_to_any(origin: u8) -> u32 {
+    if origin > 7 { 0 } else { 0x0101_0101 << origin }
 }
 
 /// A piece of a glob automaton, which is a sequence of words:
 ///
 /// - for each byte, the column of its class ([`GLOB_BYTES`] words);
-/// - for each state, the mask of `1 << origin` that is allowed when the path ends there, low half first ([`GLOB_ORIGINS`] words),
+/// - for each state, the mask of [`grant`]s for a path that ends there, low half first ([`GLOB_GRANTS`] words),
 ///   and the next state by class; [`GLOB_DEAD`] when nothing can match any more.
 ///
 /// A column counts from the state's first word. A step is two loads, and a state takes as many words as its patterns have
@@ -197,7 +212,7 @@ pub const GLOB_CHUNK: usize = 32;
 pub const GLOB_BYTES: usize = 256;
 
 /// Words before a state's transitions.
-pub const GLOB_ORIGINS: usize = 2;
+pub const GLOB_GRANTS: usize = 2;
 
 /// The transition that leads nowhere.
 pub const GLOB_DEAD: u16 = u16::MAX;

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns};
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{error, mode, origin, reason, verdict},
-    maps::{AdmittedKey, GLOB_BYTES, GLOB_CHUNK, GLOB_DEAD, Revision, RuleKey},
+    maps::{AdmittedKey, GLOB_BYTES, GLOB_CHUNK, GLOB_DEAD, Revision, RuleKey, grant, grant_to_any},
 };
 
 use crate::{
@@ -125,12 +125,13 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     }
     let Some(scratch) = scratch else { return mismatch(reason::NO_SCRATCH, mode, number) };
     // SAFETY: the memory belongs to this task until it is released.
-    let (area, start, failure, file_origin) = unsafe {
+    let (area, start, failure, file_origin, session) = unsafe {
         (
             &raw mut (*scratch).path,
             (*scratch).executable.start,
             (*scratch).executable.failure as u8,
             (*scratch).origin,
+            (*scratch).session.kind,
         )
     };
     if failure != 0 {
@@ -139,19 +140,20 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
         }
         return mismatch(failure, mode, number);
     }
-    let bit =
-        if cfg!(feature = "plant-origin-ignored") { u32::MAX } else { 1 << (u32::from(file_origin) & 31) };
+    let wanted = if cfg!(feature = "plant-origin-ignored") { u32::MAX } else { grant(file_origin, session) };
     let key = RuleKey { path_hash: path::hash(area, start), revision: number, reserved: 0 };
     // SAFETY: rules of a revision do not change while a slot points to it.
-    let mut origins = unsafe { RULES.get(key) }.map_or(0, |rule| rule.origins);
-    if origins & bit == 0 {
-        origins |= match_globs(area, start, revision);
+    let mut grants = unsafe { RULES.get(key) }.map_or(0, |rule| rule.grants);
+    if grants & wanted == 0 {
+        grants |= match_globs(area, start, revision);
     }
-    if origins & bit != 0 {
+    if grants & wanted != 0 {
         allowed(reason::RULE, mode, number)
     } else if file_origin == origin::UNKNOWN {
         mismatch(reason::ORIGIN_UNKNOWN, mode, number)
-    } else if origins != 0 {
+    } else if grants & grant_to_any(file_origin) != 0 {
+        mismatch(reason::SESSION, mode, number)
+    } else if grants != 0 {
         mismatch(reason::ORIGIN, mode, number)
     } else {
         mismatch(reason::NO_RULE, mode, number)
@@ -193,7 +195,7 @@ fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
     mismatch(reason, mode, 0)
 }
 
-/// Runs the revision's automaton over the path and returns the origins it allows.
+/// Runs the revision's automaton over the path and returns what it grants.
 #[inline(always)]
 fn match_globs(area: *mut Area, start: u32, revision: &Revision) -> u32 {
     if revision.glob_chunks == 0 {

@@ -106,6 +106,8 @@ pub struct Made {
 pub struct Held {
     pub path: Vec<u8>,
     pub origin: u8,
+    /// Code of [`palisade_abi::codes::session`].
+    pub session: u8,
     /// Why the path is not known; 0 when it is.
     pub failure: u8,
     /// The script that led to it, and its origin.
@@ -230,6 +232,7 @@ fn make_exec(
     let held = (part.verdict == codes::verdict::HELD).then(|| Held {
         path: record.path.to_vec(),
         origin: part.origin,
+        session: record.head.session.kind,
         failure: if part.reason == codes::reason::UNIDENTIFIED { 0 } else { part.reason },
         script: (!record.script.is_empty()).then(|| (record.script.to_vec(), part.script_origin)),
         escaped: has(exec_flags::ESCAPED),

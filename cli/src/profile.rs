@@ -114,6 +114,7 @@ fn observations_of(record: &Value) -> Option<Vec<Observation>> {
             labels.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
         })
         .unwrap_or_default();
+    let entered = record.pointer("/session_of/kind").and_then(Value::as_str);
     let seen = |path: &str, origin: &str| Observation {
         namespace: text(container, "namespace"),
         pod: text(container, "pod"),
@@ -122,6 +123,7 @@ fn observations_of(record: &Value) -> Option<Vec<Observation>> {
         image: text(container, "image"),
         path: text(exec, path),
         origin: text(exec, origin),
+        entered: entered.is_some_and(|kind| kind == "admin" || kind == "probe"),
     };
     let mut found = vec![seen("executable", "origin"), seen("script", "script_origin")];
     found.retain(|observation| !observation.path.is_empty());

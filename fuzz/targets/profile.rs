@@ -3,8 +3,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use palisade_abi::codes::origin;
-use palisade_profile::{document, evaluate::evaluate, image, policy};
+use palisade_abi::codes::{origin, session};
+use palisade_profile::{
+    document,
+    evaluate::{Execution, evaluate},
+    image, policy,
+};
 
 fuzz_target!(|text: &str| {
     let Ok(profiles) = document::parse("fuzz", text) else { return };
@@ -12,9 +16,13 @@ fuzz_target!(|text: &str| {
         let Ok(image) = image::compile(&policy::alone(profile)) else { continue };
         for rule in profile.exec.iter().flatten() {
             let path = rule.path.as_str();
-            let decision = evaluate(&image, path.as_bytes(), origin::IMAGE, 0);
+            let path_bytes = path.as_bytes();
+            let execution =
+                Execution { path: path_bytes, origin: origin::IMAGE, session: session::WORKLOAD, failure: 0 };
+            let decision = evaluate(&image, &execution);
             // A path without wildcards that is allowed from the image is allowed.
-            if rule.path.is_exact() && rule.from.contains(&document::Origin::Image) {
+            let for_workload = rule.sessions.codes().any(|code| code == session::WORKLOAD);
+            if rule.path.is_exact() && for_workload && rule.from.contains(&document::Origin::Image) {
                 assert_eq!(decision.verdict, palisade_abi::codes::verdict::ALLOWED, "{path}");
             }
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use palisade_abi::maps::{GLOB_BYTES, GLOB_DEAD, GLOB_ORIGINS};
+use palisade_abi::maps::{GLOB_BYTES, GLOB_DEAD, GLOB_GRANTS};
 
 use crate::glob::Piece;
 
@@ -34,10 +34,10 @@ impl Automaton {
             Piece::Byte(byte) => Some(*byte),
             _ => None,
         }));
-        let width = GLOB_ORIGINS + named.len();
-        let mut words = vec![GLOB_ORIGINS as u16; GLOB_BYTES];
+        let width = GLOB_GRANTS + named.len();
+        let mut words = vec![GLOB_GRANTS as u16; GLOB_BYTES];
         for (class, byte) in named.iter().enumerate() {
-            words[usize::from(*byte)] = (GLOB_ORIGINS + class) as u16;
+            words[usize::from(*byte)] = (GLOB_GRANTS + class) as u16;
         }
         let start = closure(&pieces, (0..pieces.len()).map(|pattern| (pattern, 0, false)));
         let mut numbers = BTreeMap::from([(start.clone(), 0)]);
@@ -47,8 +47,8 @@ impl Automaton {
             let set = sets[done].clone();
             done += 1;
             let ends = set.iter().filter(|(pattern, piece, _)| *piece == pieces[*pattern].len());
-            let origins = ends.fold(0, |mask, (pattern, ..)| mask | patterns[*pattern].1);
-            words.extend([origins as u16, (origins >> 16) as u16]);
+            let grants = ends.fold(0, |mask, (pattern, ..)| mask | patterns[*pattern].1);
+            words.extend([grants as u16, (grants >> 16) as u16]);
             for byte in &named {
                 let next = closure(&pieces, set.iter().flat_map(|place| step(&pieces, *place, *byte)));
                 if next.is_empty() {
@@ -80,9 +80,9 @@ impl Automaton {
         self.width
     }
 
-    /// The origins that `path` is allowed with, as a mask of `1 << origin`: the same steps that the kernel takes.
+    /// What `path` is allowed with, as a mask of [`palisade_abi::maps::grant`]s: the same steps that the kernel takes.
     #[must_use]
-    pub fn origins(&self, path: &[u8]) -> u32 {
+    pub fn grants(&self, path: &[u8]) -> u32 {
         if self.words.is_empty() {
             return 0;
         }
@@ -167,7 +167,7 @@ mod tests {
                     .iter()
                     .filter(|(pattern, _)| pattern.matches(&path))
                     .fold(0, |mask, (_, bit)| mask | bit);
-                prop_assert_eq!(automaton.origins(path.as_bytes()), expected, "{:?} on {}", &patterns, path);
+                prop_assert_eq!(automaton.grants(path.as_bytes()), expected, "{:?} on {}", &patterns, path);
             }
         }
     }

@@ -17,6 +17,7 @@ use crate::{
     glob::Pattern,
     problem::Problem,
     selector::{ContainerSelector, Selector},
+    session::{Session, Sessions},
 };
 
 pub const API_VERSION: &str = "palisade.dev/v1alpha1";
@@ -125,6 +126,7 @@ impl std::fmt::Display for Origin {
 pub struct ExecRule {
     pub path: Pattern,
     pub from: BTreeSet<Origin>,
+    pub sessions: Sessions,
 }
 
 /// `Profile` or `ClusterProfile`.
@@ -212,7 +214,7 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("spec.selector", &["namespaceSelector"]),
     ("spec.selector.podSelector", &["matchExpressions"]),
     ("spec.exec", &["memory", "jit", "libraries"]),
-    ("spec.exec.allow[]", &["sha256", "sessions", "parents", "args"]),
+    ("spec.exec.allow[]", &["sha256", "parents", "args"]),
 ];
 
 struct Reader<'a> {
@@ -537,7 +539,7 @@ impl Reader<'_> {
 
     fn exec_rule(&mut self, node: &Node, field: &str) -> Option<ExecRule> {
         let mapping = self.mapping(node, field)?;
-        self.known(mapping, field, &["path", "from"]);
+        self.known(mapping, field, &["path", "from", "sessions"]);
         let path = self.required_text(mapping, field, "path")?;
         let pattern = match Pattern::parse(path.as_str()) {
             Ok(pattern) => Some(pattern),
@@ -558,7 +560,45 @@ impl Reader<'_> {
             }
             Some(node) => from.extend(self.origin(node, &join(field, "from"))),
         }
-        Some(ExecRule { path: pattern?, from })
+        let sessions = self.sessions(mapping, field)?;
+        Some(ExecRule { path: pattern?, from, sessions })
+    }
+
+    fn sessions(&mut self, rule: &MarkedMappingNode, field: &str) -> Option<Sessions> {
+        match rule.get_node("sessions") {
+            None => Some(Sessions::ANY),
+            Some(Node::Sequence(list)) if list.is_empty() => {
+                self.problem(
+                    list.span(),
+                    &join(field, "sessions"),
+                    "is empty, so that the rule is for nobody",
+                    "write workload, admin, or leave it out for both",
+                );
+                None
+            }
+            Some(Node::Sequence(list)) => list
+                .iter()
+                .enumerate()
+                .map(|(index, node)| self.session(node, &format!("{field}.sessions[{index}]")))
+                .collect(),
+            Some(node) => {
+                self.session(node, &join(field, "sessions")).map(|session| [session].into_iter().collect())
+            }
+        }
+    }
+
+    fn session(&mut self, node: &Node, field: &str) -> Option<Session> {
+        let text = self.text(node, field)?;
+        let found = Session::parse(text.as_str());
+        if found.is_none() {
+            let remedy = if text.as_str() == "probe" {
+                "write admin: the kernel cannot tell a probe from others who enter and run the same command"
+            } else {
+                "write workload or admin"
+            };
+            self.problem(text.span(), field, format!("{:?} is not a session", text.as_str()), remedy);
+        }
+        found
     }
 
     fn origin(&mut self, node: &Node, field: &str) -> Option<Origin> {
@@ -698,6 +738,24 @@ spec:
         {
             let found = problems(&GOOD.replace("from: drift", &format!("from: \"{bad}\"")));
             assert!(found.len() == 1 && found[0].contains("is not an origin; write"), "{bad}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_rule_may_ask_for_sessions() {
+        let rule = |sessions: &str| {
+            let text = GOOD
+                .replace("- path: /usr/sbin/nginx", &format!("- {{path: /bin/sh, sessions: {sessions}}}"));
+            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap()[0].sessions)
+        };
+        assert_eq!(rule("admin").unwrap(), [Session::Admin].into_iter().collect());
+        assert_eq!(rule("[workload, admin]").unwrap(), Session::ALL.into_iter().collect());
+        assert!(!rule("[workload, admin]").unwrap().is_any(), "unknown is not one of them");
+        for (bad, says) in
+            [("probe", "write admin"), ("[]", "is empty"), ("[root]", "write workload or admin")]
+        {
+            let problems = rule(bad).unwrap_err();
+            assert!(problems.len() == 1 && problems[0].to_string().contains(says), "{bad}: {problems:?}");
         }
     }
 

@@ -1,6 +1,9 @@
 //! The verdict on a policy image, as the kernel gives it.
 
-use palisade_abi::codes::{mode, origin, reason, verdict};
+use palisade_abi::{
+    codes::{mode, origin, reason, verdict},
+    maps::{grant, grant_to_any},
+};
 
 use crate::image::PolicyImage;
 
@@ -11,10 +14,23 @@ pub struct Decision {
     pub reason: u8,
 }
 
-/// Judges the execution of `path` with origin `file_origin` (a code). On a volume the path is a text of
-/// [`palisade_abi::volume`]. `failure` is the reason why the path is not known, or 0.
+/// What is judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Execution<'a> {
+    /// Canonical; on a volume a text of [`palisade_abi::volume`].
+    pub path: &'a [u8],
+    /// [`origin`].
+    pub origin: u8,
+    /// [`palisade_abi::codes::session`].
+    pub session: u8,
+    /// Why the path is not known, a [`reason`]; or 0.
+    pub failure: u8,
+}
+
+/// Judges an execution.
 #[must_use]
-pub fn evaluate(image: &PolicyImage, path: &[u8], file_origin: u8, failure: u8) -> Decision {
+pub fn evaluate(image: &PolicyImage, execution: &Execution<'_>) -> Decision {
+    let Execution { path, origin, session, failure } = *execution;
     if !image.restricts_exec {
         return Decision { verdict: verdict::ALLOWED, reason: reason::NO_RULE };
     }
@@ -25,12 +41,14 @@ pub fn evaluate(image: &PolicyImage, path: &[u8], file_origin: u8, failure: u8) 
     if failure != 0 {
         return mismatch(failure);
     }
-    let origins = image.exact.get(path).copied().unwrap_or(0) | image.globs.origins(path);
-    if origins & (1 << u32::from(file_origin)) != 0 {
+    let grants = image.exact.get(path).copied().unwrap_or(0) | image.globs.grants(path);
+    if grants & grant(origin, session) != 0 {
         Decision { verdict: verdict::ALLOWED, reason: reason::RULE }
-    } else if file_origin == origin::UNKNOWN {
+    } else if origin == origin::UNKNOWN {
         mismatch(reason::ORIGIN_UNKNOWN)
-    } else if origins != 0 {
+    } else if grants & grant_to_any(origin) != 0 {
+        mismatch(reason::SESSION)
+    } else if grants != 0 {
         mismatch(reason::ORIGIN)
     } else {
         mismatch(reason::NO_RULE)
@@ -39,15 +57,22 @@ pub fn evaluate(image: &PolicyImage, path: &[u8], file_origin: u8, failure: u8) 
 
 #[cfg(test)]
 mod tests {
+    use palisade_abi::codes::session;
+
     use super::*;
     use crate::{document::parse, image::compile, policy::unite, selector::ContainerFacts};
+
+    fn execution(path: &[u8], origin: u8) -> Execution<'_> {
+        Execution { path, origin, session: session::WORKLOAD, failure: 0 }
+    }
 
     fn image(mode: &str) -> PolicyImage {
         let text = format!(
             "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {{name: a}}\n\
              spec: {{selector: {{}}, mode: {mode}, exec: {{allow: [{{path: /bin/a}}, {{path: /opt/**, from: [image, drift]}},
              {{path: /opt/plugins/**, from: \"volume:plugins\"}}, {{path: /tools/run, from: [host, \"volume:tools\"]}},
-             {{path: /etc/hosts, from: \"volume:/etc/hosts\"}}]}}}}\n"
+             {{path: /etc/hosts, from: \"volume:/etc/hosts\"}},
+             {{path: /bin/sh, sessions: admin}}, {{path: /sbin/**, sessions: [admin]}}]}}}}\n"
         );
         compile(&unite(&parse("x", &text).unwrap(), &ContainerFacts::default()).unwrap()).unwrap()
     }
@@ -55,7 +80,7 @@ mod tests {
     #[test]
     fn a_verdict_depends_on_path_origin_and_mode() {
         let decide = |mode, path: &str, origin| {
-            let decision = evaluate(&image(mode), path.as_bytes(), origin, 0);
+            let decision = evaluate(&image(mode), &execution(path.as_bytes(), origin));
             (decision.verdict, decision.reason)
         };
         assert_eq!(decide("enforce", "/bin/a", origin::IMAGE), (verdict::ALLOWED, reason::RULE));
@@ -67,9 +92,24 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_for_a_session_is_for_that_session_alone() {
+        let decide = |path: &[u8], origin, session| {
+            let decision = evaluate(&image("enforce"), &Execution { session, ..execution(path, origin) });
+            (decision.verdict, decision.reason)
+        };
+        for path in [&b"/bin/sh"[..], b"/sbin/a/b"] {
+            assert_eq!(decide(path, origin::IMAGE, session::ENTERED), (verdict::ALLOWED, reason::RULE));
+            assert_eq!(decide(path, origin::IMAGE, session::WORKLOAD), (verdict::DENIED, reason::SESSION));
+            assert_eq!(decide(path, origin::IMAGE, session::UNKNOWN), (verdict::DENIED, reason::SESSION));
+            assert_eq!(decide(path, origin::DRIFT, session::ENTERED), (verdict::DENIED, reason::ORIGIN));
+        }
+        assert_eq!(decide(b"/bin/a", origin::IMAGE, session::UNKNOWN), (verdict::ALLOWED, reason::RULE));
+    }
+
+    #[test]
     fn a_rule_for_a_volume_is_for_that_volume_alone() {
         let decide = |path: &str, origin| {
-            let decision = evaluate(&image("enforce"), path.as_bytes(), origin, 0);
+            let decision = evaluate(&image("enforce"), &execution(path.as_bytes(), origin));
             (decision.verdict, decision.reason)
         };
         for path in [":plugins:/opt/plugins/a/b", ":tools:/tools/run", ":/etc/hosts:/etc/hosts"] {
@@ -94,7 +134,8 @@ mod tests {
 
     #[test]
     fn an_unknown_path_is_refused_even_where_a_pattern_would_match() {
-        let decision = evaluate(&image("enforce"), b"/opt/x", origin::IMAGE, reason::PATH_TOO_LONG);
+        let unknown = Execution { failure: reason::PATH_TOO_LONG, ..execution(b"/opt/x", origin::IMAGE) };
+        let decision = evaluate(&image("enforce"), &unknown);
         assert_eq!((decision.verdict, decision.reason), (verdict::DENIED, reason::PATH_TOO_LONG));
     }
 }

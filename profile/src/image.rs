@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use palisade_abi::maps::grant;
 use thiserror::Error;
 
 use crate::{
@@ -15,7 +16,7 @@ use crate::{
 pub struct PolicyImage {
     pub mode: Mode,
     pub restricts_exec: bool,
-    /// Exact paths with the mask of `1 << origin` that each allows; on volumes as [`palisade_abi::volume`] has them.
+    /// Exact paths with the mask of [`grant`]s that each allows; on volumes as [`palisade_abi::volume`] has them.
     pub exact: BTreeMap<Vec<u8>, u32>,
     /// All patterns with wildcards.
     pub globs: Automaton,
@@ -42,8 +43,8 @@ pub fn compile(policy: &Policy) -> Result<PolicyImage, CompileError> {
     let mut patterns = Vec::new();
     for (pattern, origins) in exec.iter().flatten() {
         let mut plain = 0;
-        for origin in origins {
-            let bit = 1 << u32::from(origin.code());
+        for (origin, sessions) in origins {
+            let bit = sessions.codes().fold(0, |mask, session| mask | grant(origin.code(), session));
             match origin {
                 Origin::Volume(name) if pattern.is_exact() => {
                     exact.insert(pattern.text_on(name.as_str()).into_bytes(), bit);
@@ -65,17 +66,15 @@ pub fn compile(policy: &Policy) -> Result<PolicyImage, CompileError> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-    use crate::glob::Pattern;
+    use crate::{glob::Pattern, session::Sessions};
 
     #[test]
     fn too_many_states_are_an_error_that_names_the_profiles() {
         let mut exec = BTreeMap::new();
         for index in 0..12 {
             let text = format!("/*{}*x*y*z", "abcdefghijkl".chars().nth(index).unwrap());
-            exec.insert(Pattern::parse(&text).unwrap(), BTreeSet::from([Origin::Image]));
+            exec.insert(Pattern::parse(&text).unwrap(), BTreeMap::from([(Origin::Image, Sessions::ANY)]));
         }
         let policy = Policy { profiles: vec!["shop/web".to_owned()], mode: Mode::Audit, exec: Some(exec) };
         assert!(compile(&policy).unwrap_err().to_string().contains("shop/web"));

@@ -5,7 +5,7 @@ use std::{
     fmt::Write as _,
 };
 
-use crate::document::API_VERSION;
+use crate::{document::API_VERSION, session::Session};
 
 /// One recorded execution.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct Observation {
     pub path: String,
     /// As records name it.
     pub origin: String,
+    /// Whether by somebody who had entered the container, or by a probe.
+    pub entered: bool,
 }
 
 /// Labels that differ between pods of one workload, and so select nothing.
@@ -33,11 +35,13 @@ const PER_POD_LABELS: &[&str] = &[
 ];
 
 /// Writes one profile in mode `audit` for every container of every workload seen. Executables that do not come
-/// from the image are listed as comments: an author must decide about each.
+/// from the image are listed as comments: an author must decide about each. What only those executed who entered is allowed to
+/// them alone.
 #[must_use]
 pub fn draft(observations: &[Observation]) -> String {
     type Workload = (String, BTreeMap<String, String>, String);
-    type Seen = (BTreeSet<String>, BTreeSet<(String, String)>);
+    // Path and origin, and whether only those executed it who entered.
+    type Seen = (BTreeSet<String>, BTreeMap<(String, String), bool>);
     let mut workloads: BTreeMap<Workload, Seen> = BTreeMap::new();
     for seen in observations {
         let labels: BTreeMap<String, String> = seen
@@ -49,7 +53,7 @@ pub fn draft(observations: &[Observation]) -> String {
         let key = (seen.namespace.clone(), labels, seen.container.clone());
         let (images, paths) = workloads.entry(key).or_default();
         images.insert(seen.image.clone());
-        paths.insert((seen.path.clone(), seen.origin.clone()));
+        *paths.entry((seen.path.clone(), seen.origin.clone())).or_insert(true) &= seen.entered;
     }
     let mut text = String::new();
     for (index, ((namespace, labels, container), (images, paths))) in workloads.iter().enumerate() {
@@ -80,17 +84,21 @@ pub fn draft(observations: &[Observation]) -> String {
         }
         let _ = writeln!(text, "    containers: [{{name: {}}}]", quoted(container));
         let _ = writeln!(text, "  mode: audit\n  exec:");
-        let from_image: Vec<&String> =
-            paths.iter().filter(|(_, origin)| origin == "image").map(|(path, _)| path).collect();
-        if from_image.is_empty() {
+        let is_image = |origin: &str| origin == "image";
+        if !paths.keys().any(|(_, origin)| is_image(origin)) {
             let _ = writeln!(text, "    allow: []");
         } else {
             let _ = writeln!(text, "    allow:");
         }
-        for path in from_image {
-            let _ = writeln!(text, "      - path: {}", quoted(path));
+        for ((path, _), entered) in paths.iter().filter(|((_, origin), _)| is_image(origin)) {
+            let path = quoted(path);
+            let _ = if *entered {
+                writeln!(text, "      - {{path: {path}, sessions: {}}}", Session::Admin.as_str())
+            } else {
+                writeln!(text, "      - path: {path}")
+            };
         }
-        for (path, origin) in paths.iter().filter(|(_, origin)| origin != "image") {
+        for (path, origin) in paths.keys().filter(|(_, origin)| !is_image(origin)) {
             let rule = format!("- {{path: {}, from: {}}}", quoted(path), quoted(origin));
             let _ = writeln!(text, "      # decide, it is not the image's: {rule}");
         }
@@ -154,7 +162,17 @@ mod tests {
             image: "registry.example/web:1".to_owned(),
             path: path.to_owned(),
             origin: origin.to_owned(),
+            entered: false,
         }
+    }
+
+    #[test]
+    fn what_only_those_executed_who_entered_is_for_them_alone() {
+        let by_hand = |path| Observation { entered: true, ..seen(path, "image") };
+        let text = draft(&[seen("/bin/both", "image"), by_hand("/bin/both"), by_hand("/bin/sh")]);
+        let rules = parse("draft", &text).unwrap().remove(0).exec.unwrap();
+        assert!(rules[0].sessions.is_any(), "{text}");
+        assert_eq!(rules[1].sessions, [Session::Admin].into_iter().collect());
     }
 
     #[test]

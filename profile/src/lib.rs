@@ -16,3 +16,4 @@ pub mod learn;
 pub mod policy;
 pub mod problem;
 pub mod selector;
+pub mod session;

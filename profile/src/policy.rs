@@ -1,13 +1,15 @@
 //! The policy of one container: the union of its profiles' rules under the strictest of their modes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use palisade_abi::codes::session;
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    document::{Mode, Origin, Profile, Scope},
+    document::{ExecRule, Mode, Origin, Profile, Scope},
     glob::Pattern,
     selector::ContainerFacts,
+    session::Sessions,
 };
 
 /// What holds for a container. Equal policies are one revision.
@@ -17,8 +19,11 @@ pub struct Policy {
     pub profiles: Vec<String>,
     pub mode: Mode,
     /// `None` when no profile has an `exec` section.
-    pub exec: Option<BTreeMap<Pattern, BTreeSet<Origin>>>,
+    pub exec: Option<Rules>,
 }
+
+/// By path, and by where its bytes come from: who may execute it.
+pub type Rules = BTreeMap<Pattern, BTreeMap<Origin, Sessions>>;
 
 /// Chooses and unites the profiles for a container; `None` when none names it.
 ///
@@ -41,12 +46,9 @@ pub fn unite<'a>(
     let mode = chosen.iter().map(|profile| profile.mode).max()?;
     let mut names: Vec<String> = chosen.iter().map(|profile| profile.reference()).collect();
     names.sort();
-    let mut exec: Option<BTreeMap<Pattern, BTreeSet<Origin>>> = None;
+    let mut exec = None;
     for rules in chosen.iter().filter_map(|profile| profile.exec.as_ref()) {
-        let union = exec.get_or_insert_default();
-        for rule in rules {
-            union.entry(rule.path.clone()).or_default().extend(rule.from.iter().cloned());
-        }
+        add(exec.get_or_insert_default(), rules);
     }
     Some(Policy { profiles: names, mode, exec })
 }
@@ -55,13 +57,20 @@ pub fn unite<'a>(
 #[must_use]
 pub fn alone(profile: &Profile) -> Policy {
     let exec = profile.exec.as_ref().map(|rules| {
-        let mut union: BTreeMap<Pattern, BTreeSet<Origin>> = BTreeMap::new();
-        for rule in rules {
-            union.entry(rule.path.clone()).or_default().extend(rule.from.iter().cloned());
-        }
+        let mut union = Rules::new();
+        add(&mut union, rules);
         union
     });
     Policy { profiles: vec![profile.reference()], mode: profile.mode, exec }
+}
+
+fn add(union: &mut Rules, rules: &[ExecRule]) {
+    for rule in rules {
+        let origins = union.entry(rule.path.clone()).or_default();
+        for origin in &rule.from {
+            origins.entry(origin.clone()).or_default().add(rule.sessions);
+        }
+    }
 }
 
 impl Policy {
@@ -69,7 +78,7 @@ impl Policy {
     /// mounts are known: until then a volume's files pass for the host's, or for memory.
     #[must_use]
     pub fn needs_mounts(&self) -> bool {
-        let mut origins = self.exec.iter().flat_map(BTreeMap::values).flatten();
+        let mut origins = self.exec.iter().flat_map(BTreeMap::values).flat_map(BTreeMap::keys);
         origins.any(|origin| matches!(origin, Origin::Volume(_) | Origin::Host | Origin::Memory))
     }
 
@@ -91,8 +100,11 @@ impl Policy {
             Some(rules) => {
                 for (pattern, origins) in rules {
                     part(pattern.as_str());
-                    for origin in origins {
+                    for (origin, sessions) in origins {
                         part(&origin.to_string());
+                        for code in sessions.codes().filter(|_| !sessions.is_any()) {
+                            part(session::name(code).unwrap_or_default());
+                        }
                     }
                 }
             }

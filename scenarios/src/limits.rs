@@ -13,10 +13,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use palisade_abi::codes::{origin, verdict};
+use palisade_abi::codes::{origin, session, verdict};
 use palisade_profile::{
     document::{self, Profile},
-    evaluate::evaluate,
+    evaluate::{Execution, evaluate},
     image, policy,
     selector::ContainerFacts,
 };
@@ -281,7 +281,13 @@ async fn compared(node: &Node, scene: &Scene, options: &Options, profiles: &[Pro
             ..ContainerFacts::default()
         };
         let policy = policy::unite(&profiles[own..=own], &facts).context("no profile names it")?;
-        let decision = evaluate(&image::compile(&policy)?, path.as_bytes(), origin::IMAGE, 0);
+        let execution = Execution {
+            path: path.as_bytes(),
+            origin: origin::IMAGE,
+            session: session::WORKLOAD,
+            failure: 0,
+        };
+        let decision = evaluate(&image::compile(&policy)?, &execution);
         let nonce = format!("limits-{turn}");
         let ran = scene.execute(number, &path, &nonce)?;
         ensure!(

@@ -29,6 +29,7 @@ mod smoke;
 mod starts;
 mod tampering;
 mod volumes;
+mod who;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -50,6 +51,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Rules for the workload alone, and for those who enter from outside
+    Who,
     /// One allowed and one denied exec, and the right origin: the check of every kernel
     Smoke,
     /// The exec allowlist against every known way around it, under enforce, audit and without a profile
@@ -185,6 +188,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
     let cri = arguments.cri;
     runtime.block_on(async {
         match arguments.command {
+            Command::Who => who::run(&cri).await,
             Command::Smoke => smoke::run(&cri).await,
             Command::Exec { only } => exec::run(&cri, &only).await,
             Command::Starts { count, here, only } => {

@@ -231,7 +231,7 @@ fn scenarios(binaries: &Path, full: bool, tally: &mut Tally) {
     let count = if full { 200 } else { 20 };
     let other = build::ANOTHER_ABI;
     let script = format!(
-        "code=0; for scenario in exec faults generator 'outlives --other {other}' claims tampering 'limits --containers 500 --profiles 100 --executions 100 --memory 64' members engines daemonset disturbed volumes 'starts --count {count}'; do \
+        "code=0; for scenario in exec who faults generator 'outlives --other {other}' claims tampering 'limits --containers 500 --profiles 100 --executions 100 --memory 64' members engines daemonset disturbed volumes 'starts --count {count}'; do \
          echo \"-- $scenario\"; palisade-scenarios $scenario || code=1; done; exit $code"
     );
     let minutes = if full { 240 } else { 70 };
@@ -257,8 +257,11 @@ fn native(binaries: &Path, tally: &mut Tally) {
         let containerd = Containerd::start(&images)?;
         let (exec, mut output) = containerd.run(binaries, &["palisade-scenarios", "exec"])?;
         let mut worst = exec;
-        for words in [&["palisade-scenarios", "faults"][..], &["palisade-scenarios", "starts", "--here"][..]]
-        {
+        for words in [
+            &["palisade-scenarios", "who"][..],
+            &["palisade-scenarios", "faults"],
+            &["palisade-scenarios", "starts", "--here"],
+        ] {
             let (code, more) = containerd.run(binaries, words)?;
             output.push_str(&more);
             worst = worst.max(code);

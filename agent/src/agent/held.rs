@@ -4,7 +4,11 @@ use palisade_abi::{
     codes::{action, mode, reason, verdict},
     maps::Process,
 };
-use palisade_profile::{evaluate::evaluate, image, policy::Policy};
+use palisade_profile::{
+    evaluate::{Execution, evaluate},
+    image,
+    policy::Policy,
+};
 
 use super::{Agent, flow::HeldExec};
 use crate::{
@@ -158,8 +162,12 @@ fn judge(policy: Option<&Policy>, held: &Held) -> Settled {
     }
     // A policy that cannot be compiled was not applied either.
     let Ok(image) = image::compile(policy) else { return mismatch(reason::LOOKUP_MISSED) };
-    let own = evaluate(&image, &held.path, held.origin, held.failure);
-    let script = held.script.as_ref().map(|(path, origin)| evaluate(&image, path, *origin, 0));
+    let Held { session, failure, .. } = *held;
+    let own = evaluate(&image, &Execution { path: &held.path, origin: held.origin, session, failure });
+    let script = held
+        .script
+        .as_ref()
+        .map(|(path, origin)| evaluate(&image, &Execution { path, origin: *origin, session, failure: 0 }));
     let of_script = script.is_some_and(|script| script.verdict > own.verdict);
     let worse = script.filter(|_| of_script).unwrap_or(own);
     Settled { verdict: worse.verdict, reason: worse.reason, mode: code, of_script }

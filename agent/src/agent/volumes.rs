@@ -250,6 +250,7 @@ mod tests {
         let mut held = Held {
             path: b"/usr/bin/workload".to_vec(),
             origin: origin::IMAGE,
+            session: palisade_abi::codes::session::WORKLOAD,
             failure: 0,
             script: Some((b"/v/tools/start.sh".to_vec(), origin::HOST)),
             escaped: false,

@@ -157,10 +157,10 @@ impl Maps {
         for (index, chunk) in done.globs.clone().zip(chunks) {
             self.globs.set(index, chunk, BPF_ANY).context("cannot write the glob automaton")?;
         }
-        for (path, origins) in exact {
+        for (path, grants) in exact {
             let key = RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
             self.rules
-                .insert(key, RuleValue { origins: *origins }, BPF_ANY)
+                .insert(key, RuleValue { grants: *grants }, BPF_ANY)
                 .context("the map of rules is full; raise maps.rules in the agent's configuration")?;
             done.keys.push(key);
         }
@@ -262,10 +262,10 @@ impl Maps {
             && head.restricts_exec == u32::from(*restricts_exec)
             && head.glob_width as usize == globs.width();
         let same_rules = installed.keys.len() == exact.len()
-            && exact.iter().all(|(path, origins)| {
+            && exact.iter().all(|(path, grants)| {
                 let key =
                     RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
-                self.rules.get(&key, 0).is_ok_and(|rule| rule.origins == *origins)
+                self.rules.get(&key, 0).is_ok_and(|rule| rule.grants == *grants)
             });
         let chunks = chunks(globs);
         let same_globs = installed.globs.len() == chunks.len()
