@@ -6,6 +6,8 @@ use btf_rs::{Btf, BtfType, Struct, Type};
 use palisade_abi::offsets::{ABSENT, FIELDS, KernelOffsets};
 use thiserror::Error;
 
+mod hooks;
+
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const OVERLAY: &str = "/sys/kernel/btf/overlay";
 
@@ -46,6 +48,20 @@ pub enum OverlayLayout {
     Btf,
     /// From the size of the inode it embeds, since the module has no BTF (Debian's 5.10). To be proven before use.
     Inferred,
+}
+
+/// The functions that stand for the LSM's hooks, for attaching to them.
+///
+/// # Errors
+///
+/// When there is no BTF, or one that this build cannot read.
+pub(super) fn lsm_hooks() -> Result<aya::Btf, BtfError> {
+    let path = Path::new(VMLINUX);
+    let malformed = |message: String| BtfError::Malformed { path: path.to_owned(), message };
+    let raw = std::fs::read(path).map_err(|source| BtfError::Missing { path: path.to_owned(), source })?;
+    let hooks = hooks::functions(&raw, b"bpf_lsm_")
+        .ok_or_else(|| malformed("it has types of a kind that this build does not know".to_owned()))?;
+    aya::Btf::parse(&hooks, aya::Endianness::default()).map_err(|error| malformed(error.to_string()))
 }
 
 impl Layout {

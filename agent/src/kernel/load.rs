@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Context as _;
 use aya::{
-    Btf, Ebpf, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{Array, MapData},
     programs::{
         Lsm, Program, RawTracePoint,
@@ -25,7 +25,7 @@ use thiserror::Error;
 
 use super::{
     BtfError, Features, Layout, Maps, Opened, Pins, Ring, Sizes, Table,
-    btf::OverlayLayout,
+    btf::{OverlayLayout, lsm_hooks},
     pins::SetFolder,
     roots,
     sets::{adoptable, pinned_lsm, pinned_tracepoint, recording, ring},
@@ -557,7 +557,7 @@ fn load(
         host_mount_namespace: mount_namespace(host_process())?,
         reserved: 0,
     };
-    let btf = Btf::from_sys_fs().map_err(|error| LoadError::Other(error.into()))?;
+    let btf = lsm_hooks()?;
     let folder = pins.begin(set)?;
     let Sizes { slots, processes, rules, glob_bytes, volumes, volume_names, ring_bytes } = *sizes;
     let mut ebpf = EbpfLoader::new()
