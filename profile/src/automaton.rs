@@ -7,9 +7,9 @@ use palisade_abi::maps::{GLOB_BYTES, GLOB_DEAD, GLOB_GRANTS};
 use crate::glob::Piece;
 
 /// Most states of one automaton: how long compiling may take.
-pub const MOST_STATES: usize = 8192;
-/// Most words of one automaton, 1 MiB.
-pub const MOST_WORDS: usize = 1 << 19;
+pub const MOST_STATES: usize = 4096;
+/// Most words of one automaton, 512 KiB: two of them, the one in force and the one after it, fit into the default of `maps.globBytes`.
+pub const MOST_WORDS: usize = 1 << 18;
 
 /// The automaton: [`palisade_abi::maps::GlobChunk`] has the layout of its words. Without patterns it has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,8 +49,18 @@ impl Automaton {
             let ends = set.iter().filter(|(pattern, piece, _)| *piece == pieces[*pattern].len());
             let grants = ends.fold(0, |mask, (pattern, ..)| mask | patterns[*pattern].1);
             words.extend([grants as u16, (grants >> 16) as u16]);
+            let after = |byte: u8| closure(&pieces, set.iter().flat_map(|place| step(&pieces, *place, byte)));
+            let otherwise = after(0);
+            let named_here: BTreeSet<u8> = set
+                .iter()
+                .filter_map(|(pattern, piece, _)| match pieces[*pattern].get(*piece) {
+                    Some(Piece::Byte(byte)) => Some(*byte),
+                    _ => None,
+                })
+                .collect();
             for byte in &named {
-                let next = closure(&pieces, set.iter().flat_map(|place| step(&pieces, *place, *byte)));
+                let differs = *byte == b'/' || named_here.contains(byte);
+                let next = if differs { after(*byte) } else { otherwise.clone() };
                 if next.is_empty() {
                     words.push(GLOB_DEAD);
                     continue;

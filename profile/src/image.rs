@@ -26,7 +26,7 @@ pub struct PolicyImage {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum CompileError {
     #[error(
-        "the patterns with wildcards of {profiles} make an automaton of more than {MOST_STATES} states, or 1 MiB; \
+        "the patterns with wildcards of {profiles} make an automaton of more than {MOST_STATES} states, or 512 KiB; \
          use fewer of them, or exact paths"
     )]
     TooManyStates { profiles: String },

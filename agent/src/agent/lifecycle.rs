@@ -143,11 +143,12 @@ impl Agent {
 
     /// Asks everybody who may know a container.
     pub(super) fn ask_about(&mut self, slot: u64) {
-        let Some(id) = self.containers.get(&slot).map(|container| container.id.clone()) else { return };
+        let Some(container) = self.containers.get(&slot) else { return };
+        let (id, starts) = (container.id.clone(), !container.found_running);
         // Who has been described by the runtime already only lacks the image's digest, which need not compete with its
         // start.
         let wait = if self.expected.contains_key(&id) { DIGEST_WAIT } else { Duration::ZERO };
-        self.questions.ask(slot, id, wait);
+        self.questions.ask(slot, id, wait, starts);
     }
 
     /// Identifies containers that the runtime has described before their cgroup was there. Not while cgroups are being

@@ -30,7 +30,23 @@ pub(super) enum Others {
     /// They refuse beside this agent's own.
     InForce(InForce),
     /// They are out of force, and their records are on their way.
-    Leaving(Vec<OldSet>),
+    Leaving(Vec<Leaving>),
+}
+
+/// A set that is out of force.
+pub(super) struct Leaving {
+    set: OldSet,
+    /// By slot: what was delivered or reported before, and what is queued since.
+    accounted: HashMap<u64, u64>,
+    /// Whether its ring has been read.
+    read: bool,
+}
+
+impl Leaving {
+    fn new(set: OldSet) -> Self {
+        let accounted = accounts(&set).into_iter().map(|(slot, _, settled)| (slot, settled)).collect();
+        Self { set, accounted, read: false }
+    }
 }
 
 pub(super) struct InForce {
@@ -86,26 +102,31 @@ impl Agent {
                     self.others = Some(Others::InForce(others));
                     return;
                 }
-                let mut sets = std::mem::take(&mut others.sets);
-                for set in &mut sets {
-                    self.deliver_for(set);
-                }
-                self.queue.flush();
                 match self.kernel.retire_others() {
                     Ok(()) => {
                         tracing::info!(step = "the old programs are out of force", "upgrade");
-                        self.others = Some(Others::Leaving(sets));
+                        // Read at the next tick: a program that ran when it was detached has ended by then.
+                        self.others =
+                            Some(Others::Leaving(others.sets.into_iter().map(Leaving::new).collect()));
                     }
                     Err(error) => {
                         tracing::error!(error = format!("{error:#}"), "older programs stay in force");
-                        self.others = Some(Others::InForce(InForce { sets, ..others }));
+                        self.others = Some(Others::InForce(others));
                     }
                 }
             }
-            Some(Others::Leaving(sets)) => {
+            Some(Others::Leaving(mut sets)) => {
+                for leaving in &mut sets {
+                    if !std::mem::replace(&mut leaving.read, true) {
+                        self.deliver_for(leaving);
+                    }
+                    self.count_missing(leaving);
+                }
+                self.queue.flush();
                 // What is not acknowledged is counted by the next agent, should this one be killed: it needs the accounts.
-                let open: Vec<OldSet> = sets.into_iter().filter(|set| !is_balanced(set)).collect();
-                let names: Vec<String> = open.iter().map(|set| set.name.clone()).collect();
+                let open: Vec<Leaving> =
+                    sets.into_iter().filter(|leaving| !is_balanced(&leaving.set)).collect();
+                let names: Vec<String> = open.iter().map(|leaving| leaving.set.name.clone()).collect();
                 if let Err(error) = self.kernel.forget_others(&names) {
                     tracing::error!(error = format!("{error:#}"), "the maps of older programs stay");
                 }
@@ -152,19 +173,19 @@ impl Agent {
         if epoch == self.kernel.meta.epoch {
             self.kernel.maps.ledger.credit(slot, delivered, reported);
         } else if let Some(Others::Leaving(sets)) = &mut self.others
-            && let Some(set) = sets.iter_mut().find(|set| set.meta.epoch == epoch)
+            && let Some(leaving) = sets.iter_mut().find(|leaving| leaving.set.meta.epoch == epoch)
         {
-            set.ledger_mut().credit(slot, delivered, reported);
+            leaving.set.ledger_mut().credit(slot, delivered, reported);
         }
     }
 
-    /// Reads what is left in the ring of a set that makes no records any more, and counts what is missing.
-    fn deliver_for(&mut self, set: &mut OldSet) {
+    /// Delivers what is left in the ring of a set that makes no records any more.
+    fn deliver_for(&mut self, leaving: &mut Leaving) {
+        let Leaving { set, accounted, .. } = leaving;
         let epoch = set.meta.epoch;
         let source = Source::new(self.source.node.clone(), self.source.boot.clone(), &set.meta);
         let made = self.read_ring(&source, set);
         let read = made.len();
-        let mut seen: HashMap<u64, u64> = HashMap::new();
         for Made { header, event, .. } in made.into_iter().filter(|made| made.header.slot != PROBE_SLOT) {
             let event = match event {
                 // Nobody will judge it any more.
@@ -178,32 +199,35 @@ impl Agent {
             let container = self.containers.get(&slot).unwrap_or(&gone);
             let bytes = source.encode(slot, Some(&header), None, container.encoded(), event);
             if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 1, reported: 0 }).is_ok() {
-                *seen.entry(slot).or_default() += 1;
+                *accounted.entry(slot).or_default() += 1;
             }
         }
-        let mut missing_in_all = 0;
-        for (slot, made, settled) in accounts(set) {
-            let count = made.saturating_sub(settled + seen.get(&slot).copied().unwrap_or(0));
+        tracing::info!(set = set.name, records = read, "read what an older set has left");
+    }
+
+    /// Reports what a set has made and nobody has delivered or reported.
+    fn count_missing(&mut self, leaving: &mut Leaving) {
+        let Leaving { set, accounted, .. } = leaving;
+        let epoch = set.meta.epoch;
+        let source = Source::new(self.source.node.clone(), self.source.boot.clone(), &set.meta);
+        for (slot, made, _) in accounts(set) {
+            let accounted = accounted.entry(slot).or_default();
+            let count = made.saturating_sub(*accounted);
             if count == 0 {
                 continue;
             }
-            missing_in_all += count;
             let now = self.source.now();
             let cause = if set.whole().is_some() { "agent-killed" } else { "another-layout" }.to_owned();
             let gap = v1::Gap { count, cause, from: now, to: now };
             let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
-            if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 0, reported: count }).is_err() {
-                tracing::error!(slot, count, "no room in the queue to say what an older set has lost");
+            // Without room it is tried again.
+            if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 0, reported: count }).is_ok() {
+                *accounted += count;
+                tracing::info!(set = set.name, slot, missing = count, "records of an older set are missing");
             }
         }
-        tracing::info!(
-            set = set.name,
-            records = read,
-            missing = missing_in_all,
-            "read what an older set has left"
-        );
     }
 
     /// The records that wait in the ring of an older set; none when it has another layout.

@@ -216,6 +216,12 @@ impl Agent {
             Some(status) => failures.push(format!("whether an act is refused could not be tried ({status})")),
             None => failures.push("whether an act is refused could not be tried in time".to_owned()),
         }
+        // A set that does not record gates nothing, either, and numbers what it refuses as lost.
+        match self.kernel.maps.recording() {
+            Ok(epoch) if epoch == self.kernel.meta.epoch => {}
+            Ok(_) => failures.push("another set of programs is said to make the records".to_owned()),
+            Err(error) => failures.push(format!("{error:#}")),
+        }
         // Once may be chance, unless it ran.
         if !ran && !failures.is_empty() && !std::mem::replace(&mut self.self_probe.doubtful, true) {
             failures.clear();

@@ -45,20 +45,37 @@ pub struct Whole {
     pub ring_bytes: usize,
 }
 
+impl Whole {
+    fn open(folder: &SetFolder, pins: &Pins) -> anyhow::Result<Self> {
+        let size = MapData::from_pin(folder.map("RECORDS"))?.info()?.max_entries();
+        Ok(Self {
+            maps: Maps::open(folder, pins)?,
+            records: ring(folder, "RECORDS")?,
+            ring_bytes: size as usize,
+        })
+    }
+}
+
 impl OldSet {
     fn open(pins: &Pins, name: &str) -> anyhow::Result<Self> {
         let folder = pins.find(name).context("it is gone")?;
         let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
         let meta = meta.get(&0, 0)?;
-        let content = if meta.abi == ABI_VERSION {
-            let size = MapData::from_pin(folder.map("RECORDS"))?.info()?.max_entries();
-            Content::Whole(Box::new(Whole {
-                maps: Maps::open(&folder, pins)?,
-                records: ring(&folder, "RECORDS")?,
-                ring_bytes: size as usize,
-            }))
+        let whole = if meta.abi == ABI_VERSION {
+            Whole::open(&folder, pins)
         } else {
-            Content::Ledger(Box::new(Ledger::open(&folder, &meta)?))
+            Err(anyhow::anyhow!("its ABI is {}, this build's {ABI_VERSION}", meta.abi))
+        };
+        let content = match whole {
+            Ok(whole) => Content::Whole(Box::new(whole)),
+            Err(error) => {
+                tracing::warn!(
+                    set = name,
+                    error = format!("{error:#}"),
+                    "an older set cannot be read whole: what is left in its ring is lost, and counted"
+                );
+                Content::Ledger(Box::new(Ledger::open(&folder, &meta)?))
+            }
         };
         Ok(Self { meta, content, name: name.to_owned(), in_force: true })
     }
@@ -117,16 +134,7 @@ impl Kernel {
             self.pins.sets()?.into_iter().filter(|name| *name != self.set && !Pins::is_unfinished(name));
         Ok(others
             .filter_map(|name| match OldSet::open(&self.pins, &name) {
-                Ok(set) => {
-                    if set.whole().is_none() {
-                        tracing::warn!(
-                            set = set.name,
-                            abi = set.meta.abi,
-                            "an older set has another layout: what is left in its ring is lost, and counted"
-                        );
-                    }
-                    Some(set)
-                }
+                Ok(set) => Some(set),
                 Err(error) => {
                     tracing::warn!(
                         set = name,
@@ -139,8 +147,8 @@ impl Kernel {
             .collect())
     }
 
-    /// Takes away sets that never recorded, which an agent left that was killed during an upgrade, and takes those out of force
-    /// that the recording one has replaced: what they knew was copied. Returns what is left of `others`.
+    /// Takes sets out of force that the recording one has replaced, since what they knew was copied, and those that never recorded,
+    /// which an agent left that was killed during an upgrade.
     ///
     /// # Errors
     ///
@@ -155,15 +163,11 @@ impl Kernel {
         }
         let mut left = Vec::new();
         for mut set in others {
-            if set.meta.epoch == active {
-                left.push(set);
-            } else if set.meta.state & set_state::RECORDED == 0 {
-                self.pins.remove(&set.name)?;
-            } else {
+            if set.meta.epoch != active {
                 self.pins.detach(&set.name)?;
                 set.in_force = false;
-                left.push(set);
             }
+            left.push(set);
         }
         Ok(left)
     }
@@ -253,7 +257,7 @@ pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
     for set in sets {
         // What is no set, somebody else has put there.
         let Ok(map) = pinned_map(&set.map("META")) else { continue };
-        let meta: Array<_, SetMeta> = map.try_into()?;
+        let Ok(meta) = Array::<_, SetMeta>::try_from(map) else { continue };
         if meta.get(&0, 0)?.epoch == active {
             let agent: Array<_, AgentState> = pinned_map(&set.map("AGENT"))?.try_into()?;
             return Ok(Some(agent.get(&0, 0)?));

@@ -1,4 +1,4 @@
-//! Which container is asked about when: some at a time, those that start before those that ran when the agent came, and
+//! Which container is asked about when: some at a time, those that start before those that ran when they were found, and
 //! again until somebody knows them.
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
 
 use tokio::{
     sync::mpsc,
-    task::{AbortHandle, JoinSet},
+    task::{AbortHandle, Id, JoinError, JoinSet},
     time::{Instant, sleep_until},
 };
 
@@ -25,7 +25,7 @@ const AT_ONCE: usize = 64;
 pub struct Questions(mpsc::UnboundedSender<Order>);
 
 enum Order {
-    Ask { slot: u64, id: String, first: Duration },
+    Ask { slot: u64, id: String, first: Duration, starts: bool },
     Forget(u64),
 }
 
@@ -37,9 +37,10 @@ impl Questions {
         Self(orders)
     }
 
-    /// Asks what the container `id` is, after `first` and then until somebody knows it.
-    pub fn ask(&self, slot: u64, id: String, first: Duration) {
-        let _ends_with_the_agent = self.0.send(Order::Ask { slot, id, first });
+    /// Asks what the container `id` is, after `first` and then until somebody knows it. One that `starts` comes before those that
+    /// ran when they were found.
+    pub fn ask(&self, slot: u64, id: String, first: Duration, starts: bool) {
+        let _ends_with_the_agent = self.0.send(Order::Ask { slot, id, first, starts });
     }
 
     /// Asks no more.
@@ -53,20 +54,23 @@ struct Open {
     id: String,
     /// Before the next attempt.
     wait: Duration,
+    starts: bool,
     attempt: Option<AbortHandle>,
 }
 
 /// The outcome of an attempt; the complaint when nobody knew the container.
-type Outcome = (u64, Result<(), String>);
+type Outcome = Result<(), String>;
 
 struct Asking {
     sources: Arc<Sources>,
     found: mpsc::Sender<(u64, Identity)>,
     open: HashMap<u64, Open>,
-    /// Who is asked about next, the last first. Some may have been answered or forgotten.
-    ready: VecDeque<u64>,
+    /// Who is asked about next: those that start, then the others. Some may have been answered or forgotten.
+    starting: VecDeque<u64>,
+    others: VecDeque<u64>,
     later: BTreeSet<(Instant, u64)>,
     asked: JoinSet<Outcome>,
+    slots: HashMap<Id, u64>,
 }
 
 impl Asking {
@@ -75,9 +79,11 @@ impl Asking {
             sources,
             found,
             open: HashMap::new(),
-            ready: VecDeque::new(),
+            starting: VecDeque::new(),
+            others: VecDeque::new(),
             later: BTreeSet::new(),
             asked: JoinSet::new(),
+            slots: HashMap::new(),
         }
     }
 
@@ -87,27 +93,28 @@ impl Asking {
             let next = self.later.first().map(|(due, _)| *due);
             tokio::select! {
                 order = orders.recv() => match order {
-                    Some(Order::Ask { slot, id, first }) => self.take(slot, id, first),
+                    Some(Order::Ask { slot, id, first, starts }) => self.take(slot, id, first, starts),
                     Some(Order::Forget(slot)) => self.forget(slot),
                     None => return,
                 },
-                // One that was forgotten has no outcome.
-                Some(ended) = self.asked.join_next() => if let Ok((slot, outcome)) = ended {
-                    self.ended(slot, outcome);
-                },
+                Some(ended) = self.asked.join_next_with_id() => self.ended(ended),
                 () = async { sleep_until(next.unwrap_or_else(Instant::now)).await }, if next.is_some() => self.wake(),
             }
         }
     }
 
-    fn take(&mut self, slot: u64, id: String, first: Duration) {
+    fn take(&mut self, slot: u64, id: String, first: Duration, starts: bool) {
         self.forget(slot);
-        self.open.insert(slot, Open { id, wait: FIRST_WAIT, attempt: None });
+        self.open.insert(slot, Open { id, wait: FIRST_WAIT, starts, attempt: None });
         if first.is_zero() {
-            self.ready.push_back(slot);
+            self.queue(slot, starts);
         } else {
             self.later.insert((Instant::now() + first, slot));
         }
+    }
+
+    fn queue(&mut self, slot: u64, starts: bool) {
+        if starts { &mut self.starting } else { &mut self.others }.push_back(slot);
     }
 
     fn forget(&mut self, slot: u64) {
@@ -119,29 +126,39 @@ impl Asking {
     /// Begins as many attempts as there is room for.
     fn ask(&mut self) {
         while self.asked.len() < AT_ONCE {
-            let Some(slot) = self.ready.pop_back() else { return };
+            let Some(slot) = self.starting.pop_front().or_else(|| self.others.pop_front()) else { return };
             let Some(open) = self.open.get_mut(&slot).filter(|open| open.attempt.is_none()) else { continue };
             let (sources, found, id) = (Arc::clone(&self.sources), self.found.clone(), open.id.clone());
-            open.attempt = Some(self.asked.spawn(async move {
+            let attempt = self.asked.spawn(async move {
                 let mut said = "nobody knows such a container".to_owned();
                 match sources.ask(&id, &mut said).await {
                     Some(identity) => {
                         let _agent_stops = found.send((slot, identity)).await;
-                        (slot, Ok(()))
+                        Ok(())
                     }
-                    None => (slot, Err(said)),
+                    None => Err(said),
                 }
-            }));
+            });
+            self.slots.insert(attempt.id(), slot);
+            open.attempt = Some(attempt);
         }
     }
 
-    fn ended(&mut self, slot: u64, outcome: Result<(), String>) {
+    fn ended(&mut self, ended: Result<(Id, Outcome), JoinError>) {
+        let (attempt, outcome) = match ended {
+            Ok(ended) => ended,
+            Err(error) => (error.id(), Err(error.to_string())),
+        };
+        let Some(slot) = self.slots.remove(&attempt) else { return };
+        // It may have been forgotten, and asked about anew.
+        let is_current =
+            |open: &&mut Open| open.attempt.as_ref().is_some_and(|current| current.id() == attempt);
+        let Some(open) = self.open.get_mut(&slot).filter(is_current) else { return };
+        open.attempt = None;
         let Err(said) = outcome else {
             self.open.remove(&slot);
             return;
         };
-        let Some(open) = self.open.get_mut(&slot) else { return };
-        open.attempt = None;
         self.later.insert((Instant::now() + open.wait, slot));
         if open.wait < LONGEST_WAIT && open.wait * 2 >= LONGEST_WAIT {
             tracing::warn!(container = open.id, error = said, "no runtime says what this is; asking on");
@@ -149,7 +166,7 @@ impl Asking {
         open.wait = (open.wait * 2).min(LONGEST_WAIT);
     }
 
-    /// Takes those whose time has come. Whom nobody has known for long does not come before the others.
+    /// Takes those whose time has come. Who starts and is not known for long waits with the others.
     fn wake(&mut self) {
         let now = Instant::now();
         while let Some((due, slot)) = self.later.first().copied() {
@@ -157,10 +174,9 @@ impl Asking {
                 return;
             }
             self.later.pop_first();
-            match self.open.get(&slot) {
-                Some(open) if open.wait < LONGEST_WAIT => self.ready.push_back(slot),
-                Some(_) => self.ready.push_front(slot),
-                None => {}
+            if let Some(open) = self.open.get(&slot) {
+                let starts = open.starts && open.wait < LONGEST_WAIT;
+                self.queue(slot, starts);
             }
         }
     }
@@ -184,30 +200,34 @@ mod tests {
     }
 
     async fn one_ends(asking: &mut Asking) {
-        let (slot, outcome) = asking.asked.join_next().await.unwrap().unwrap();
-        assert!(outcome.is_err());
-        asking.ended(slot, outcome);
+        let ended = asking.asked.join_next_with_id().await.unwrap();
+        assert!(ended.as_ref().unwrap().1.is_err());
+        asking.ended(ended);
     }
 
     #[tokio::test]
     async fn who_starts_comes_before_those_that_were_there() {
         let mut asking = asking();
         for slot in 0..1000 {
-            asking.take(slot, slot.to_string(), Duration::ZERO);
+            asking.take(slot, slot.to_string(), Duration::ZERO, false);
         }
         asking.ask();
         assert_eq!(asking.asked.len(), AT_ONCE);
-        assert!(!is_asked_about(&asking, 0));
-        asking.take(1000, "new".to_owned(), Duration::ZERO);
+        asking.take(1000, "first".to_owned(), Duration::ZERO, true);
+        asking.take(1001, "second".to_owned(), Duration::ZERO, true);
         one_ends(&mut asking).await;
         asking.ask();
         assert!(is_asked_about(&asking, 1000));
+        assert!(!is_asked_about(&asking, 1001));
+        one_ends(&mut asking).await;
+        asking.ask();
+        assert!(is_asked_about(&asking, 1001));
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_is_unknown_for_long_waits_behind_the_others() {
         let mut asking = asking();
-        asking.take(1, "unknown".to_owned(), Duration::ZERO);
+        asking.take(1, "unknown".to_owned(), Duration::ZERO, true);
         while asking.open[&1].wait < LONGEST_WAIT {
             asking.ask();
             one_ends(&mut asking).await;
@@ -216,13 +236,25 @@ mod tests {
         }
         asking.ask();
         one_ends(&mut asking).await;
-        asking.take(2, "other".to_owned(), Duration::ZERO);
+        asking.take(2, "other".to_owned(), Duration::ZERO, false);
         tokio::time::advance(LONGEST_WAIT).await;
         asking.wake();
-        assert_eq!(asking.ready, [1, 2]);
+        assert_eq!(asking.others, [2, 1]);
         asking.forget(2);
         asking.ask();
         assert!(is_asked_about(&asking, 1));
         assert!(!asking.open.contains_key(&2));
+    }
+
+    #[tokio::test]
+    async fn what_became_of_a_forgotten_question_is_not_the_new_ones() {
+        let mut asking = asking();
+        asking.take(1, "before".to_owned(), Duration::ZERO, true);
+        asking.ask();
+        let ended = asking.asked.join_next_with_id().await.unwrap();
+        asking.take(1, "after".to_owned(), Duration::ZERO, true);
+        asking.ask();
+        asking.ended(ended);
+        assert!(is_asked_about(&asking, 1));
     }
 }

@@ -39,8 +39,6 @@ impl Maps {
         self.volumes.inherit(&old.volumes)?;
         copy(&old.ledger.names, &mut self.ledger.names, |slot, _| *slot != PROBE_SLOT)
             .context(ROOM_FOR_SLOTS)?;
-        copy(&old.slot_policies, &mut self.slot_policies, |slot, _| *slot != PROBE_SLOT)
-            .context(ROOM_FOR_SLOTS)?;
         // Before their slots: a process without an entry whose slot is known counts as one that is coming in.
         self.inherit_processes(old)?;
         for slot in old.ledger.slots.iter() {
@@ -50,6 +48,9 @@ impl Maps {
                 self.ledger.add(number, Slot { sequence: 0, lost: 0, ..slot })?;
             }
         }
+        // After the slots, in which refusals are numbered: until then the old set judges alone.
+        copy(&old.slot_policies, &mut self.slot_policies, |slot, _| *slot != PROBE_SLOT)
+            .context(ROOM_FOR_SLOTS)?;
         copy(&old.cgroups, &mut self.cgroups, |_, _| true).context(ROOM_FOR_SLOTS)?;
         // Who forked or came in meanwhile, until both sets say the same.
         let mut rounds = 0;
