@@ -27,7 +27,11 @@ pub async fn run(cri: &Path, archive: &Path) -> Result<ExitCode> {
     node.write_profile("engines.yaml", PROFILE)?;
     let options = AgentOptions { engines: true, unidentified: Some("hold"), ..AgentOptions::default() };
     node.start_agent(&options).await?;
-    report.case("ctr run: found by containerd's events, named, guarded", ctr(&node, cri)).await;
+    report
+        .case("ctr run: found by containerd's events, named, guarded", ctr(&node, cri, "plain-ctr", &[]))
+        .await;
+    let mapped = ["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"];
+    report.case("the same in a user namespace", ctr(&node, cri, "mapped-ctr", &mapped)).await;
     if which("podman").is_ok() {
         report
             .case("Podman: named by its storage, guarded from its first exec", podman(&node, archive))
@@ -83,15 +87,15 @@ async fn refused(node: &Node, name: &str, nonce: &str, by: &str) -> Result<Value
     Ok(record)
 }
 
-async fn ctr(node: &Node, cri: &Path) -> Result<()> {
+async fn ctr(node: &Node, cri: &Path, name: &str, options: &[&str]) -> Result<()> {
     let ctr = |words: &[&str]| {
         let mut command = Command::new("ctr");
         command.arg("--address").arg(cri).args(["--namespace", "k8s.io"]).args(words);
         command
     };
-    let name = "plain-ctr";
     let (started, nonce) = (nonce("plain"), nonce("ctr"));
-    succeeds(&mut ctr(&["run", "--detach", WORKLOAD_IMAGE, name, "/usr/bin/workload", "sleep", &started]))?;
+    let what = [WORKLOAD_IMAGE, name, "/usr/bin/workload", "sleep", &started];
+    succeeds(ctr(&["run", "--detach"]).args(options).args(what))?;
     let id = events::in_mode(node, name, "enforce").await?;
     ensure!(id["container"]["identified_by"] == "containerd", "{id}");
     let (code, said) =
@@ -99,6 +103,9 @@ async fn ctr(node: &Node, cri: &Path) -> Result<()> {
     ensure!(code != PAYLOAD_RAN, "what is not allowed ran: {said}");
     let record = refused(node, name, &nonce, "containerd").await?;
     ensure!(record["session_of"]["kind"] == "admin", "{record}");
+    ensure!(record["exec"]["origin"] == "image", "{record}");
+    let root_of_container = if options.is_empty() { 0 } else { 100_000 };
+    ensure!(record["exec"]["process"]["credentials"]["uid"] == root_of_container, "{record}");
     succeeds(&mut ctr(&["task", "kill", "--signal", "SIGKILL", name]))?;
     until("the container is deleted", async || {
         let (deleted, _) = ends(&mut ctr(&["task", "delete", name]))?;
