@@ -4,6 +4,7 @@
 
 mod coverage;
 mod events;
+mod explain;
 mod profile;
 mod table;
 
@@ -54,6 +55,11 @@ enum Command {
     Events(Box<events::Options>),
     /// Show which container is under which profile, revision and mode
     Coverage(coverage::Options),
+    /// Tell why something was refused: what was compared, the nearest rules, and the rule that would allow it
+    ///
+    /// Equal refusals are told once, the most frequent first. Records in mode audit are explained as well.
+    /// Example: palisade events --namespace shop --verdict denied --json | palisade explain --profiles web.yaml
+    Explain(explain::Options),
     /// Check and draft profiles
     #[command(subcommand)]
     Profile(Profile),
@@ -111,6 +117,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Events(options) => ask()?.block_on(events::run(*options)).map(|()| ExitCode::SUCCESS),
         Command::Coverage(options) => ask()?.block_on(coverage::run(options)).map(|()| ExitCode::SUCCESS),
+        Command::Explain(options) => explain::run(&options),
         Command::Profile(Profile::Lint { files, json }) => profile::lint(&files, json),
         Command::Profile(Profile::Init { from_events }) => {
             profile::init(&from_events).map(|()| ExitCode::SUCCESS)

@@ -16,7 +16,7 @@ use palisade_profile::{
 use serde_json::{Value, json};
 
 /// Reads a file, or standard input for `-`; returns the name to show.
-fn read(path: &Path) -> Result<(String, String)> {
+pub(crate) fn read(path: &Path) -> Result<(String, String)> {
     if path == Path::new("-") {
         let mut text = String::new();
         std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;

@@ -111,13 +111,17 @@ fn one_line(text: &str) -> String {
 }
 
 /// A YAML scalar in double quotes, whatever the text holds.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     let mut out = String::from("\"");
     for character in text.chars() {
         match character {
             '"' => out.push_str("\\\""),
             '\\' => out.push_str("\\\\"),
-            control if control.is_control() || matches!(control, '\u{2028}' | '\u{2029}') => {
+            // Marks of the direction of writing too: a terminal or an editor would show another text.
+            control
+                if control.is_control()
+                    || matches!(control, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
+            {
                 let _ = write!(out, "\\U{:08x}", u32::from(control));
             }
             other => out.push(other),

@@ -10,6 +10,7 @@
 pub mod automaton;
 pub mod document;
 pub mod evaluate;
+pub mod explain;
 pub mod glob;
 pub mod image;
 pub mod learn;

@@ -54,6 +54,11 @@ impl Sessions {
         (0..8).filter(move |code| self.0 & (1 << code) != 0)
     }
 
+    #[must_use]
+    pub fn has(self, session: Session) -> bool {
+        self.0 & (1 << session.code()) != 0
+    }
+
     /// Whether a process of every session may.
     #[must_use]
     pub fn is_any(self) -> bool {

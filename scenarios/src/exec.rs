@@ -5,7 +5,8 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use crate::{
     attacks::{ATTACKS, Attack, Expect, PAYLOAD_RAN, carry_out, nonce, profile},
@@ -52,6 +53,7 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
         report.case("enforce: the next runc starts and enters", next_runc(&node, &runtime)).await;
     }
     report.case("a profile drafted from the records is good", draft(&node)).await;
+    report.case("what was refused is explained", explained(&node)).await;
     report.case("the agent stops cleanly", async { node.stop_agent() }).await;
     if report.failed() > 0 {
         println!("--- the agent's log\n{}", node.log("agent"));
@@ -111,6 +113,38 @@ async fn draft(node: &Node) -> Result<()> {
     for wanted in ["path: \"/usr/bin/workload\"", "app\": \"audit\"", "from: \"drift\""] {
         ensure!(text.contains(wanted), "the draft lacks {wanted}: {text}");
     }
+    Ok(())
+}
+
+/// `explain` on everything recorded: what is near, and the rule that would allow it.
+async fn explained(node: &Node) -> Result<()> {
+    let events = node.folder.path().join("events.jsonl");
+    std::fs::write(&events, node.palisade(&["events", "--json"])?)?;
+    let output = Command::new("palisade")
+        .arg("explain")
+        .arg(&events)
+        .arg("--profiles")
+        .arg(node.folder.path().join("profiles"))
+        .arg("--json")
+        .output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let groups: Vec<Value> = String::from_utf8(output.stdout)?
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<std::result::Result<_, _>>()?;
+    let of = |path: &str, reason: &str| -> Result<&Value> {
+        let found = groups
+            .iter()
+            .find(|group| group["path"] == path && group["reason"] == reason && group["verdict"] == "denied");
+        found.with_context(|| format!("nothing of {path}, {reason}: {groups:?}"))
+    };
+    let third = of("/usr/bin/third", "no-rule")?;
+    ensure!(third["rule"] == "- {path: \"/usr/bin/third\", sessions: admin}", "{third}");
+    let copied = of("/usr/bin/workload", "origin-not-allowed")?;
+    ensure!(copied["near"][0]["difference"] == "is for image, this is drift", "{copied}");
+    ensure!(copied["caution"].is_string() && copied["rule"].is_string(), "{copied}");
+    let deep = groups.iter().find(|group| group["reason"] == "path-too-deep");
+    ensure!(deep.is_some_and(|group| group["rule"].is_null() && group["no_rule"].is_string()), "{deep:?}");
     Ok(())
 }
 

@@ -1,0 +1,337 @@
+//! `palisade explain`: why something was refused, and what would allow it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write,
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use palisade_profile::{
+    document::{self, Profile},
+    explain::{Explanation, Refused, explain},
+    policy::{self, Policy},
+    selector::ContainerFacts,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    profile::read,
+    table::{moment, printable},
+};
+
+/// Where profiles are, unless the command line says otherwise.
+const PROFILES: &str = "/etc/palisade/profiles";
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// File with one JSON record a line, as `palisade events --json` prints them; - for standard input
+    #[arg(default_value = "-")]
+    records: PathBuf,
+    /// Profile files, or folders of them [default: /etc/palisade/profiles, if it is there]
+    #[arg(long)]
+    profiles: Vec<PathBuf>,
+    /// Print one JSON object for each group of equal refusals
+    #[arg(long)]
+    json: bool,
+}
+
+/// What makes refusals equal.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    namespace: String,
+    container: String,
+    image: String,
+    labels: BTreeMap<String, String>,
+    path: String,
+    origin: String,
+    session: String,
+    reason: String,
+    verdict: String,
+    mode: String,
+    revision: String,
+    profiles: Vec<String>,
+}
+
+#[derive(Default)]
+struct Group {
+    count: u64,
+    first: u64,
+    last: u64,
+    pods: BTreeSet<String>,
+    /// Of the first one.
+    arguments: String,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let profiles = profiles(&options.profiles)?;
+    let (name, text) = read(&options.records)?;
+    let mut groups: BTreeMap<Key, Group> = BTreeMap::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let record: Value = serde_json::from_str(line).with_context(|| {
+            format!(
+                "{name}:{}: this is not a JSON record; give the output of `palisade events --json`",
+                number + 1
+            )
+        })?;
+        let Some((key, time, pod, arguments)) = refusal(&record) else { continue };
+        let group = groups.entry(key).or_default();
+        if group.count == 0 || time < group.first {
+            group.first = time;
+            group.arguments = arguments;
+        }
+        group.last = group.last.max(time);
+        group.count += 1;
+        group.pods.insert(pod);
+    }
+    let mut out = std::io::stdout().lock();
+    let mut ordered: Vec<(&Key, &Group)> = groups.iter().collect();
+    ordered.sort_by_key(|(_, group)| std::cmp::Reverse(group.count));
+    for (key, group) in &ordered {
+        let policy = policy_of(&profiles, key);
+        let refused =
+            Refused { path: &key.path, origin: &key.origin, session: &key.session, reason: &key.reason };
+        let explanation = explain(policy.as_ref(), &refused);
+        if options.json {
+            writeln!(out, "{}", as_json(key, group, &explanation))?;
+        } else {
+            tell(&mut out, key, group, policy.as_ref(), &explanation)?;
+        }
+    }
+    if ordered.is_empty() && !options.json {
+        writeln!(out, "{name} holds nothing that was refused, or would be")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a record says of a refusal, or of what would be one: what makes it equal to others, its time, pod and arguments.
+fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
+    let exec = record.get("exec").filter(|exec| !exec.is_null())?;
+    let container = record.get("container")?;
+    let text = |value: &Value, field: &str| value[field].as_str().unwrap_or_default().to_owned();
+    let verdict = text(exec, "verdict");
+    if verdict != "denied" && verdict != "audited" {
+        return None;
+    }
+    let of_script = exec["verdict_of_script"].as_bool().unwrap_or(false);
+    let (path, origin) = if of_script { ("script", "script_origin") } else { ("executable", "origin") };
+    let words = |value: &Value| -> Vec<String> {
+        value.as_array().into_iter().flatten().filter_map(|word| Some(word.as_str()?.to_owned())).collect()
+    };
+    let labels = container["labels"].as_object().into_iter().flatten();
+    let key = Key {
+        namespace: text(container, "namespace"),
+        container: text(container, "name"),
+        image: text(container, "image"),
+        labels: labels.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
+        path: text(exec, path),
+        origin: text(exec, origin),
+        session: text(&record["session_of"], "kind"),
+        reason: text(exec, "reason"),
+        verdict,
+        mode: text(exec, "decided_mode"),
+        revision: text(exec, "decided_revision"),
+        profiles: words(&container["profiles"]),
+    };
+    let time = record["time"].as_u64().unwrap_or(0);
+    Some((key, time, text(container, "pod"), words(&exec["arguments"]).join(" ")))
+}
+
+/// Every profile of files and folders.
+fn profiles(places: &[PathBuf]) -> Result<Vec<Profile>> {
+    let default = PathBuf::from(PROFILES);
+    let places = match places {
+        [] if default.is_dir() => std::slice::from_ref(&default),
+        given => given,
+    };
+    let mut files = Vec::new();
+    for place in places {
+        if place.is_dir() {
+            let entries =
+                std::fs::read_dir(place).with_context(|| format!("cannot list {}", place.display()))?;
+            let mut found: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+            found.retain(|path| {
+                path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml")
+            });
+            found.sort();
+            files.extend(found);
+        } else {
+            files.push(place.clone());
+        }
+    }
+    let mut profiles = Vec::new();
+    for file in files {
+        let (name, text) = read(&file)?;
+        match document::parse(&name, &text) {
+            Ok(found) => profiles.extend(found),
+            Err(problems) => {
+                let all: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                bail!("{}", all.join("\n"));
+            }
+        }
+    }
+    Ok(profiles)
+}
+
+fn policy_of(profiles: &[Profile], key: &Key) -> Option<Policy> {
+    let facts = ContainerFacts {
+        namespace: key.namespace.clone(),
+        name: key.container.clone(),
+        image: key.image.clone(),
+        labels: key.labels.clone(),
+        ..ContainerFacts::default()
+    };
+    policy::unite(profiles, &facts)
+}
+
+fn as_json(key: &Key, group: &Group, explanation: &Explanation) -> Value {
+    let near: Vec<Value> = explanation
+        .near
+        .iter()
+        .map(|near| json!({"path": near.path, "difference": near.difference}))
+        .collect();
+    json!({
+        "verdict": key.verdict, "count": group.count, "first": group.first, "last": group.last,
+        "namespace": key.namespace, "container": key.container, "image": key.image, "pods": group.pods,
+        "path": key.path, "origin": key.origin, "session": key.session, "reason": key.reason,
+        "meaning": explanation.meaning, "mode": key.mode, "revision": key.revision, "profiles": key.profiles,
+        "near": near, "rule": explanation.rule.as_ref().ok(), "no_rule": explanation.rule.as_ref().err(),
+        "caution": explanation.caution,
+    })
+}
+
+fn tell(
+    out: &mut impl Write,
+    key: &Key,
+    group: &Group,
+    policy: Option<&Policy>,
+    explanation: &Explanation,
+) -> Result<()> {
+    let times = if group.count == 1 { "once".to_owned() } else { format!("{} times", group.count) };
+    let say = |text: &str| printable(text);
+    writeln!(out, "{} {times}: {}", key.verdict, say(&key.path))?;
+    let pods: Vec<&str> = group.pods.iter().map(String::as_str).collect();
+    let mut line = |head: &str, text: &str| writeln!(out, "  {head:<9} {text}");
+    line("where", &say(&format!("{}/{}, container {}", key.namespace, pods.join(" "), key.container)))?;
+    let first = moment(group.first);
+    let when = if group.count == 1 { first } else { format!("{first} to {}", moment(group.last)) };
+    line("when", &when)?;
+    line("as", &say(&group.arguments))?;
+    line("compared", &say(&format!("{} from {}, session {}", key.path, key.origin, key.session)))?;
+    line("because", &format!("{}: {}", key.reason, explanation.meaning))?;
+    if !key.revision.is_empty() {
+        let by = format!("{}, revision {}, mode {}", key.profiles.join(" + "), key.revision, key.mode);
+        line("by", &say(&by))?;
+    }
+    match policy {
+        None if !key.revision.is_empty() => {
+            line("nearest", "not known; name the profiles with --profiles")?;
+        }
+        Some(policy) if !key.revision.is_empty() && policy.revision_name() != key.revision => {
+            let now = policy.revision_name();
+            line(
+                "note",
+                &format!("the profiles at hand are another revision, {now}; the rest is about that"),
+            )?;
+        }
+        _ => {}
+    }
+    for near in &explanation.near {
+        line("nearest", &say(&format!("{}, which {}", near.path, near.difference)))?;
+    }
+    match &explanation.rule {
+        Ok(rule) => {
+            line("to allow", "add to spec.exec.allow:")?;
+            writeln!(out, "      {rule}")?;
+        }
+        Err(why) => line("to allow", why)?,
+    }
+    if let Some(caution) = explanation.caution {
+        writeln!(out, "  {:<9} {caution}", "caution")?;
+    }
+    writeln!(out)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROFILE: &str = "apiVersion: palisade.dev/v1alpha1\nkind: Profile\nmetadata: {name: web, namespace: shop}\nspec:\n  \
+                           selector: {podSelector: {matchLabels: {app: web}}}\n  mode: enforce\n  exec:\n    allow:\n      - \
+                           path: /usr/sbin/nginx\n      - {path: /bin/sh, sessions: admin}\n";
+
+    fn record(path: &str, reason: &str, time: u64) -> String {
+        json!({
+            "time": time, "session_of": {"kind": "workload"},
+            "container": {
+                "namespace": "shop", "name": "nginx", "pod": format!("web-{time}"), "image": "web:1",
+                "labels": {"app": "web"}, "profiles": ["shop/web"],
+            },
+            "exec": {
+                "verdict": "denied", "reason": reason, "executable": path, "origin": "image",
+                "arguments": [path, "-c", "id\u{1b}[2J"], "decided_mode": "enforce",
+                "decided_revision": "000000000000",
+            },
+        })
+        .to_string()
+    }
+
+    #[test]
+    fn equal_refusals_are_told_once_with_what_would_allow_them() {
+        let folder = std::env::temp_dir().join(format!("palisade-explain-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("web.yaml"), PROFILE).unwrap();
+        let profiles = profiles(std::slice::from_ref(&folder)).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let mut groups: BTreeMap<Key, Group> = BTreeMap::new();
+        for time in [5, 3, 9] {
+            let value = serde_json::from_str(&record("/bin/sh", "session-not-allowed", time)).unwrap();
+            let (key, ..) = refusal(&value).unwrap();
+            groups.entry(key).or_default().count += 1;
+        }
+        let [(key, group)] = groups.into_iter().collect::<Vec<_>>().try_into().ok().unwrap();
+        assert_eq!(group.count, 3);
+        let policy = policy_of(&profiles, &key).unwrap();
+        let refused =
+            Refused { path: &key.path, origin: &key.origin, session: &key.session, reason: &key.reason };
+        let explanation = explain(Some(&policy), &refused);
+        let mut out = Vec::new();
+        tell(&mut out, &key, &group, Some(&policy), &explanation).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        for wanted in [
+            "denied 3 times: /bin/sh",
+            "nearest   /bin/sh, which is for admin, this is workload",
+            "- {path: \"/bin/sh\", sessions: workload}",
+            "the profiles at hand are another revision",
+        ] {
+            assert!(text.contains(wanted), "{wanted}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_was_allowed_is_no_refusal() {
+        let value: Value = serde_json::from_str(&record("/bin/sh", "no-rule", 1)).unwrap();
+        let mut allowed = value.clone();
+        allowed["exec"]["verdict"] = json!("allowed");
+        assert!(refusal(&value).is_some());
+        assert!(refusal(&allowed).is_none());
+        assert!(refusal(&json!({"gap": {"count": 1}, "container": {}})).is_none());
+    }
+
+    #[test]
+    fn nothing_of_a_container_reaches_the_terminal_unescaped() {
+        let value = serde_json::from_str(&record("/tmp/\u{1b}]0;x\u{7}\u{202e}", "no-rule", 1)).unwrap();
+        let (key, _, _, arguments) = refusal(&value).unwrap();
+        let refused =
+            Refused { path: &key.path, origin: &key.origin, session: &key.session, reason: &key.reason };
+        let explanation = explain(None, &refused);
+        let mut out = Vec::new();
+        let group = Group { count: 1, arguments, ..Group::default() };
+        tell(&mut out, &key, &group, None, &explanation).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert!(!text.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{text:?}");
+    }
+}
