@@ -27,6 +27,7 @@ codes! {
         EXEC = 2 => "exec",
         EXIT = 3 => "exit",
         TAMPER = 4 => "tampering",
+        CODE = 5 => "code",
     }
 }
 
@@ -118,6 +119,26 @@ codes! {
         ADMITTED = 16 => "admitted",
         /// Rules name the file, but not for processes that came into the container as this one did.
         SESSION = 17 => "session-not-allowed",
+        /// Code from a file without a place in any file system, or in memory alone, and the profile has no `memory: allow`.
+        MEMORY = 18 => "memory-not-allowed",
+        /// Code that is in no file, or differs from its file, and the profile has no `jit: allow`.
+        JIT = 19 => "jit-not-allowed",
+        /// The memory or registers of a running process, and the profile has no `trace: allow`.
+        TRACE = 20 => "trace-not-allowed",
+        /// What was executed while its container was not identified has an interpreter (the program that loads it) that is not
+        /// the image's.
+        INTERPRETER = 21 => "interpreter-not-allowed",
+        /// The file is an executable of the image that the profile allows: changed, it would not be the image's any more, and
+        /// the workload could not run.
+        PROTECTED = 22 => "allowed-executable",
+        /// The program would have rights that its caller has not (set-user-id, set-group-id, file capabilities), and the profile
+        /// has `elevation: deny`.
+        ELEVATION = 23 => "elevation-not-allowed",
+        /// Rules name the path, but not for the program that calls exec.
+        PARENT = 24 => "parent-not-allowed",
+        /// Rules name the path, but not with these arguments. Beside an allowed verdict before the arguments are known: it depends
+        /// on them.
+        ARGUMENTS = 25 => "arguments-not-allowed",
     }
 }
 
@@ -140,6 +161,30 @@ codes! {
         REMOVE_PIN = 7 => "remove-pin",
         /// Unmounting the file system with the pins.
         UNMOUNT = 8 => "unmount",
+    }
+}
+
+codes! {
+    /// How code comes into a process other than by an exec.
+    code_act: u8 {
+        /// Memory is mapped executable.
+        MAP = 1 => "map",
+        /// Memory that is mapped is made executable.
+        PROTECT = 2 => "protect",
+        /// A process attaches to another as its tracer, or to its memory (`/proc/PID/mem`, `process_vm_writev`, `pidfd_getfd`).
+        TRACE = 3 => "trace",
+        /// A process asks its parent to be its tracer.
+        BE_TRACED = 4 => "be-traced",
+        /// `/proc/PID/mem` is opened to write, also that of the process itself.
+        OPEN_MEMORY = 5 => "open-memory",
+        /// An executable of the image is written to, linked, or given other attributes: overlayfs copies it into the container.
+        CHANGE = 6 => "change",
+        /// It is removed.
+        REMOVE = 7 => "remove",
+        /// It is renamed, or something is put in its place.
+        RENAME = 8 => "rename",
+        /// Something is mounted over it.
+        MOUNT_OVER = 9 => "mount-over",
     }
 }
 
@@ -202,6 +247,33 @@ pub mod exec_flags {
     pub const VERDICT_OF_SCRIPT: u8 = 1 << 3;
     /// The process is in the host's mount namespace or root directory.
     pub const ESCAPED: u8 = 1 << 4;
+    /// It was executed while its container was not identified, and something that is not the image's was mapped executable
+    /// with it: its interpreter.
+    pub const FOREIGN_INTERPRETER: u8 = 1 << 5;
+    /// Nothing was to be executed: the caller asked whether it may (`AT_EXECVE_CHECK`).
+    pub const ONLY_ASKED: u8 = 1 << 6;
+    /// The program has rights that its caller had not: by its set-user-id or set-group-id bit, or by file capabilities.
+    pub const ELEVATED: u8 = 1 << 7;
+}
+
+/// Bits of [`crate::record::CodePart::flags`], besides [`exec_flags::PATH_TRUNCATED`].
+pub mod code_record_flags {
+    /// The process is in an exec: the program is not the one that it executed last.
+    pub const EXECUTING: u8 = 1 << 1;
+}
+
+/// Bits of [`crate::maps::Revision::code`]: code that is not executed and not named by a rule.
+pub mod code_flags {
+    /// Every unmodified file of the image may be mapped executable.
+    pub const LIBRARIES_OF_IMAGE: u32 = 1 << 0;
+    /// So may memory files.
+    pub const MEMORY: u32 = 1 << 1;
+    /// So may memory that is in no file, or differs from it.
+    pub const JIT: u32 = 1 << 2;
+    /// Processes may trace others and write to their memory.
+    pub const TRACE: u32 = 1 << 3;
+    /// No program may have rights that its caller has not.
+    pub const NO_ELEVATION: u32 = 1 << 4;
 }
 
 /// Bits of [`crate::maps::SlotPolicy::flags`].

@@ -145,13 +145,17 @@ pub struct Revision {
     pub mode: u32,
     /// 1 when the profile has an `exec` section; without one exec is not restricted.
     pub restricts_exec: u32,
-    /// The automaton's first chunk in `GLOBS`.
-    pub glob_base: u32,
-    /// Its chunks; 0 when the revision has no globs.
+    /// The first chunk of its automata in `GLOBS`: first the one for globs, then those for arguments.
+    pub automata_base: u32,
+    /// Their chunks.
+    pub automata_chunks: u32,
+    /// The chunks of the one for globs; 0 when the revision has none.
     pub glob_chunks: u32,
+    pub reserved: u32,
     /// Words of one of its states.
     pub glob_width: u32,
-    pub reserved: u32,
+    /// [`crate::codes::code_flags`].
+    pub code: u32,
     /// The revision's name: its 12 hexadecimal digits as a number. The kernel does not read it.
     pub name: u64,
 }
@@ -163,7 +167,8 @@ pub struct Revision {
 pub struct RuleKey {
     pub path_hash: [u64; 2],
     pub revision: u32,
-    pub reserved: u32,
+    /// For whom: the [`RuleValue::parent`] of the program that calls exec; 0 for what holds whoever does.
+    pub parent: u32,
 }
 
 /// What an exact path allows.
@@ -171,24 +176,43 @@ pub struct RuleKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct RuleValue {
-    /// Mask of [`grant`]s.
+    /// Mask of [`grant`]s and [`library_grant`]s: whatever the arguments are.
     pub grants: u32,
+    /// Such a mask: with some arguments.
+    pub with_arguments: u32,
+    /// The first chunk in `GLOBS` of the automaton that reads the arguments, and the words of one of its states; 0 without one.
+    pub arguments_base: u32,
+    pub arguments_width: u32,
+    /// Such a mask: under any condition, also where others execute it. Only in entries for anybody.
+    pub any: u32,
+    /// The number of this path as a parent; 0 when it is none. Only in entries for anybody.
+    pub parent: u32,
 }
 
-/// The bit of a rule that allows bytes of an origin ([`crate::codes::origin`]) to processes of a session
-/// ([`crate::codes::session`]): a byte for each session, a bit of it for each origin. No bit for what is neither.
+/// The bit of a rule that allows processes of a session ([`crate::codes::session`]) to execute bytes of an origin
+/// ([`crate::codes::origin`]): a byte for each session, a bit of it for each origin. No bit for what is neither.
 #[inline(always)]
 #[must_use]
 pub const fn grant(origin: u8, session: u8) -> u32 {
-    if origin > 7 || session > 3 { 0 } else { 1 << (origin as u32 | (session as u32) << 3) }
+    if origin > 7 || session > 2 { 0 } else { 1 << (origin as u32 | (session as u32) << 3) }
 }
 
-/// The bits that allow bytes of an origin to anybody.
+/// The bits that allow anybody to execute bytes of an origin.
 #[inline(always)]
 #[must_use]
 pub const fn grant_to_any(origin: u8) -> u32 {
-    if origin > 7 { 0 } else { 0x0101_0101 << origin }
+    if origin > 7 { 0 } else { 0x0001_0101 << origin }
 }
+
+/// The bit that allows anybody to map bytes of an origin executable, without executing them: the fourth byte.
+#[inline(always)]
+#[must_use]
+pub const fn library_grant(origin: u8) -> u32 {
+    if origin > 7 { 0 } else { 0x0100_0000 << origin }
+}
+
+/// All bits of [`grant`].
+pub const EXEC_GRANTS: u32 = 0x00ff_ffff;
 
 /// A piece of a glob automaton, which is a sequence of words:
 ///
@@ -223,6 +247,10 @@ pub const GLOB_DEAD: u16 = u16::MAX;
 #[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Process {
     pub slot: u64,
+    /// The hash of the path of what it executes, as long as that is an unmodified file of the image; 0 else.
+    pub program: [u64; 2],
+    /// The same of what executed that, from the exec's point of no return until it is judged again.
+    pub caller: [u64; 2],
     /// The root of its session, by start (boot time, nanoseconds) and process id; 0 when unknown.
     pub session_start: u64,
     pub session_pid: u32,
@@ -243,10 +271,19 @@ pub struct Process {
     pub script_start: u16,
     /// 1 while it is stopped because its container is not identified.
     pub held: u8,
-    pub reserved: [u8; 3],
+    /// 1 when something that is not the image's was mapped executable for the exec in progress, whose container is not
+    /// identified.
+    pub foreign_interpreter: u8,
+    /// 1 once code of its own making was recorded of the program that it executes, where that is only audited: one
+    /// record says it for all.
+    pub jit_noted: u8,
+    /// 1 when the program of the exec in progress will have rights that its caller has not.
+    pub elevates: u8,
     /// Device of the script in `SCRIPTS`.
     pub script_device: u32,
-    pub reserved_too: u32,
+    /// 1 between an exec's point of no return and its second judgement, where there is a hook at the former.
+    pub committed: u8,
+    pub reserved_too: [u8; 3],
 }
 
 impl Process {
@@ -256,6 +293,8 @@ impl Process {
     pub fn new(slot: u64, entering: u8) -> Self {
         Self {
             slot,
+            program: [0; 2],
+            caller: [0; 2],
             session_start: 0,
             session_pid: 0,
             session_kind: crate::codes::session::UNKNOWN,
@@ -266,9 +305,12 @@ impl Process {
             script_origin: 0,
             script_start: crate::PATH_CAPACITY as u16,
             held: 0,
-            reserved: [0; 3],
+            foreign_interpreter: 0,
+            jit_noted: 0,
+            elevates: 0,
             script_device: 0,
-            reserved_too: 0,
+            committed: 0,
+            reserved_too: [0; 3],
         }
     }
 }
@@ -354,11 +396,11 @@ sizes! {
     AdmittedKey = 24,
     Slot = 48,
     SlotPolicy = 24,
-    Revision = 32,
+    Revision = 40,
     RuleKey = 24,
-    RuleValue = 4,
+    RuleValue = 24,
     GlobChunk = 64,
-    Process = 40,
+    Process = 72,
     RootIdentity = 40,
     VolumeKey = 16,
     Volume = 24,

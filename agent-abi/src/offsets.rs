@@ -66,6 +66,7 @@ offsets! {
     task_comm = "task_struct" "comm" 16 required;
     task_exit_code = "task_struct" "exit_code" 4 required;
     task_thread_pid = "task_struct" "thread_pid" 8 required;
+    task_personality = "task_struct" "personality" 4 required;
     task_ptrace = "task_struct" "ptrace" 4 required;
     task_files = "task_struct" "files" 8 required;
     files_table = "files_struct" "fdt" 8 required;
@@ -96,6 +97,14 @@ offsets! {
     pid_numbers = "pid" "numbers" 0 optional;
     mm_arg_start = "mm_struct" "arg_start" 8 required;
     mm_arg_end = "mm_struct" "arg_end" 8 required;
+    mm_exe_file = "mm_struct" "exe_file" 8 required;
+    vma_file = "vm_area_struct" "vm_file" 8 required;
+    vma_flags = "vm_area_struct" "vm_flags" 8 required;
+    vma_anonymous = "vm_area_struct" "anon_vma" 8 required;
+    file_open_mode = "file" "f_mode" 4 required;
+    file_inode = "file" "f_inode" 8 required;
+    backing_file_user_dentry = "backing_file" "user_path.dentry" 8 optional;
+    path_dentry = "path" "dentry" 8 required;
     fs_root_dentry = "fs_struct" "root.dentry" 8 required;
     fs_pwd_dentry = "fs_struct" "pwd.dentry" 8 required;
     dentry_parent = "dentry" "d_parent" 8 required;
@@ -114,6 +123,10 @@ offsets! {
     inode_number = "inode" "i_ino" 8 required;
     inode_mode = "inode" "i_mode" 2 required;
     file_dentry = "file" "f_path.dentry" 8 required;
+    binprm_cred = "linux_binprm" "cred" 8 required;
+    cred_euid = "cred" "euid" 4 required;
+    cred_egid = "cred" "egid" 4 required;
+    cred_cap_permitted = "cred" "cap_permitted" 8 required;
     binprm_file = "linux_binprm" "file" 8 required;
     binprm_argc = "linux_binprm" "argc" 4 required;
     binprm_filename = "linux_binprm" "filename" 8 required;
@@ -129,9 +142,14 @@ offsets! {
     css_set_default_cgroup = "css_set" "dfl_cgrp" 8 required;
     pt_regs_si = "pt_regs" "si" 8 optional;
     pt_regs_dx = "pt_regs" "dx" 8 optional;
+    pt_regs_r8 = "pt_regs" "r8" 8 optional;
     pt_regs_orig_ax = "pt_regs" "orig_ax" 8 optional;
     ovl_inode_vfs = "ovl_inode" "vfs_inode" 0 optional;
     ovl_inode_upper = "ovl_inode" "__upperdentry" 8 optional;
+    ovl_inode_redirect = "ovl_inode" "redirect" 8 optional;
+    ovl_inode_entry = "ovl_inode" "oe" 8 optional;
+    ovl_entry_lowers = "ovl_entry" "__lowerstack" 0 optional;
+    ovl_path_dentry = "ovl_path" "dentry" 8 optional;
 }
 
 #[cfg(test)]

@@ -132,6 +132,8 @@ pub struct ExecPart {
     pub reserved_too: u8,
     /// Device of the script.
     pub script_device: u32,
+    /// [`crate::maps::Process::program`] of what called exec.
+    pub caller: [u64; 2],
 }
 
 /// A process came to be.
@@ -177,6 +179,57 @@ pub struct TamperRecord {
     pub reserved_too: u32,
 }
 
+/// Code came into a process by other means than an exec, or was refused to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct CodePart {
+    /// Codes of [`crate::codes`].
+    pub verdict: u8,
+    pub action: u8,
+    pub reason: u8,
+    pub origin: u8,
+    pub mode: u8,
+    /// [`crate::codes::code_act`].
+    pub act: u8,
+    /// [`crate::codes::exec_flags::PATH_TRUNCATED`] and [`crate::codes::code_record_flags`].
+    pub flags: u8,
+    pub reserved: u8,
+    /// The revision that decided; 0 when none was consulted.
+    pub revision: u32,
+    /// The protection that the memory would have (`PROT_*` of `mmap(2)`); 0 where the act is on no memory of its own.
+    pub protection: u32,
+    /// Inode number and device of the file; 0 without one.
+    pub inode: u64,
+    pub device: u32,
+    /// The process that is traced, or that is to be the tracer; 0 for other acts.
+    pub target: u32,
+    /// Bytes used of the path; 0 for what is in no file.
+    pub path_length: u16,
+    /// 0: [`SmallCode`], 1: [`LargeCode`].
+    pub class: u16,
+    pub reserved_too: u32,
+}
+
+/// The part of a code record that has a fixed size.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct CodeHead {
+    pub header: Header,
+    pub process: ProcessPart,
+    pub session: SessionPart,
+    pub code: CodePart,
+}
+
+/// A code record of one size class.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct CodeRecord<const PATH: usize> {
+    pub head: CodeHead,
+    pub path: [u8; PATH],
+}
+
 /// The part of an exec record that has a fixed size.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,6 +267,9 @@ pub const LARGE_ARGV: usize = 4096;
 /// Longest single argument that is read from a caller's memory, its zero byte included.
 pub const LONGEST_ARGUMENT: usize = 1024;
 
+pub type SmallCode = CodeRecord<SMALL_PATH>;
+pub type LargeCode = CodeRecord<LARGE_PATH>;
+
 pub type SmallExec = ExecRecord<SMALL_PATH, SMALL_CWD, SMALL_ARGV, 0>;
 pub type LargeExec = ExecRecord<LARGE_PATH, LARGE_CWD, LARGE_ARGV, LONGEST_ARGUMENT>;
 
@@ -242,19 +298,22 @@ pub struct ControlRecord {
 const _: () = assert!(size_of::<Header>() == 40);
 const _: () = assert!(size_of::<ProcessPart>() == 96);
 const _: () = assert!(size_of::<ContextPart>() == 96);
-const _: () = assert!(size_of::<ExecPart>() == 48);
+const _: () = assert!(size_of::<ExecPart>() == 64);
 const _: () = assert!(size_of::<SessionPart>() == 16);
 const _: () = assert!(size_of::<ForkRecord>() == 152);
 const _: () = assert!(size_of::<ExitRecord>() == 160);
 const _: () = assert!(size_of::<TamperRecord>() == 168);
-const _: () = assert!(size_of::<ExecHead>() == 296);
-const _: () = assert!(size_of::<SmallExec>() == 296 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
+const _: () = assert!(size_of::<CodePart>() == 40);
+const _: () = assert!(size_of::<SmallCode>() == 192 + SMALL_PATH);
+const _: () = assert!(size_of::<LargeCode>() == 192 + LARGE_PATH);
+const _: () = assert!(size_of::<ExecHead>() == 312);
+const _: () = assert!(size_of::<SmallExec>() == 312 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
 const _: () =
-    assert!(size_of::<LargeExec>() == 296 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
+    assert!(size_of::<LargeExec>() == 312 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
 const _: () = assert!(size_of::<ControlRecord>() == 24 + CGROUP_NAME + CGROUP_PATH);
 
 #[cfg(feature = "user")]
-pub use decode::{DecodeError, Decoded, DecodedExec, decode, decode_control};
+pub use decode::{DecodeError, Decoded, DecodedCode, DecodedExec, decode, decode_control};
 
 #[cfg(feature = "user")]
 mod decode {
@@ -268,6 +327,14 @@ mod decode {
         Exec(DecodedExec<'a>),
         Exit(ExitRecord),
         Tamper(TamperRecord),
+        Code(DecodedCode<'a>),
+    }
+
+    /// A code record with its path, borrowed from the ring.
+    #[derive(Clone, Copy, Debug)]
+    pub struct DecodedCode<'a> {
+        pub head: CodeHead,
+        pub path: &'a [u8],
     }
 
     /// An exec with its variable parts, borrowed from the ring.
@@ -302,9 +369,9 @@ mod decode {
                 Self::Short { have, need } => write!(f, "record of {have} bytes where {need} are needed"),
                 Self::Abi(abi) => write!(f, "record of ABI {abi}, this build reads {ABI_VERSION}"),
                 Self::Kind(kind) => write!(f, "record of unknown kind {kind}"),
-                Self::Class(class) => write!(f, "exec record of unknown size class {class}"),
+                Self::Class(class) => write!(f, "record of unknown size class {class}"),
                 Self::Length { part, length, capacity } => {
-                    write!(f, "exec record's {part} claims {length} bytes of {capacity}")
+                    write!(f, "a record's {part} claims {length} bytes of {capacity}")
                 }
             }
         }
@@ -363,6 +430,16 @@ mod decode {
                     argv: part(bytes, "arguments", at + 2 * path + cwd, argv, fixed.exec.argv_length)?,
                 }))
             }
+            kind::CODE => {
+                let fixed: CodeHead = head(bytes)?;
+                let capacity = match fixed.code.class {
+                    0 => SMALL_PATH,
+                    1 => LARGE_PATH,
+                    other => return Err(DecodeError::Class(other)),
+                };
+                let path = part(bytes, "path", size_of::<CodeHead>(), capacity, fixed.code.path_length)?;
+                Ok(Decoded::Code(DecodedCode { head: fixed, path }))
+            }
             other => Err(DecodeError::Kind(other)),
         }
     }
@@ -394,7 +471,7 @@ mod tests {
     fn the_bytes_of_a_fork_are_golden() {
         let mut bytes = Vec::new();
         bytes.extend(1_u16.to_le_bytes()); // kind
-        bytes.extend(7_u16.to_le_bytes()); // abi
+        bytes.extend(9_u16.to_le_bytes()); // abi
         bytes.extend(152_u32.to_le_bytes()); // size
         bytes.extend(0x1122_u64.to_le_bytes()); // slot
         bytes.extend(7_u64.to_le_bytes()); // sequence
@@ -423,7 +500,7 @@ mod tests {
             (fork.session.start, fork.session.pid, fork.session.kind),
             (30, 9, codes::session::ENTERED)
         );
-        assert_eq!(ABI_VERSION, 7, "a new ABI version needs new golden bytes");
+        assert_eq!(ABI_VERSION, 9, "a new ABI version needs new golden bytes");
     }
 
     #[test]

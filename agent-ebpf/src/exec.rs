@@ -13,7 +13,7 @@ use aya_ebpf::helpers::{
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
-    codes::{action, argv_source, error, exec_flags, kind, reason, slot_flags, verdict},
+    codes::{action, argv_source, error, exec_flags, kind, mode, origin, reason, slot_flags, verdict},
     maps::{HOST_ROOT, Process},
     record::{
         ExecPart, ExecRecord, LARGE_ARGV, LARGE_CWD, LARGE_PATH, LONGEST_ARGUMENT, SMALL_ARGV, SMALL_CWD,
@@ -23,11 +23,11 @@ use palisade_abi::{
 
 use crate::{
     containers, context, count,
-    judge::{palisade_judge, unexamined},
+    judge::{palisade_code_rules, palisade_judge, rules_forbid_elevation, rules_mode, unexamined},
     kernel::{KernelPtr, read_user_word},
     maps::{PROCESSES, ROOTS, SCRIPTS, SLOT_POLICIES, SLOTS, offset, setting},
     origin::{self as origins, palisade_classify},
-    path::palisade_walk,
+    path::{self, palisade_walk},
     processes::{self, Address},
     record::{self, Lane},
     scratch::{self, Area, EXECUTABLE, Scratch, WORKING_DIRECTORY, arguments},
@@ -35,29 +35,34 @@ use crate::{
 };
 
 const SIGKILL: u32 = 9;
+const SIGCONT: u32 = 18;
 const SIGSTOP: u32 = 19;
 /// Numbers of `execve` and `execveat` on x86-64.
 const SYS_EXECVE: u64 = 59;
 const SYS_EXECVEAT: u64 = 322;
+/// Of include/uapi/linux/fcntl.h.
+const AT_EXECVE_CHECK: u64 = 0x10000;
 /// `#!`, little endian.
 const SCRIPT_MAGIC: u64 = 0x2123;
 /// Most arguments of a refused exec that are read.
 const MOST_ARGUMENTS: u64 = 64;
 
-/// The LSM hook: whether to refuse this pass.
+/// The LSM hook: whether to refuse this pass. With `asked`, nothing will be executed.
 #[inline(always)]
-pub fn check(bprm: Address) -> bool {
+pub fn check(bprm: Address, asked: bool) -> bool {
     let Some(process) = processes::current() else { return false };
     let task = bpf_get_current_pid_tgid();
     let Some(scratch) = scratch::claim(task) else {
         let denied = unexamined(process.slot) == verdict::DENIED;
-        if denied {
+        if denied || (asked && record::is_active()) {
             record::lose(process.slot, Lane::Check);
         }
         return denied;
     };
     let verdict = examine(task, scratch, bprm, &process);
-    let denied = verdict == verdict::DENIED;
+    // SAFETY: the memory belongs to this task until it is released.
+    let unjudged = cfg!(feature = "plant-scripts-unjudged") && unsafe { is_script(scratch) };
+    let verdict = if unjudged { verdict::ALLOWED } else { verdict };
     // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then.
     // SAFETY: the memory belongs to this task until it is released.
     let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
@@ -67,10 +72,34 @@ pub fn check(bprm: Address) -> bool {
         // SAFETY: as above.
         unsafe { (&raw mut (*scratch).script_start).write_volatile(PATH_CAPACITY as u16) };
     }
+    let depends = process.pending_verdict == verdict::ALLOWED && process.pending_reason == reason::ARGUMENTS;
+    // SAFETY: as above.
+    let verdict = unsafe {
+        let unknowable = asked || is_script(scratch) || entry_is_missing();
+        if !first && depends && verdict == verdict::ALLOWED {
+            // The arguments will be the interpreter's.
+            (*scratch).of_script = 1;
+            without_arguments(scratch, verdict)
+        } else if unknowable && (*scratch).reason == reason::ARGUMENTS {
+            without_arguments(scratch, verdict)
+        } else {
+            verdict
+        }
+    };
+    let denied = verdict == verdict::DENIED;
+    if asked {
+        // SAFETY: as above.
+        unsafe { (*scratch).flags |= exec_flags::ONLY_ASKED };
+    }
+    if asked && verdict == verdict::AUDITED {
+        // Nothing comes that would be recorded.
+        palisade_report(task);
+    }
     if denied {
         // SAFETY: as above.
         unsafe { (*scratch).action = action::REFUSED };
         palisade_report(task);
+        no_exec_any_more();
     } else if verdict == verdict::HELD && entry_is_missing() {
         // Nobody could say later that it waits.
         // SAFETY: as above.
@@ -88,8 +117,12 @@ pub fn check(bprm: Address) -> bool {
             let pending = (&raw const (*entry).pending_verdict).read_volatile();
             let passes = (&raw const (*entry).passes).read_volatile();
             (&raw mut (*entry).passes).write_volatile(if first { 1 } else { passes.saturating_add(1) });
+            if first {
+                (&raw mut (*entry).foreign_interpreter).write_volatile(0);
+                (&raw mut (*entry).elevates).write_volatile(0);
+            }
             keep_script(scratch, entry, first);
-            if first || verdict > pending {
+            if first || verdict > pending || pending == verdict::ALLOWED {
                 (&raw mut (*entry).pending_verdict).write_volatile(verdict);
                 (&raw mut (*entry).pending_reason).write_volatile((*scratch).reason);
             }
@@ -97,6 +130,37 @@ pub fn check(bprm: Address) -> bool {
     }
     scratch::release(task);
     denied
+}
+
+/// The verdict on what is allowed with certain arguments alone, where nobody will ever compare them. A worse one stays.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory.
+#[inline(always)]
+unsafe fn without_arguments(scratch: *mut Scratch, verdict: u8) -> u8 {
+    if verdict != verdict::ALLOWED {
+        return verdict;
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let audits = (*scratch).mode == mode::AUDIT;
+        (*scratch).verdict = if audits { verdict::AUDITED } else { verdict::DENIED };
+        (*scratch).reason = reason::ARGUMENTS;
+        (*scratch).verdict
+    }
+}
+
+/// Whether what is executed in this pass begins as a script.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory.
+#[inline(always)]
+unsafe fn is_script(scratch: *mut Scratch) -> bool {
+    // SAFETY: the caller's promise.
+    let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
+    context::palisade_word(bprm, u64::from(offset!(binprm_buffer))) & 0xffff == SCRIPT_MAGIC
 }
 
 /// Keeps the canonical path of a script for the record of the exec, which names the interpreter.
@@ -113,8 +177,7 @@ unsafe fn keep_script(scratch: *mut Scratch, entry: *mut Process, first: bool) {
     // SAFETY: the caller's promise. The value is the path's place in the scratch memory, of the map's value size.
     unsafe {
         let start = (*scratch).executable.start as u16;
-        let magic = context::palisade_word((*scratch).bprm, u64::from(offset!(binprm_buffer)));
-        let is_script = magic & 0xffff == SCRIPT_MAGIC && (*scratch).executable.failure == 0;
+        let is_script = is_script(scratch) && (*scratch).executable.failure == 0;
         let path = (&raw const (*scratch).path).cast::<[u8; PATH_CAPACITY]>();
         let kept = is_script && SCRIPTS.insert(processes::current_pid(), &*path, 0).is_ok();
         if is_script && !kept {
@@ -131,42 +194,151 @@ unsafe fn keep_script(scratch: *mut Scratch, entry: *mut Process, first: bool) {
     }
 }
 
+/// The hook after the last pass: whether to refuse a program that would have rights which its caller has not.
+#[inline(always)]
+pub fn elevates(bprm: Address) -> bool {
+    let Some(new) = KernelPtr(bprm).follow(offset!(binprm_cred)) else { return false };
+    if palisade_gains_rights(new.0) == 0 {
+        return false;
+    }
+    let Some(process) = processes::current() else { return false };
+    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+        // SAFETY: as in `check`.
+        unsafe { (&raw mut (*entry).elevates).write_volatile(1) };
+    }
+    let rules = palisade_code_rules(process.slot);
+    if !rules_forbid_elevation(rules) || rules_mode(rules) == mode::AUDIT {
+        // Audited at the tracepoint.
+        return false;
+    }
+    let task = bpf_get_current_pid_tgid();
+    let Some(scratch) = scratch::claim(task) else {
+        record::lose(process.slot, Lane::Check);
+        return true;
+    };
+    let of_runtime = examine(task, scratch, bprm, &process) == verdict::ALLOWED
+        // SAFETY: the memory belongs to this task until it is released.
+        && unsafe { (*scratch).reason } == reason::RUNTIME;
+    if !of_runtime {
+        // SAFETY: as above.
+        unsafe {
+            (*scratch).verdict = verdict::DENIED;
+            (*scratch).reason = reason::ELEVATION;
+            (*scratch).action = action::REFUSED;
+            (*scratch).flags |= exec_flags::ELEVATED;
+        }
+        palisade_report(task);
+        no_exec_any_more();
+    }
+    scratch::release(task);
+    !of_runtime
+}
+
+/// Notes that the current process is in no exec, since that was refused.
+#[inline(always)]
+fn no_exec_any_more() {
+    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+        // SAFETY: as in `check`.
+        unsafe { (&raw mut (*entry).pending_verdict).write_volatile(0) };
+    }
+}
+
+/// The hook before any pass, for a call that does not execute but asks whether it might: no other one comes. Whether to answer
+/// that it may not.
+#[inline(always)]
+pub fn asked(bprm: Address) -> bool {
+    if !only_asked() {
+        return false;
+    }
+    let refused = check(bprm, true);
+    no_exec_any_more();
+    refused
+}
+
+/// Whether credentials have a user, a group or a capability that the current task has not.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_gains_rights(new: u64) -> u64 {
+    let old = context::palisade_pointer(KernelPtr::current_task().0, u64::from(offset!(task_cred)));
+    let word = |place: u64, field: u32| context::palisade_word(place, u64::from(field));
+    let set = |place: u64| context::palisade_pointer(place, u64::from(offset!(cred_cap_permitted)));
+    let other_user = word(new, offset!(cred_euid)) != word(old, offset!(cred_euid));
+    let other_group = word(new, offset!(cred_egid)) != word(old, offset!(cred_egid));
+    u64::from(other_user || other_group || set(new) & !set(old) != 0)
+}
+
 /// Whether there is no entry of the current process to note anything in.
 #[inline(always)]
 fn entry_is_missing() -> bool {
     PROCESSES.get_ptr_mut(processes::current_pid()).is_none()
 }
 
-/// An exec that is past its point of no return, at a hook that no kernel since 6.2 skips.
+/// An exec that is past its point of no return, at a hook that no kernel since 6.2 skips. A tracepoint may be (since 7.0), so
+/// what only that could say is not taken for granted: who executes it from now on, and whether its arguments are allowed.
 #[inline(always)]
 pub fn committed() {
     let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) else { return };
     // SAFETY: as in `check`.
-    if unsafe { (&raw const (*entry).pending_verdict).read_volatile() } == verdict::HELD {
-        let _killed_instead = !stop(entry);
+    unsafe {
+        let caller = (&raw const (*entry).program).read_volatile();
+        (&raw mut (*entry).caller).write_volatile(caller);
+        (&raw mut (*entry).program).write_volatile([0; 2]);
+        (&raw mut (*entry).committed).write_volatile(1);
+        let verdict = (&raw const (*entry).pending_verdict).read_volatile();
+        let depends = verdict == verdict::ALLOWED
+            && (&raw const (*entry).pending_reason).read_volatile() == reason::ARGUMENTS;
+        if verdict == verdict::HELD {
+            let _killed_instead = !stop(entry);
+        } else if depends && !processes::is_traced() {
+            // The tracepoint lets it go on. A tracer would not let it stop; a profile that allows one allows other arguments.
+            let _killed_instead = !stop(entry);
+        }
     }
+}
+
+/// Whether the current process, past its point of no return, was stopped until its arguments are judged.
+#[inline(always)]
+fn waits_for_arguments(process: &Process) -> bool {
+    process.held != 0
+        && process.pending_verdict == verdict::ALLOWED
+        && process.pending_reason == reason::ARGUMENTS
 }
 
 /// The tracepoint: an exec that passed its point of no return.
 #[inline(always)]
 pub fn executed(bprm: Address) {
-    let Some(process) = processes::current() else { return };
+    let Some(mut process) = processes::current() else { return };
     let task = bpf_get_current_pid_tgid();
-    if process.pending_verdict != 0
-        && let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid())
-    {
+    let waits = waits_for_arguments(&process);
+    if waits {
+        process.held = 0;
+    }
+    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
         // SAFETY: as in `check`.
-        unsafe { (&raw mut (*entry).pending_verdict).write_volatile(0) };
+        unsafe {
+            (&raw mut (*entry).pending_verdict).write_volatile(0);
+            (&raw mut (*entry).jit_noted).write_volatile(0);
+            (&raw mut (*entry).committed).write_volatile(0);
+            // Until it is known.
+            (&raw mut (*entry).program).write_volatile([0; 2]);
+        }
     }
     let Some(scratch) = scratch::claim(task) else {
         if unexamined(process.slot) == verdict::DENIED {
             kill();
+        } else if waits {
+            go_on();
         }
         if record::is_active() {
             record::lose(process.slot, Lane::Exec);
         }
         return;
     };
+    // SAFETY: the memory belongs to this task until it is released.
+    unsafe {
+        (*scratch).arguments_known = 1;
+        (*scratch).caller = if process.committed == 0 { process.program } else { process.caller };
+    }
     let mut verdict = examine(task, scratch, bprm, &process);
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
@@ -177,15 +349,32 @@ pub fn executed(bprm: Address) {
             (*scratch).reason = process.pending_reason;
             (*scratch).of_script = 1;
         }
+        if process.elevates != 0 {
+            (*scratch).flags |= exec_flags::ELEVATED;
+            let rules = palisade_code_rules(process.slot);
+            if rules_forbid_elevation(rules)
+                && verdict == verdict::ALLOWED
+                && (*scratch).reason != reason::RUNTIME
+            {
+                let audits = rules_mode(rules) == mode::AUDIT;
+                verdict = if audits { verdict::AUDITED } else { verdict::DENIED };
+                (*scratch).verdict = verdict;
+                (*scratch).reason = reason::ELEVATION;
+            }
+        }
         if process.held != 0 {
             // It is stopped already, and must be let go by whoever settles it.
             verdict = verdict::HELD;
             (*scratch).verdict = verdict;
             (*scratch).reason = process.pending_reason;
         }
+        if verdict == verdict::HELD && process.foreign_interpreter != 0 {
+            (*scratch).flags |= exec_flags::FOREIGN_INTERPRETER;
+        }
         if verdict == verdict::HELD && process.passes > 1 {
             // It can only be settled later if its script is known: one, by its whole path.
-            let one = process.passes == 2 && usize::from(process.script_start) < PATH_CAPACITY;
+            let known = SCRIPTS.get_ptr_mut(processes::current_pid()).is_some();
+            let one = process.passes == 2 && usize::from(process.script_start) < PATH_CAPACITY && known;
             if !one {
                 (*scratch).reason = reason::LOOKUP_MISSED;
             }
@@ -200,6 +389,10 @@ pub fn executed(bprm: Address) {
             note_first_exec(process.slot);
         }
     }
+    palisade_remember_program(task);
+    if waits && verdict != verdict::DENIED {
+        go_on();
+    }
     if palisade_report(task) != 0 && verdict == verdict::HELD {
         // Nobody would know that it waits.
         kill();
@@ -212,6 +405,40 @@ pub fn executed(bprm: Address) {
             unsafe { (&raw mut (*entry).script_start).write_volatile(PATH_CAPACITY as u16) };
         }
     }
+}
+
+/// Lets the current process go on, which was stopped until its arguments were judged: nothing has come of the signal yet, and
+/// this one takes it back.
+#[inline(always)]
+fn go_on() {
+    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+        // SAFETY: as in `check`.
+        unsafe { (&raw mut (*entry).held).write_volatile(0) };
+    }
+    // SAFETY: the helper has no preconditions; the signal goes to the current process.
+    if unsafe { bpf_send_signal(SIGCONT) } != 0 {
+        count::error(error::STOP_FAILED);
+        kill();
+    }
+}
+
+/// Notes what the current process executes from now on, for what rules say of those that it executes in turn. Only an unmodified
+/// file of the image has a name that can be relied on. A script has none of its own: whoever may execute it can have its
+/// interpreter do something else (`BASH_ENV`, `#!/usr/bin/env`).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_remember_program(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) else { return 1 };
+    // SAFETY: the memory belongs to this task until it is released; the entry belongs to this process.
+    unsafe {
+        let of_image = (*scratch).origin == origin::IMAGE && (*scratch).executable.failure == 0;
+        if of_image {
+            let program = path::hash((&raw mut (*scratch).path).cast(), (*scratch).executable.start);
+            (&raw mut (*entry).program).write_volatile(program);
+        }
+    }
+    0
 }
 
 /// Stops the current process before it returns to user space, until the agent has settled what it may do. One that
@@ -289,6 +516,9 @@ fn examine(task: u64, scratch: *mut Scratch, bprm: Address, process: &Process) -
             .unwrap_or(KernelPtr(0));
         (*scratch).slot = process.slot;
         (*scratch).dentry = dentry.0;
+        if (*scratch).arguments_known == 0 {
+            (*scratch).caller = process.program;
+        }
         (*scratch).script_start = process.script_start;
         (*scratch).script_origin = process.script_origin;
         (*scratch).script_device = process.script_device;
@@ -377,16 +607,34 @@ pub extern "C" fn palisade_is_outside(slot: u64) -> u64 {
     }
 }
 
+/// Whether what is reported comes from the hook, before anything was executed.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory.
+#[inline(always)]
+unsafe fn is_early(scratch: *mut Scratch) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { (*scratch).action == action::REFUSED || (*scratch).flags & exec_flags::ONLY_ASKED != 0 }
+}
+
 /// Finds the arguments and reports what `task` has judged.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_report(task: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
-    let refused = unsafe { (*scratch).action } == action::REFUSED;
+    let early = unsafe { is_early(scratch) };
     palisade_walk(task, working_directory().0, WORKING_DIRECTORY);
     palisade_name_volume(task, WORKING_DIRECTORY);
-    let (kind, at, length) = if refused { arguments_of_caller() } else { arguments_of_new_image() };
+    let (kind, at, length) = if early {
+        arguments_of_caller()
+    } else {
+        match arguments_of_new_image() {
+            Some((begin, end)) => (arguments::NEW_IMAGE, begin, end - begin),
+            None => (arguments::UNAVAILABLE, 0, 0),
+        }
+    };
     // SAFETY: as above.
     let (path_length, cwd_length, script_length) = unsafe {
         (*scratch).arguments_kind = kind;
@@ -398,10 +646,14 @@ pub extern "C" fn palisade_report(task: u64) -> u64 {
             PATH_CAPACITY as u32 - u32::from((*scratch).script_start),
         )
     };
-    if refused && !record::is_active() {
-        // The set that records is not asked any more: a hook ends with the first refusal.
+    if early && !record::is_active() {
         // SAFETY: as above.
-        record::lose(unsafe { (*scratch).slot }, Lane::Check);
+        unsafe {
+            if (*scratch).action == action::REFUSED {
+                // The set that records is not asked any more: a hook ends with the first refusal.
+                record::lose((*scratch).slot, Lane::Check);
+            }
+        }
         return 1;
     }
     let small = path_length <= SMALL_PATH as u32
@@ -420,30 +672,48 @@ fn working_directory() -> KernelPtr {
         .unwrap_or(KernelPtr(0))
 }
 
+/// Where the arguments of what was executed begin and end.
 #[inline(always)]
-fn arguments_of_new_image() -> (u32, u64, u64) {
-    let Some(mm) = KernelPtr::current_task().follow(offset!(task_mm)) else {
-        return (arguments::UNAVAILABLE, 0, 0);
-    };
-    match (mm.read::<u64>(offset!(mm_arg_start)), mm.read::<u64>(offset!(mm_arg_end))) {
-        (Some(start), Some(end)) if end >= start => (arguments::NEW_IMAGE, start, end - start),
-        _ => (arguments::UNAVAILABLE, 0, 0),
+pub fn arguments_of_new_image() -> Option<(u64, u64)> {
+    let mm = KernelPtr::current_task().follow(offset!(task_mm))?;
+    let (begin, end) = (mm.read::<u64>(offset!(mm_arg_start))?, mm.read::<u64>(offset!(mm_arg_end))?);
+    (end >= begin).then_some((begin, end))
+}
+
+/// The registers that the current system call was made with.
+#[inline(always)]
+pub fn registers() -> Option<KernelPtr> {
+    if setting!(have_task_pt_regs) == 1 {
+        // SAFETY: the helpers have no preconditions; the task is the current one.
+        return Some(KernelPtr(unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as u64));
     }
+    let at = setting!(pt_regs_at);
+    match KernelPtr::current_task().follow(offset!(task_stack)) {
+        Some(stack) if at != 0 => Some(KernelPtr(stack.0 + u64::from(at))),
+        _ => None,
+    }
+}
+
+/// Whether the current system call is one that executes something.
+#[inline(always)]
+pub fn is_called() -> bool {
+    // Of 64-bit callers, and of 32-bit ones, whose numbers are `munmap` and none for the others; no memory is mapped by these.
+    let call = registers().and_then(|registers| registers.read::<u64>(offset!(pt_regs_orig_ax)));
+    matches!(call, Some(SYS_EXECVE | SYS_EXECVEAT | 11 | 358 | 0x4000_0208 | 0x4000_0221))
+}
+
+/// Whether the call does not execute anything, but asks whether it might (6.14 and later).
+#[inline(always)]
+fn only_asked() -> bool {
+    let Some(registers) = registers() else { return false };
+    registers.read::<u64>(offset!(pt_regs_orig_ax)) == Some(SYS_EXECVEAT)
+        && registers.read::<u64>(offset!(pt_regs_r8)).is_some_and(|flags| flags & AT_EXECVE_CHECK != 0)
 }
 
 /// From the registers of the system call that is being refused.
 #[inline(always)]
 fn arguments_of_caller() -> (u32, u64, u64) {
-    let registers = if setting!(have_task_pt_regs) == 1 {
-        // SAFETY: the helpers have no preconditions; the task is the current one.
-        KernelPtr(unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as u64)
-    } else {
-        let at = setting!(pt_regs_at);
-        match KernelPtr::current_task().follow(offset!(task_stack)) {
-            Some(stack) if at != 0 => KernelPtr(stack.0 + u64::from(at)),
-            _ => return (arguments::UNAVAILABLE, 0, 0),
-        }
-    };
+    let Some(registers) = registers() else { return (arguments::UNAVAILABLE, 0, 0) };
     // The number of the call is also the check that these are the registers.
     let array = match registers.read::<u64>(offset!(pt_regs_orig_ax)) {
         Some(SYS_EXECVE) => registers.read::<u64>(offset!(pt_regs_si)),
@@ -470,7 +740,7 @@ fn note(length: *mut u16, value: usize, judged: *mut Scratch, flags: u8) {
 
 /// Copies the path that starts at `start` of `area` to `target`; returns its length.
 #[inline(always)]
-fn copy_path<const CAPACITY: usize>(area: *mut Area, start: u32, target: *mut [u8; CAPACITY]) -> usize {
+pub fn copy_path<const CAPACITY: usize>(area: *mut Area, start: u32, target: *mut [u8; CAPACITY]) -> usize {
     let length = PATH_CAPACITY as u32 - start;
     let size = black_box(length);
     if size == 0 || size > CAPACITY as u32 {
@@ -577,8 +847,8 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
 ) -> bool {
     let Some(scratch) = scratch::of(task) else { return false };
     // SAFETY: the memory belongs to this task until it is released.
-    let (slot, action, kind) = unsafe { ((*scratch).slot, (*scratch).action, (*scratch).arguments_kind) };
-    let lane = if action == action::REFUSED { Lane::Check } else { Lane::Exec };
+    let (slot, early, kind) = unsafe { ((*scratch).slot, is_early(scratch), (*scratch).arguments_kind) };
+    let lane = if early { Lane::Check } else { Lane::Exec };
     let Some((mut entry, header)) =
         record::reserve::<ExecRecord<PATH, CWD, ARGV, SLACK>>(slot, kind::EXEC, lane)
     else {
@@ -677,5 +947,6 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
         (&raw mut (*exec).script_origin).write((*scratch).script_origin);
         (&raw mut (*exec).reserved_too).write(0);
         (&raw mut (*exec).script_device).write((*scratch).script_device);
+        (&raw mut (*exec).caller).write((*scratch).caller);
     }
 }

@@ -3,19 +3,23 @@
 //! `profile`'s evaluation of a policy image is the same function in ordinary Rust. The scenarios compare the two at
 //! their cases only; nothing generates more of them yet, so a change here is a change there.
 
-use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns};
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, bpf_probe_read_user_buf};
+use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
-    codes::{error, mode, origin, reason, verdict},
-    maps::{AdmittedKey, GLOB_BYTES, GLOB_CHUNK, GLOB_DEAD, Revision, RuleKey, grant, grant_to_any},
+    codes::{code_flags, error, mode, origin, reason, verdict},
+    maps::{
+        AdmittedKey, EXEC_GRANTS, GLOB_BYTES, GLOB_CHUNK, GLOB_DEAD, RuleKey, grant, grant_to_any,
+        library_grant,
+    },
 };
 
 use crate::{
     containers::TOO_DEEP,
-    context, count,
+    context, count, exec,
     maps::{ADMITTED, AGENT, GLOBS, REVISIONS, RULES, SLOT_POLICIES, offset},
     path, record,
-    scratch::{self, Area, Scratch},
+    scratch::{self, Area, Automaton, Scratch},
 };
 
 /// Judges the execution that `task` has examined, and writes the decision into its memory. Returns the
@@ -59,7 +63,7 @@ pub extern "C" fn palisade_is_admitted(task: u64) -> u64 {
     }
     let inode = context::palisade_pointer(dentry, u64::from(offset!(dentry_inode)));
     let inode = context::palisade_pointer(inode, u64::from(offset!(inode_number)));
-    let key = AdmittedKey { path_hash: path::hash(area, start), inode };
+    let key = AdmittedKey { path_hash: path::hash(area.cast(), start), inode };
     // SAFETY: only presence matters.
     u64::from(unsafe { ADMITTED.get(key) }.is_some())
 }
@@ -125,39 +129,285 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     }
     let Some(scratch) = scratch else { return mismatch(reason::NO_SCRATCH, mode, number) };
     // SAFETY: the memory belongs to this task until it is released.
-    let (area, start, failure, file_origin, session) = unsafe {
-        (
-            &raw mut (*scratch).path,
-            (*scratch).executable.start,
-            (*scratch).executable.failure as u8,
-            (*scratch).origin,
-            (*scratch).session.kind,
-        )
-    };
+    let (failure, file_origin, session) =
+        unsafe { ((*scratch).executable.failure as u8, (*scratch).origin, (*scratch).session.kind) };
     if failure != 0 {
         if cfg!(feature = "plant-failed-walk-allowed") {
             return allowed(reason::RULE, mode, number);
         }
         return mismatch(failure, mode, number);
     }
-    let wanted = if cfg!(feature = "plant-origin-ignored") { u32::MAX } else { grant(file_origin, session) };
-    let key = RuleKey { path_hash: path::hash(area, start), revision: number, reserved: 0 };
-    // SAFETY: rules of a revision do not change while a slot points to it.
-    let mut grants = unsafe { RULES.get(key) }.map_or(0, |rule| rule.grants);
-    if grants & wanted == 0 {
-        grants |= match_globs(area, start, revision);
-    }
-    if grants & wanted != 0 {
+    let wanted = if cfg!(feature = "plant-origin-ignored") {
+        u32::MAX
+    } else if cfg!(feature = "plant-sessions-ignored") {
+        grant_to_any(file_origin)
+    } else {
+        grant(file_origin, session)
+    };
+    let task = bpf_get_current_pid_tgid();
+    let (now, any) = granted(number, wanted);
+    // SAFETY: the memory belongs to this task until it is released.
+    let (with_arguments, arguments_known) =
+        unsafe { ((*scratch).with_arguments & EXEC_GRANTS, (*scratch).arguments_known) };
+    if now & EXEC_GRANTS & wanted != 0 {
         allowed(reason::RULE, mode, number)
     } else if file_origin == origin::UNKNOWN {
         mismatch(reason::ORIGIN_UNKNOWN, mode, number)
-    } else if grants & grant_to_any(file_origin) != 0 {
+    } else if with_arguments & wanted != 0 {
+        if cfg!(feature = "plant-conditions-arguments-ignored") {
+            allowed(reason::RULE, mode, number)
+        } else if arguments_known == 0 {
+            // The tracepoint judges them, before the program's first instruction.
+            allowed(reason::ARGUMENTS, mode, number)
+        } else if palisade_granted_to_arguments(task) as u32 & wanted != 0 {
+            allowed(reason::RULE, mode, number)
+        } else {
+            mismatch(reason::ARGUMENTS, mode, number)
+        }
+    } else if any & EXEC_GRANTS & wanted != 0 {
+        if cfg!(feature = "plant-conditions-parents-ignored") {
+            return allowed(reason::RULE, mode, number);
+        }
+        mismatch(reason::PARENT, mode, number)
+    } else if any & grant_to_any(file_origin) != 0 {
         mismatch(reason::SESSION, mode, number)
-    } else if grants != 0 {
+    } else if any & EXEC_GRANTS != 0 {
         mismatch(reason::ORIGIN, mode, number)
     } else {
         mismatch(reason::NO_RULE, mode, number)
     }
+}
+
+/// What the rules of revision `number` grant to the path that `task` has examined: what holds whatever the arguments are in the
+/// lower word, what does under any condition in the upper one; or as much of both as answers `wanted`. Notes in the task's
+/// memory what depends on arguments. A step of its own, since its loops are most of what the verifier follows.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_granted(task: u64, number: u64, wanted: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 0 };
+    let number = number as u32;
+    // SAFETY: as in `decide`.
+    let Some(revision) = (unsafe { REVISIONS.get(number) }) else { return 0 };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (area, start) = unsafe { (&raw mut (*scratch).path, (*scratch).executable.start) };
+    let path_hash = path::hash(area.cast(), start);
+    let (mut now, mut any, mut with_arguments) = (0, 0, 0);
+    // SAFETY: rules of a revision do not change while a slot points to it. The memory is as above.
+    unsafe {
+        if let Some(rule) = RULES.get(RuleKey { path_hash, revision: number, parent: 0 }) {
+            now = rule.grants;
+            any = rule.any;
+            with_arguments = rule.with_arguments;
+            (*scratch).automata[0] = Automaton { base: rule.arguments_base, width: rule.arguments_width };
+        }
+        // Only a rule with parents grants under a condition what it does not grant now.
+        let parent = if any & !now == 0 { 0 } else { caller_as_parent(scratch, number) };
+        if parent != 0
+            && let Some(rule) = RULES.get(RuleKey { path_hash, revision: number, parent })
+        {
+            now |= rule.grants;
+            with_arguments |= rule.with_arguments;
+            (*scratch).automata[1] = Automaton { base: rule.arguments_base, width: rule.arguments_width };
+        }
+        (*scratch).with_arguments = with_arguments;
+    }
+    if now & wanted as u32 == 0 && revision.glob_chunks != 0 {
+        let automaton = Automaton { base: revision.automata_base, width: revision.glob_width };
+        let globs = run(area, start, PATH_CAPACITY as u32, automaton);
+        now |= globs;
+        any |= globs;
+    }
+    u64::from(now) | u64::from(any) << 32
+}
+
+/// The number that the caller has as a parent in revision `number`; 0 when it is none.
+#[inline(always)]
+fn caller_as_parent(scratch: *mut Scratch, number: u32) -> u32 {
+    // SAFETY: the memory belongs to this task until it is released.
+    let path_hash = unsafe { (*scratch).caller };
+    if path_hash[0] | path_hash[1] == 0 {
+        return 0;
+    }
+    // SAFETY: as in `palisade_granted`.
+    unsafe { RULES.get(RuleKey { path_hash, revision: number, parent: 0 }) }.map_or(0, |rule| rule.parent)
+}
+
+/// The same, of the current task.
+#[inline(always)]
+fn granted(number: u32, wanted: u32) -> (u32, u32) {
+    let granted = palisade_granted(bpf_get_current_pid_tgid(), u64::from(number), u64::from(wanted));
+    (granted as u32, (granted >> 32) as u32)
+}
+
+/// What the automata that [`palisade_granted`] has noted grant to the arguments of what `task` has executed.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_granted_to_arguments(task: u64) -> u64 {
+    let length = palisade_read_arguments(task);
+    if length > PATH_CAPACITY as u64 {
+        return 0;
+    }
+    palisade_run_on_arguments(task, 0, length) | palisade_run_on_arguments(task, 1, length)
+}
+
+/// Copies all arguments to where the working directory will stand. Returns how many bytes they are; more than [`PATH_CAPACITY`]
+/// when they are more, or cannot be read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_read_arguments(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return u64::MAX };
+    let Some((begin, end)) = exec::arguments_of_new_image() else { return u64::MAX };
+    let length = black_box(end - begin);
+    if length == 0 {
+        return 0;
+    }
+    if length > PATH_CAPACITY as u64 {
+        return u64::MAX;
+    }
+    // SAFETY: the memory belongs to this task until it is released; the area is longer, and the helper checks the user address.
+    let read = unsafe {
+        let area = (&raw mut (*scratch).cwd).cast::<u8>();
+        bpf_probe_read_user_buf(begin as *const u8, core::slice::from_raw_parts_mut(area, length as usize))
+    };
+    if read.is_err() {
+        count::error(error::ARGV_READ);
+        return u64::MAX;
+    }
+    length
+}
+
+/// What one of the automata grants to the `length` bytes of arguments that were copied.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_run_on_arguments(task: u64, which: u64, length: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 0 };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (area, automaton) = unsafe {
+        let automata = &raw const (*scratch).automata;
+        let automaton = if which == 0 { (*automata)[0] } else { (*automata)[1] };
+        (&raw mut (*scratch).cwd, automaton)
+    };
+    u64::from(run(area, 0, length as u32, automaton))
+}
+
+/// Marks the rules of a slot as such, so that they are not 0.
+const RESTRICTED: u64 = 1 << 31;
+
+/// What holds in `slot` for code that is not executed: [`code_flags`], the [`mode`] in the second byte, and the revision in the
+/// upper word. 0 when that is not restricted.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_code_rules(slot: u64) -> u64 {
+    let packed = |number: u32, mode: u8, flags: u32| {
+        RESTRICTED | u64::from(number) << 32 | u64::from(mode) << 8 | u64::from(flags)
+    };
+    if slot == TOO_DEEP {
+        return packed(0, mode::ENFORCE, 0);
+    }
+    // SAFETY: as in `decide`.
+    let Some(policy) = (unsafe { SLOT_POLICIES.get(slot) }) else { return 0 };
+    let number = policy.revision;
+    if policy.slot != slot {
+        count::error(error::POLICY_MOVED);
+        return packed(0, mode::ENFORCE, 0);
+    }
+    if number == 0 {
+        return 0;
+    }
+    // SAFETY: as in `decide`.
+    let Some(revision) = (unsafe { REVISIONS.get(number) }) else {
+        count::error(error::REVISION_MISSED);
+        return packed(number, mode::ENFORCE, 0);
+    };
+    if revision.restricts_exec == 0 {
+        return 0;
+    }
+    let mode = if cfg!(feature = "plant-enforce-is-audit") { mode::AUDIT } else { revision.mode as u8 };
+    packed(number, mode, revision.code & 0xff)
+}
+
+/// Whether what [`palisade_code_rules`] returned lets no program have rights that its caller has not.
+#[inline(always)]
+pub fn rules_forbid_elevation(rules: u64) -> bool {
+    rules & u64::from(code_flags::NO_ELEVATION) != 0
+}
+
+/// The [`mode`] of what [`palisade_code_rules`] returned.
+#[inline(always)]
+pub fn rules_mode(rules: u64) -> u8 {
+    (rules >> 8) as u8
+}
+
+/// Judges the file that `task` has examined and that is to be mapped executable, under `rules`. Returns the [`reason`] against
+/// it; 0 when it is allowed.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_judge_mapped(task: u64, rules: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return reason::NO_SCRATCH.into() };
+    let number = (rules >> 32) as u32;
+    // SAFETY: as in `decide`.
+    if unsafe { REVISIONS.get(number) }.is_none() {
+        return reason::LOOKUP_MISSED.into();
+    }
+    // SAFETY: the memory belongs to this task until it is released.
+    let (failure, file_origin, session) =
+        unsafe { ((*scratch).executable.failure as u8, (*scratch).origin, (*scratch).session.kind) };
+    let in_memory = file_origin == origin::MEMORY;
+    let any_of_image = rules & u64::from(code_flags::LIBRARIES_OF_IMAGE) != 0;
+    if file_origin == origin::IMAGE && any_of_image {
+        return 0;
+    }
+    if in_memory
+        && (rules & u64::from(code_flags::MEMORY) != 0 || cfg!(feature = "plant-code-memory-allowed"))
+    {
+        return 0;
+    }
+    if failure != 0 {
+        return u64::from(if in_memory { reason::MEMORY } else { failure });
+    }
+    let wanted = grant(file_origin, session) | library_grant(file_origin);
+    let (now, mut any) = granted(number, wanted);
+    if any_of_image {
+        any |= library_grant(origin::IMAGE);
+    }
+    // SAFETY: as above.
+    let with_arguments = unsafe { (*scratch).with_arguments };
+    u64::from(if now & wanted != 0 {
+        0
+    } else if file_origin == origin::UNKNOWN {
+        reason::ORIGIN_UNKNOWN
+    } else if with_arguments & grant(file_origin, session) != 0 {
+        // What may be executed with certain arguments is mapped by its exec alone, which is judged itself.
+        reason::ARGUMENTS
+    } else if any & grant(file_origin, session) != 0 {
+        reason::PARENT
+    } else if any & grant_to_any(file_origin) != 0 {
+        reason::SESSION
+    } else if in_memory {
+        reason::MEMORY
+    } else if any != 0 {
+        reason::ORIGIN
+    } else {
+        reason::NO_RULE
+    })
+}
+
+/// Whether rules allow anybody to execute the file that `task` has examined.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_is_allowed_executable(task: u64, rules: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    let number = (rules >> 32) as u32;
+    // SAFETY: as in `decide`.
+    if unsafe { REVISIONS.get(number) }.is_none() {
+        return 1;
+    }
+    // SAFETY: the memory belongs to this task until it is released.
+    let (failure, file_origin) = unsafe { ((*scratch).executable.failure, (*scratch).origin) };
+    // What may run when it has been changed as well is not taken from anybody by a change.
+    let (_, any) = granted(number, 0);
+    let only_unchanged = any & grant_to_any(origin::DRIFT) == 0;
+    u64::from(failure == 0 && only_unchanged && any & grant_to_any(file_origin) != 0)
 }
 
 /// The verdict on what a container executes that nobody has identified yet.
@@ -195,19 +445,19 @@ fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
     mismatch(reason, mode, 0)
 }
 
-/// Runs the revision's automaton over the path and returns what it grants.
+/// Runs an automaton over the bytes of `area` from `start` to `end` and returns what it grants.
 #[inline(always)]
-fn match_globs(area: *mut Area, start: u32, revision: &Revision) -> u32 {
-    if revision.glob_chunks == 0 {
+fn run(area: *mut Area, start: u32, end: u32, automaton: Automaton) -> u32 {
+    let Automaton { base, width } = automaton;
+    if width == 0 {
         return 0;
     }
-    let base = revision.glob_base;
-    let row = |state: u32| GLOB_BYTES as u32 + state * revision.glob_width;
+    let row = |state: u32| GLOB_BYTES as u32 + state * width;
     let mut state = 0_u32;
     let mut at = start;
     let mut turn = 0;
     while turn < PATH_CAPACITY {
-        if at >= PATH_CAPACITY as u32 {
+        if at >= end {
             break;
         }
         let Some(column) = glob_word(base, u32::from(path::byte(area, at))) else { return 0 };

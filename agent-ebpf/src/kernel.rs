@@ -36,6 +36,15 @@ impl KernelPtr {
     }
 }
 
+/// A hook's typed pointer as a plain number, which global functions take: copied through the stack by a helper, it loses its
+/// type.
+#[inline(always)]
+pub fn plain(address: u64) -> u64 {
+    let place = address;
+    // SAFETY: the place is a local's.
+    unsafe { bpf_probe_read_kernel(core::hint::black_box(&raw const place)) }.unwrap_or(0)
+}
+
 /// Reads a word of the current process's memory.
 #[inline(always)]
 pub fn read_user_word(address: u64) -> Option<u64> {

@@ -10,6 +10,7 @@
 #![cfg_attr(feature = "fetch-add", expect(internal_features, reason = "the only way to a BPF fetch-add"))]
 #![cfg_attr(feature = "fetch-add", feature(core_intrinsics))]
 
+mod code;
 mod containers;
 mod context;
 mod count;
@@ -29,20 +30,33 @@ use aya_ebpf::{
     macros::{lsm, raw_tracepoint},
     programs::{LsmContext, RawTracePointContext},
 };
-use palisade_abi::codes::tampering;
+use palisade_abi::codes::{code_act, tampering};
 
 use crate::{kernel::KernelPtr, maps::offset};
 
 /// `int security_bprm_check(struct linux_binprm *bprm)`: once per pass of the binary format loop.
 #[lsm(hook = "bprm_check_security")]
 pub fn bprm_check_security(ctx: LsmContext) -> i32 {
-    let refused = exec::check(ctx.arg(0));
+    let refused = exec::check(ctx.arg(0), false);
     #[cfg(feature = "log")]
     if refused {
         aya_log_ebpf::debug!(&ctx, "an exec is refused");
     }
     // The verifier wants a return value that is provably zero or a small negative number (6.12 and later).
     if refused { -1 } else { 0 }
+}
+
+/// `int security_bprm_creds_for_exec(struct linux_binprm *bprm)`
+#[lsm(hook = "bprm_creds_for_exec")]
+pub fn bprm_creds_for_exec(ctx: LsmContext) -> i32 {
+    if exec::asked(ctx.arg(0)) { -1 } else { 0 }
+}
+
+/// `int security_bprm_creds_from_file(struct linux_binprm *bprm, const struct file *file)`: the new credentials are known, and the
+/// point of no return is not reached.
+#[lsm(hook = "bprm_creds_from_file")]
+pub fn bprm_creds_from_file(ctx: LsmContext) -> i32 {
+    if exec::elevates(ctx.arg(0)) { -1 } else { 0 }
 }
 
 /// `void security_bprm_committed_creds(struct linux_binprm *bprm)`: past the point of no return. What waits for its
@@ -83,8 +97,42 @@ pub fn ptrace_access_check(ctx: LsmContext) -> i32 {
     const ATTACH: u32 = 2;
     let mode: u32 = ctx.arg(1);
     let refused = mode & ATTACH != 0
-        && (processes::may_not_be_traced(ctx.arg(0)) || tamper::on_process(tampering::TRACE, ctx.arg(0), 0));
+        && (processes::may_not_be_traced(ctx.arg(0))
+            || tamper::on_process(tampering::TRACE, ctx.arg(0), 0)
+            || code::traces(ctx.arg(0)));
     if refused { -1 } else { 0 }
+}
+
+/// `int security_ptrace_traceme(struct task_struct *parent)`: a child may ask for it where nobody could attach to it.
+#[lsm(hook = "ptrace_traceme")]
+pub fn ptrace_traceme(ctx: LsmContext) -> i32 {
+    if code::be_traced(ctx.arg(0)) { -1 } else { 0 }
+}
+
+/// `int security_file_open(struct file *file)`
+#[lsm(hook = "file_open")]
+pub fn file_open(ctx: LsmContext) -> i32 {
+    if code::opens_memory(ctx.arg(0)) { -1 } else { 0 }
+}
+
+/// `int security_mmap_file(struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags)`: `prot` is what
+/// it will be, `READ_IMPLIES_EXEC` included.
+#[lsm(hook = "mmap_file")]
+pub fn mmap_file(ctx: LsmContext) -> i32 {
+    if code::mapped(ctx.arg(0), ctx.arg(2), ctx.arg(3)) { -1 } else { 0 }
+}
+
+/// `int security_mmap_addr(unsigned long addr)`: whatever gets a place in memory, also by calls that have no hook of their own.
+#[lsm(hook = "mmap_addr")]
+pub fn mmap_addr(_ctx: LsmContext) -> i32 {
+    if code::implies_exec() { -1 } else { 0 }
+}
+
+/// `int security_file_mprotect(struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot)`, also for
+/// `pkey_mprotect`.
+#[lsm(hook = "file_mprotect")]
+pub fn file_mprotect(ctx: LsmContext) -> i32 {
+    if code::protected(ctx.arg(0), ctx.arg(2)) { -1 } else { 0 }
 }
 
 /// `int security_task_setscheduler(struct task_struct *p)`: policy, real-time priority and processors.
@@ -124,7 +172,26 @@ pub fn bpf_prog(ctx: LsmContext) -> i32 {
 /// `int security_inode_unlink(struct inode *dir, struct dentry *dentry)`
 #[lsm(hook = "inode_unlink")]
 pub fn inode_unlink(ctx: LsmContext) -> i32 {
-    if tamper::on_pin(ctx.arg(1)) { -1 } else { 0 }
+    if tamper::on_pin(ctx.arg(1)) || code::spoils(code_act::REMOVE, ctx.arg(1)) { -1 } else { 0 }
+}
+
+/// `int security_inode_copy_up(struct dentry *src, struct cred **new)`: what overlayfs copies before it is written to, linked, or
+/// its attributes change.
+#[lsm(hook = "inode_copy_up")]
+pub fn inode_copy_up(ctx: LsmContext) -> i32 {
+    if code::spoils(code_act::CHANGE, ctx.arg(0)) { -1 } else { 0 }
+}
+
+/// `int security_sb_mount(const char *dev_name, const struct path *path, const char *type, unsigned long flags, void *data)`
+#[lsm(hook = "sb_mount")]
+pub fn sb_mount(ctx: LsmContext) -> i32 {
+    if code::mounts_over(ctx.arg(1)) { -1 } else { 0 }
+}
+
+/// `int security_move_mount(const struct path *from_path, const struct path *to_path)`
+#[lsm(hook = "move_mount")]
+pub fn move_mount(ctx: LsmContext) -> i32 {
+    if code::mounts_over(ctx.arg(1)) { -1 } else { 0 }
 }
 
 /// `int security_inode_rmdir(struct inode *dir, struct dentry *dentry)`
@@ -138,7 +205,11 @@ pub fn inode_rmdir(ctx: LsmContext) -> i32 {
 #[lsm(hook = "inode_rename")]
 pub fn inode_rename(ctx: LsmContext) -> i32 {
     // What is in the new place goes.
-    if tamper::on_pin(ctx.arg(1)) || tamper::on_pin(ctx.arg(3)) { -1 } else { 0 }
+    let refused = tamper::on_pin(ctx.arg(1))
+        || tamper::on_pin(ctx.arg(3))
+        || code::spoils(code_act::RENAME, ctx.arg(1))
+        || code::spoils(code_act::RENAME, ctx.arg(3));
+    if refused { -1 } else { 0 }
 }
 
 /// `int security_sb_umount(struct vfsmount *mnt, int flags)`

@@ -7,7 +7,7 @@ use palisade_abi::{
 };
 
 use crate::{
-    count,
+    context, count,
     kernel::KernelPtr,
     maps::{ROOTS, offset},
     scratch::{self, EXECUTABLE},
@@ -19,6 +19,10 @@ pub const OVERLAYFS: u64 = 0x794c_7630;
 const TMPFS: u64 = 0x0102_1994;
 const RAMFS: u64 = 0x8584_58f6;
 const HUGETLBFS: u64 = 0x9584_58f6;
+
+/// Of include/uapi/linux/stat.h.
+pub const S_IFMT: u64 = 0o170_000;
+pub const S_IFREG: u64 = 0o100_000;
 
 /// Reads the identity of the superblock of `dentry`, and the dentry itself.
 #[inline(always)]
@@ -47,8 +51,42 @@ pub fn current_root() -> Option<RootIdentity> {
 pub extern "C" fn palisade_classify(task: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return u64::from(origin::UNKNOWN) };
     // SAFETY: the memory belongs to this task until it is released.
-    let (slot, dentry) = unsafe { ((*scratch).slot, KernelPtr((*scratch).dentry)) };
-    u64::from(classify(task, slot, dentry))
+    let (slot, dentry, renamed) =
+        unsafe { ((*scratch).slot, KernelPtr((*scratch).dentry), (*scratch).executable.renamed) };
+    let found = classify(task, slot, dentry);
+    u64::from(if found == origin::IMAGE && renamed != 0 { origin::DRIFT } else { found })
+}
+
+/// Whether the file at `dentry` is an unmodified file of the image of `slot`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_is_of_image(slot: u64, dentry: u64) -> u64 {
+    let dentry = KernelPtr(dentry);
+    let own = identity(dentry).and_then(|file| origin_on_root(slot, &file, dentry));
+    u64::from(own == Some(origin::IMAGE))
+}
+
+/// The origin of a file on the root filesystem of `slot`; `None` when it is elsewhere.
+#[inline(always)]
+fn origin_on_root(slot: u64, file: &RootIdentity, dentry: KernelPtr) -> Option<u8> {
+    // SAFETY: the entry is written once, before any task of the slot executes its workload.
+    let root = unsafe { ROOTS.get(slot) }?;
+    let same = root.superblock == file.superblock
+        && root.device == file.device
+        && root.magic == file.magic
+        && root.user_namespace == file.user_namespace;
+    if !same {
+        return None;
+    }
+    if cfg!(feature = "plant-drift-is-image") {
+        return Some(origin::IMAGE);
+    }
+    // A device node has other bytes than the image's, whatever the layer.
+    let inode = context::palisade_pointer(dentry.0, u64::from(offset!(dentry_inode)));
+    if context::palisade_word(inode, u64::from(offset!(inode_mode))) & S_IFMT != S_IFREG {
+        return Some(origin::UNKNOWN);
+    }
+    Some(if file.magic == OVERLAYFS { overlay_origin(dentry) } else { origin::UNKNOWN })
 }
 
 #[inline(always)]
@@ -57,18 +95,8 @@ fn classify(task: u64, slot: u64, dentry: KernelPtr) -> u8 {
         count::error(error::ORIGIN_READ);
         return origin::UNKNOWN;
     };
-    // SAFETY: the entry is written once, before any task of the slot executes its workload.
-    if let Some(root) = unsafe { ROOTS.get(slot) } {
-        let same = root.superblock == file.superblock
-            && root.device == file.device
-            && root.magic == file.magic
-            && root.user_namespace == file.user_namespace;
-        if same {
-            if cfg!(feature = "plant-drift-is-image") {
-                return origin::IMAGE;
-            }
-            return if file.magic == OVERLAYFS { overlay_origin(dentry) } else { origin::UNKNOWN };
-        }
+    if let Some(own) = origin_on_root(slot, &file, dentry) {
+        return own;
     }
     if palisade_name_volume(task, EXECUTABLE) != 0 {
         return origin::VOLUME;
@@ -95,6 +123,34 @@ pub fn of_working_directory() -> u8 {
         Some(dentry) => overlay_origin(dentry),
         None => origin::UNKNOWN,
     }
+}
+
+/// Whether the overlay's folder at `dentry` stands under another name than in its layer.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_is_redirected(dentry: u64) -> u64 {
+    let redirect = offset!(ovl_inode_redirect);
+    let vfs = offset!(ovl_inode_vfs);
+    if redirect == ABSENT || vfs == ABSENT {
+        return 0;
+    }
+    let Some(inode) = KernelPtr(dentry).follow(offset!(dentry_inode)) else { return 1 };
+    u64::from(KernelPtr(inode.0 - u64::from(vfs)).read::<u64>(redirect) != Some(0))
+}
+
+/// The inode of the layer in which the bytes of an overlay's file are.
+#[inline(always)]
+pub fn layer_inode(dentry: KernelPtr) -> Option<KernelPtr> {
+    let lowers = offset!(ovl_entry_lowers);
+    let inode = dentry.follow(offset!(dentry_inode))?;
+    let own = KernelPtr(inode.0 - u64::from(offset!(ovl_inode_vfs)));
+    let layer = match own.read::<u64>(offset!(ovl_inode_upper))? {
+        0 if lowers == ABSENT => return None,
+        0 => KernelPtr(own.follow(offset!(ovl_inode_entry))?.0 + u64::from(lowers))
+            .follow(offset!(ovl_path_dentry))?,
+        upper => KernelPtr(upper),
+    };
+    layer.follow(offset!(dentry_inode))
 }
 
 /// On overlayfs an inode without an upper dentry is the image's own.

@@ -15,6 +15,7 @@ use crate::{
     count,
     kernel::KernelPtr,
     maps::{offset, setting},
+    origin,
     scratch::{self, Area, EXECUTABLE, Walk},
     volumes,
 };
@@ -61,7 +62,7 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
             ((*scratch).slot, &raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
         }
     };
-    let mut way = Way { start: PATH_CAPACITY as u32, superblock: 0, volume: 0 };
+    let mut way = Way { start: PATH_CAPACITY as u32, superblock: 0, volume: 0, renamed: 0 };
     let failure = climb(slot, area, KernelPtr(dentry), &mut way);
     match failure {
         reason::PATH_TOO_DEEP => count::error(error::WALK_DEEP),
@@ -70,9 +71,9 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
         _ => {}
     }
     // SAFETY: as above.
-    let Way { start, superblock, volume } = way;
+    let Way { start, superblock, volume, renamed } = way;
     // SAFETY: as above.
-    unsafe { walk.write(Walk { superblock, start, failure: u32::from(failure), volume, reserved: 0 }) };
+    unsafe { walk.write(Walk { superblock, start, failure: u32::from(failure), volume, renamed }) };
     u64::from(failure)
 }
 
@@ -83,6 +84,7 @@ struct Way {
     superblock: u64,
     /// See [`Walk`].
     volume: u32,
+    renamed: u32,
 }
 
 #[inline(always)]
@@ -91,6 +93,8 @@ fn climb(slot: u64, area: *mut Area, dentry: KernelPtr, way: &mut Way) -> u8 {
     way.superblock = found.0;
     // What is on the container's own root is on no volume.
     let may_be_volume = !volumes::is_own_root(slot, found.0);
+    let on_overlay =
+        !may_be_volume && found.read::<u64>(offset!(superblock_magic)) == Some(origin::OVERLAYFS);
     let mut outer = PATH_CAPACITY as u32;
     let Some(root) = found.follow(offset!(superblock_root)) else { return reason::READ_FAILED };
     let mut current = dentry;
@@ -130,6 +134,10 @@ fn climb(slot: u64, area: *mut Area, dentry: KernelPtr, way: &mut Way) -> u8 {
             Ok(next) => way.start = next,
             Err(reason) => return reason,
         }
+        // After its name: overlayfs notes a new name before it gives it.
+        if on_overlay && origin::palisade_is_redirected(current.0) != 0 {
+            way.renamed = 1;
+        }
         current = parent;
         depth += 1;
     }
@@ -147,7 +155,7 @@ fn names_a_generation(area: *mut Area, start: u32) -> bool {
 
 /// The lookup name of the path; see [`palisade_abi::hash::hash_path`].
 #[inline(always)]
-pub fn hash(area: *mut Area, start: u32) -> [u64; 2] {
+pub fn hash(area: *mut [u8; PATH_CAPACITY], start: u32) -> [u64; 2] {
     let mut hasher = SipHasher::new([setting!(hash_key)[0], setting!(hash_key)[1]]);
     let first = start & !7;
     let mut at = first;

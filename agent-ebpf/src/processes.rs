@@ -108,6 +108,13 @@ pub fn session_of(pid: u32) -> SessionPart {
     }
 }
 
+/// What the process `pid` executes, as [`Process::program`]; 0 when that is not known.
+#[inline(always)]
+pub fn program_of(pid: u32) -> [u64; 2] {
+    // SAFETY: as in `current`.
+    unsafe { PROCESSES.get(pid) }.map_or([0; 2], |process| process.program)
+}
+
 #[inline(always)]
 fn session_part(process: &Process) -> SessionPart {
     SessionPart {
@@ -137,6 +144,8 @@ pub fn forked(parent: Address, child: Address) {
         process.session_start = known.session_start;
         process.session_pid = known.session_pid;
         process.session_kind = known.session_kind;
+        process.jit_noted = known.jit_noted;
+        process.program = known.program;
         process
     } else {
         let Some(slot) = containers::slot_of_task(child) else {

@@ -1,4 +1,4 @@
-//! The memory in which one task judges one execution.
+//! The memory in which one task judges one execution, or one mapping.
 //!
 //! It is claimed under the task's id and given back, so no other task can overwrite it, whatever preempts what.
 //! It also carries what the steps of a judgement hand to each other: they are functions that the verifier
@@ -30,7 +30,17 @@ pub struct Walk {
     pub failure: u32,
     /// The mount of the container at which it ended instead: index of its name and one. 0 when there was none.
     pub volume: u32,
-    pub reserved: u32,
+    /// 1 when the way leads through a folder of an image that was renamed since (`redirect_dir` of overlayfs): its files are
+    /// unmodified, but not the image's by this name.
+    pub renamed: u32,
+}
+
+/// Where an automaton stands in `GLOBS`: its first chunk, and the words of one of its states; 0 without one.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Automaton {
+    pub base: u32,
+    pub width: u32,
 }
 
 /// Where the arguments are.
@@ -71,6 +81,21 @@ pub struct Scratch {
     /// 1 when the process is in the host's mount namespace or root directory.
     pub escaped: u8,
     pub script_device: u32,
+    /// Of other code than what is executed: [`palisade_abi::codes::code_act`], the protection of the memory, and the other
+    /// process.
+    pub protection: u32,
+    pub target: u32,
+    pub act: u8,
+    /// 1 once the arguments of what is executed stand in the new address space.
+    pub arguments_known: u8,
+    pub reserved: [u8; 6],
+    /// What rules would grant with certain arguments, and the automata that read them: of the rule for anybody, and of the one
+    /// for the program that calls exec.
+    pub with_arguments: u32,
+    pub reserved_too: u32,
+    pub automata: [Automaton; 2],
+    /// Hash of the path of the program that calls exec, or maps; 0 when it is not the image's.
+    pub caller: [u64; 2],
     pub session: SessionPart,
     pub executable: Walk,
     pub working_directory: Walk,
@@ -78,7 +103,7 @@ pub struct Scratch {
     pub cwd: Area,
 }
 
-const NOTHING: Walk = Walk { superblock: 0, start: PATH_CAPACITY as u32, failure: 0, volume: 0, reserved: 0 };
+const NOTHING: Walk = Walk { superblock: 0, start: PATH_CAPACITY as u32, failure: 0, volume: 0, renamed: 0 };
 
 static EMPTY: Scratch = Scratch {
     bprm: 0,
@@ -104,6 +129,15 @@ static EMPTY: Scratch = Scratch {
     script_origin: 0,
     escaped: 0,
     script_device: 0,
+    protection: 0,
+    target: 0,
+    act: 0,
+    arguments_known: 0,
+    reserved: [0; 6],
+    with_arguments: 0,
+    reserved_too: 0,
+    automata: [Automaton { base: 0, width: 0 }; 2],
+    caller: [0; 2],
     session: SessionPart { start: 0, pid: 0, kind: 0, reserved: [0; 3] },
     executable: NOTHING,
     working_directory: NOTHING,

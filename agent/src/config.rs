@@ -1,14 +1,11 @@
 //! The agent's configuration: read whole and checked before anything is touched.
 
-use std::{
-    net::IpAddr,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use palisade_abi::codes::mode;
+use palisade_transport::{dial::Target, files::Files, name::Name};
 use serde::Deserialize;
-use tonic::transport::Uri;
 
 use crate::kernel::Sizes;
 
@@ -78,8 +75,10 @@ impl SelfProtection {
 pub struct Config {
     /// Name of the node in records; absent: the host's name.
     pub node: Option<String>,
-    /// Where the collector listens; loopback only, until there is TLS.
+    /// Where the collector listens: `https://` with `tls`, or `http://` on loopback.
     pub collector: String,
+    /// Certificates; the own one is for this node.
+    pub tls: Option<Files>,
     /// Folder of profiles.
     pub profiles: PathBuf,
     pub unidentified: Unidentified,
@@ -189,6 +188,7 @@ impl Default for Config {
         Self {
             node: None,
             collector: "http://127.0.0.1:7443".to_owned(),
+            tls: None,
             profiles: PathBuf::from("/etc/palisade/profiles"),
             unidentified: Unidentified::Audit,
             when_agent_absent: WhenAgentAbsent::Audit,
@@ -218,7 +218,7 @@ impl Config {
         marked_yaml::from_yaml(0, &text)
             .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
             .context(
-                "the configuration is not valid; known fields are node, collector, profiles, unidentified, \
+                "the configuration is not valid; known fields are node, collector, tls, profiles, unidentified, \
              whenAgentAbsent, agentLeaseSeconds, runtimes, cgroups, queue, pins, maps, selfProtection, \
                  selfProbeSeconds and drainSeconds",
             )
@@ -228,19 +228,7 @@ impl Config {
     ///
     /// When the values cannot be used together or at all.
     pub fn validate(&self) -> Result<()> {
-        let uri: Uri = self.collector.parse().with_context(|| {
-            format!("collector: {:?} is not an address; write http://127.0.0.1:7443", self.collector)
-        })?;
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-        let loopback =
-            host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-        if uri.scheme_str() != Some("http") || !loopback {
-            bail!(
-                "collector: {} is not http on a loopback address; without TLS records only go to this machine, \
-                 so write http://127.0.0.1:7443",
-                self.collector
-            );
-        }
+        self.target()?;
         let MapSizes { slots, processes, rules, glob_bytes, volumes, volume_names, ring_bytes } = self.maps;
         for (name, value) in [
             ("slots", slots),
@@ -280,6 +268,46 @@ impl Config {
         Ok(())
     }
 
+    /// Whether the certificate is for an agent, and for this node.
+    ///
+    /// # Errors
+    ///
+    /// When it is not, or cannot be read.
+    pub fn check_identity(&self) -> Result<()> {
+        if let Some(files) = &self.tls {
+            let name = files.name().context("tls")?;
+            let Name::Node(certified) = &name else {
+                bail!("tls.certificate: is for {name}, not for a node's agent");
+            };
+            if self.node.as_ref().is_some_and(|node| node != certified) {
+                bail!(
+                    "node: is not {certified}, for which tls.certificate is; leave it out, the certificate names the node"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Where records go.
+    ///
+    /// # Errors
+    ///
+    /// When the address and the certificates do not go together.
+    pub fn target(&self) -> Result<Target> {
+        Target::new(&self.collector, self.tls.clone()).context("collector")
+    }
+
+    /// What the node is called in records: as its certificate says, as it is configured, or as the host calls itself.
+    pub fn node_name(&self) -> String {
+        match self.tls.as_ref().map(Files::name) {
+            Some(Ok(Name::Node(name))) => name,
+            _ => self
+                .node
+                .clone()
+                .unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned()),
+        }
+    }
+
     /// Where programs and maps are pinned; `None` when they are not to outlive the agent.
     pub fn pins(&self) -> Option<&Path> {
         (self.pins != Path::new("none")).then_some(&self.pins)
@@ -314,7 +342,7 @@ mod tests {
     #[test]
     fn plaintext_beyond_this_machine_is_refused() {
         assert!(problem("collector: http://192.0.2.1:7443\n").contains("loopback"));
-        assert!(problem("collector: https://127.0.0.1:7443\n").contains("loopback"));
+        assert!(problem("collector: https://192.0.2.1:7443\n").contains("name the certificates"));
     }
 
     #[test]

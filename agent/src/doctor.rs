@@ -265,6 +265,11 @@ fn promises(
             if full { "the hook sees every pass" } else { "the tracepoint sees the interpreter only" },
         ),
         say(
+            "libraries and other code are judged",
+            full,
+            if full { "mmap, mprotect and tracing have hooks" } else { "only what is executed is seen" },
+        ),
+        say(
             "named by what it is",
             loaded,
             if loaded {

@@ -142,7 +142,7 @@ impl Profiles {
             .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
         let mut faults: Vec<String> = Vec::new();
         for profile in &profiles {
-            if let Err(error) = image::compile(&policy::alone(profile)) {
+            if let Err(error) = image::compile(&policy::alone(profile).verified_whole()) {
                 faults.push(format!("{}: {error}", path.display()));
             }
             let twin = self.good.iter().find(|(other, profiles)| {

@@ -5,10 +5,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use palisade_abi::{
     codes::{self, exec_flags},
+    hash::hash_path,
     maps::SetMeta,
-    record::{Decoded, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart, TamperRecord},
+    record::{
+        Decoded, DecodedCode, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart,
+        TamperRecord,
+    },
     volume,
 };
+use palisade_profile::condition::MOST_ARGUMENT_BYTES;
 use palisade_proto::v1::{self, record::Event};
 use prost::Message as _;
 use rustix::time::{ClockId, clock_gettime};
@@ -23,6 +28,8 @@ pub struct Source {
     pub started: u64,
     /// The fields that all records share, encoded once.
     head: Bytes,
+    /// Key of the path hash.
+    hash_key: [u64; 2],
     /// What to add to a time since boot to get the time since the Unix epoch. Fixed for a set of programs, so that the
     /// order of records does not depend on somebody setting the clock, nor on the agent's restarts.
     boot_offset: u64,
@@ -35,12 +42,25 @@ impl Source {
         let head =
             v1::Record { node: node.clone(), boot: boot.clone(), epoch: set.epoch, ..Default::default() };
         let head = head.encode_to_vec().into();
-        Self { node, boot, started: wall, head, boot_offset: set.epoch.saturating_sub(set.epoch_since_boot) }
+        let hash_key = set.hash_key;
+        Self {
+            node,
+            boot,
+            started: wall,
+            head,
+            hash_key,
+            boot_offset: set.epoch.saturating_sub(set.epoch_since_boot),
+        }
     }
 
     /// Nanoseconds since the Unix epoch of a kernel time; 0 stays 0.
     pub fn wall(&self, since_boot: u64) -> u64 {
         if since_boot == 0 { 0 } else { since_boot.saturating_add(self.boot_offset) }
+    }
+
+    /// The hash by which the kernel knows a path.
+    pub fn hash(&self, path: &[u8]) -> [u64; 2] {
+        hash_path(self.hash_key, path)
     }
 
     /// The present, on the scale of the records.
@@ -113,6 +133,13 @@ pub struct Held {
     /// The script that led to it, and its origin.
     pub script: Option<(Vec<u8>, u8)>,
     pub escaped: bool,
+    /// Whether it has an interpreter that is not the image's.
+    pub foreign_interpreter: bool,
+    pub elevated: bool,
+    /// Hash of the path of what executed it, as the kernel has it; 0 when that is not the image's.
+    pub caller: [u64; 2],
+    /// The arguments, each ended by a zero byte; `None` when they are too many to be compared.
+    pub arguments: Option<Vec<u8>>,
 }
 
 /// Turns a decoded record into an event, and keeps the process table up to date with it. `slot_of` is the kernel's
@@ -151,6 +178,20 @@ pub fn make(
             });
             Made { header, session, process: key(&process), event, urgent: true, held: None }
         }
+        Decoded::Code(record) => {
+            let head = record.head;
+            let executing = head.code.flags & codes::code_record_flags::EXECUTING != 0;
+            let event = Event::Code(v1::Code {
+                // What it executed before would mislead.
+                executable: if executing { String::new() } else { processes.executable(key(&head.process)) },
+                executing,
+                process: Some(describe(source, processes, &head.process)),
+                decided_revision: revision_name(head.code.revision),
+                ..code(&record)
+            });
+            let (header, session) = (head.header, head.session);
+            Made { header, session, process: key(&head.process), event, urgent: true, held: None }
+        }
         Decoded::Exec(exec) => {
             let decided_revision = revision_name(exec.head.exec.revision);
             make_exec(source, processes, decided_revision, slot_of, &exec)
@@ -171,15 +212,19 @@ fn make_exec(
     let (executable, origin) = named(record.path, part.origin);
     let Header { slot, time, .. } = record.head.header;
     let ancestors = processes.ancestors(slot, parent_key(process), slot_of);
-    let refused = part.action == codes::action::REFUSED;
-    if !refused {
-        processes.executed(slot, key(process), parent_key(process), &executable, time);
-    }
+    let refused = part.action == codes::action::REFUSED || part.flags & exec_flags::ONLY_ASKED != 0;
     let (script, script_origin) = if record.script.is_empty() {
         (String::new(), String::new())
     } else {
         named(record.script, part.script_origin)
     };
+    // The kernel has a hash of its path, and none of what is not the image's.
+    let caller = Some(processes.executable(key(process)))
+        .filter(|program| source.hash(program.as_bytes()) == part.caller)
+        .unwrap_or_default();
+    if !refused {
+        processes.executed(slot, key(process), parent_key(process), &executable, time);
+    }
     let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
     let has = |flag| part.flags & flag != 0;
     let exec = v1::ProcessExec {
@@ -223,11 +268,15 @@ fn make_exec(
         script,
         script_origin,
         escaped: has(exec_flags::ESCAPED),
+        only_asked: has(exec_flags::ONLY_ASKED),
+        elevated: has(exec_flags::ELEVATED),
+        caller,
         ancestors: ancestors
             .into_iter()
             .map(|ancestor| v1::Ancestor { start_time: source.wall(ancestor.start_time), ..ancestor })
             .collect(),
         held: 0,
+        rule_by_link: String::new(),
     };
     let held = (part.verdict == codes::verdict::HELD).then(|| Held {
         path: record.path.to_vec(),
@@ -236,6 +285,10 @@ fn make_exec(
         failure: if part.reason == codes::reason::UNIDENTIFIED { 0 } else { part.reason },
         script: (!record.script.is_empty()).then(|| (record.script.to_vec(), part.script_origin)),
         escaped: has(exec_flags::ESCAPED),
+        foreign_interpreter: has(exec_flags::FOREIGN_INTERPRETER),
+        elevated: has(exec_flags::ELEVATED),
+        caller: part.caller,
+        arguments: compared(record.argv, has(exec_flags::ARGV_TRUNCATED)),
     });
     Made {
         header: record.head.header,
@@ -245,6 +298,38 @@ fn make_exec(
         urgent: part.verdict != codes::verdict::ALLOWED,
         held,
     }
+}
+
+fn code(record: &DecodedCode<'_>) -> v1::Code {
+    let part = &record.head.code;
+    let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
+    let in_file = !record.path.is_empty() || part.origin != codes::origin::UNKNOWN;
+    let (file, origin) = if in_file { named(record.path, part.origin) } else { Default::default() };
+    v1::Code {
+        act: name(codes::code_act::name(part.act)),
+        verdict: name(codes::verdict::name(part.verdict)),
+        action: name(codes::action::name(part.action)),
+        reason: name(codes::reason::name(part.reason)),
+        file,
+        origin,
+        path_truncated: part.flags & exec_flags::PATH_TRUNCATED != 0,
+        protection: protection(part.protection),
+        inode: part.inode,
+        device: if in_file { device(part.device) } else { String::new() },
+        target_pid: part.target,
+        decided_mode: codes::mode::name(part.mode).unwrap_or_default().to_owned(),
+        ..Default::default()
+    }
+}
+
+/// The protection of memory, as procfs writes it; empty for none.
+fn protection(bits: u32) -> String {
+    // `PROT_READ`, `PROT_WRITE` and `PROT_EXEC` of mmap(2).
+    let letters = [(1, 'r'), (2, 'w'), (4, 'x')];
+    if bits & 7 == 0 {
+        return String::new();
+    }
+    letters.into_iter().map(|(bit, letter)| if bits & bit != 0 { letter } else { '-' }).collect()
 }
 
 fn tampering(record: &TamperRecord) -> v1::Tampering {
@@ -336,6 +421,11 @@ fn arguments(bytes: &[u8], count: u32) -> Vec<String> {
     run.split(|byte| *byte == 0).take(count as usize).map(text).collect()
 }
 
+/// The arguments as the kernel compares them.
+fn compared(bytes: &[u8], cut: bool) -> Option<Vec<u8>> {
+    (!cut && bytes.len() <= MOST_ARGUMENT_BYTES).then(|| bytes.to_vec())
+}
+
 /// Text that a container controls: bytes that are not UTF-8 become `\xNN`, so that nothing is lost.
 fn text(bytes: &[u8]) -> String {
     if let Ok(text) = std::str::from_utf8(bytes) {
@@ -361,6 +451,15 @@ mod tests {
         assert_eq!(arguments(b"a\0b\0HOME=/\0", 2), ["a", "b"]);
         assert!(arguments(b"", 2).is_empty());
         assert_eq!(arguments(b"cut", 1), ["cut"]);
+    }
+
+    #[test]
+    fn arguments_are_compared_whole_or_not_at_all() {
+        assert_eq!(compared(b"a\0b c\0\0", false).unwrap(), b"a\0b c\0\0");
+        assert_eq!(compared(b"", false).unwrap(), b"");
+        assert_eq!(compared(b"a\0b", true), None);
+        assert_eq!(compared(&[b'a'; 1024], false).map(|arguments| arguments.len()), Some(1024));
+        assert_eq!(compared(&[b'a'; 1025], false), None);
     }
 
     #[test]

@@ -47,8 +47,8 @@ pub(crate) struct Options {
     /// Verdict; may be given several times
     #[arg(long, value_parser = ["allowed", "audited", "denied"])]
     verdict: Vec<String>,
-    /// Kind of event; may be given several times [default: exec gap coverage session node-state tampering]
-    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session", "node-state", "tampering"])]
+    /// Kind of event; may be given several times [default: exec gap coverage session node-state tampering code]
+    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session", "node-state", "tampering", "code", "refusal"])]
     kind: Vec<String>,
     /// Session: its kind (workload, probe, admin, unknown) or its id; may be given several times
     ///
@@ -88,7 +88,9 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let kinds = if options.all {
         Vec::new()
     } else if options.kind.is_empty() {
-        ["exec", "gap", "coverage", "session", "node-state", "tampering"].map(str::to_owned).to_vec()
+        ["exec", "gap", "coverage", "session", "node-state", "tampering", "code", "refusal"]
+            .map(str::to_owned)
+            .to_vec()
     } else {
         options.kind
     };
@@ -178,6 +180,9 @@ fn describe(record: &Record) -> (String, String, String) {
             if exec.verdict != "allowed" {
                 detail = format!("[{}] {}: {}", exec.origin, exec.reason, exec.arguments.join(" "));
             }
+            if exec.elevated {
+                detail = format!("ELEVATED {detail}");
+            }
             if exec.escaped {
                 detail = format!("ESCAPED {detail}");
             }
@@ -260,9 +265,32 @@ fn describe(record: &Record) -> (String, String, String) {
             };
             (verdict, tampering.executable.clone(), format!("TAMPERING by pid {pid}: {what}"))
         }
+        Some(Event::Code(code)) => {
+            let verdict = if code.verdict == "denied" {
+                format!("denied ({})", code.action)
+            } else {
+                code.verdict.clone()
+            };
+            let what = match code.act.as_str() {
+                "trace" | "be-traced" => format!("{} {}", code.act, code.target_pid),
+                act if code.protection.is_empty() => act.to_owned(),
+                act => format!("{act} {}", code.protection),
+            };
+            let file = if code.origin.is_empty() {
+                String::new()
+            } else {
+                format!(" [{}] {}", code.origin, code.file)
+            };
+            (verdict, code.executable.clone(), format!("code: {what}{file}: {}", code.reason))
+        }
         Some(Event::NodeState(state)) => {
             (format!("claim {}", state.claim), state.tier.clone(), state.failures.join("; "))
         }
+        Some(Event::Refusal(refusal)) => (
+            "refused".to_owned(),
+            refusal.peer.clone(),
+            format!("{} peers at {}: {}", refusal.count, refusal.address, refusal.why),
+        ),
         None => ("unknown".to_owned(), String::new(), "a kind that this build does not know".to_owned()),
     }
 }

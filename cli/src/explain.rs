@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use palisade_profile::{
     document::{self, Profile},
-    explain::{Explanation, Refused, explain},
+    explain::{Act, Explanation, Refused, explain},
     policy::{self, Policy},
     selector::ContainerFacts,
 };
@@ -41,6 +41,7 @@ pub(crate) struct Options {
 /// What makes refusals equal.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
+    act: Act,
     namespace: String,
     container: String,
     image: String,
@@ -49,10 +50,30 @@ struct Key {
     origin: String,
     session: String,
     reason: String,
+    /// What called exec, where the reason has to do with that.
+    caller: String,
+    rule_by_link: String,
+    /// The arguments, the program's name first, where the reason has to do with them and they are known.
+    arguments: Option<Vec<String>>,
     verdict: String,
     mode: String,
     revision: String,
     profiles: Vec<String>,
+}
+
+impl Key {
+    fn refused(&self) -> Refused<'_> {
+        Refused {
+            act: self.act,
+            path: &self.path,
+            origin: &self.origin,
+            session: &self.session,
+            reason: &self.reason,
+            caller: &self.caller,
+            rule_by_link: &self.rule_by_link,
+            arguments: self.arguments.as_deref(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -91,9 +112,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     ordered.sort_by_key(|(_, group)| std::cmp::Reverse(group.count));
     for (key, group) in &ordered {
         let policy = policy_of(&profiles, key);
-        let refused =
-            Refused { path: &key.path, origin: &key.origin, session: &key.session, reason: &key.reason };
-        let explanation = explain(policy.as_ref(), &refused);
+        let explanation = explain(policy.as_ref(), &key.refused());
         if options.json {
             writeln!(out, "{}", as_json(key, group, &explanation))?;
         } else {
@@ -108,20 +127,38 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// What a record says of a refusal, or of what would be one: what makes it equal to others, its time, pod and arguments.
 fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
-    let exec = record.get("exec").filter(|exec| !exec.is_null())?;
-    let container = record.get("container")?;
+    let event = |name: &str| record.get(name).filter(|event| !event.is_null());
     let text = |value: &Value, field: &str| value[field].as_str().unwrap_or_default().to_owned();
+    let (exec, act) = match (event("exec"), event("code")) {
+        (Some(exec), _) => (exec, Act::Execute),
+        (_, Some(code)) if !text(code, "file").is_empty() || text(code, "reason") == "jit-not-allowed" => {
+            (code, Act::Map)
+        }
+        (_, Some(code)) => (code, Act::Trace),
+        _ => return None,
+    };
+    let container = record.get("container")?;
     let verdict = text(exec, "verdict");
     if verdict != "denied" && verdict != "audited" {
         return None;
     }
     let of_script = exec["verdict_of_script"].as_bool().unwrap_or(false);
-    let (path, origin) = if of_script { ("script", "script_origin") } else { ("executable", "origin") };
+    let (path, origin) = match act {
+        Act::Execute if of_script => ("script", "script_origin"),
+        Act::Execute => ("executable", "origin"),
+        Act::Map | Act::Trace => ("file", "origin"),
+    };
     let words = |value: &Value| -> Vec<String> {
         value.as_array().into_iter().flatten().filter_map(|word| Some(word.as_str()?.to_owned())).collect()
     };
     let labels = container["labels"].as_object().into_iter().flatten();
+    let reason = text(exec, "reason");
+    let of_arguments = reason == "arguments-not-allowed";
+    let of_condition = of_arguments || reason == "parent-not-allowed";
+    let all = !of_script && !exec["arguments_truncated"].as_bool().unwrap_or(true);
+    let arguments = words(&exec["arguments"]);
     let key = Key {
+        act,
         namespace: text(container, "namespace"),
         container: text(container, "name"),
         image: text(container, "image"),
@@ -129,14 +166,21 @@ fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
         path: text(exec, path),
         origin: text(exec, origin),
         session: text(&record["session_of"], "kind"),
-        reason: text(exec, "reason"),
+        caller: if of_condition { text(exec, "caller") } else { String::new() },
+        rule_by_link: text(exec, "rule_by_link"),
+        arguments: (of_arguments && all).then_some(arguments),
+        reason,
         verdict,
         mode: text(exec, "decided_mode"),
         revision: text(exec, "decided_revision"),
         profiles: words(&container["profiles"]),
     };
     let time = record["time"].as_u64().unwrap_or(0);
-    Some((key, time, text(container, "pod"), words(&exec["arguments"]).join(" ")))
+    let shown = match act {
+        Act::Execute => words(&exec["arguments"]).join(" "),
+        Act::Map | Act::Trace => format!("{} by {}", text(exec, "act"), text(exec, "executable")),
+    };
+    Some((key, time, text(container, "pod"), shown))
 }
 
 /// Every profile of files and folders.
@@ -197,7 +241,8 @@ fn as_json(key: &Key, group: &Group, explanation: &Explanation) -> Value {
         "namespace": key.namespace, "container": key.container, "image": key.image, "pods": group.pods,
         "path": key.path, "origin": key.origin, "session": key.session, "reason": key.reason,
         "meaning": explanation.meaning, "mode": key.mode, "revision": key.revision, "profiles": key.profiles,
-        "near": near, "rule": explanation.rule.as_ref().ok(), "no_rule": explanation.rule.as_ref().err(),
+        "near": near, "rule": explanation.rule.as_ref().ok().map(|rule| &rule.text),
+        "field": explanation.rule.as_ref().ok().map(|rule| rule.field), "no_rule": explanation.rule.as_ref().err(),
         "caution": explanation.caution,
     })
 }
@@ -219,7 +264,12 @@ fn tell(
     let when = if group.count == 1 { first } else { format!("{first} to {}", moment(group.last)) };
     line("when", &when)?;
     line("as", &say(&group.arguments))?;
-    line("compared", &say(&format!("{} from {}, session {}", key.path, key.origin, key.session)))?;
+    let compared = if key.path.is_empty() {
+        format!("code in no file, session {}", key.session)
+    } else {
+        format!("{} from {}, session {}", key.path, key.origin, key.session)
+    };
+    line("compared", &say(&compared))?;
     line("because", &format!("{}: {}", key.reason, explanation.meaning))?;
     if !key.revision.is_empty() {
         let by = format!("{}, revision {}, mode {}", key.profiles.join(" + "), key.revision, key.mode);
@@ -243,8 +293,8 @@ fn tell(
     }
     match &explanation.rule {
         Ok(rule) => {
-            line("to allow", "add to spec.exec.allow:")?;
-            writeln!(out, "      {rule}")?;
+            line("to allow", &format!("add to {}:", rule.field))?;
+            writeln!(out, "      {}", rule.text)?;
         }
         Err(why) => line("to allow", why)?,
     }
@@ -295,9 +345,7 @@ mod tests {
         let [(key, group)] = groups.into_iter().collect::<Vec<_>>().try_into().ok().unwrap();
         assert_eq!(group.count, 3);
         let policy = policy_of(&profiles, &key).unwrap();
-        let refused =
-            Refused { path: &key.path, origin: &key.origin, session: &key.session, reason: &key.reason };
-        let explanation = explain(Some(&policy), &refused);
+        let explanation = explain(Some(&policy), &key.refused());
         let mut out = Vec::new();
         tell(&mut out, &key, &group, Some(&policy), &explanation).unwrap();
         let text = String::from_utf8(out).unwrap();
@@ -325,9 +373,7 @@ mod tests {
     fn nothing_of_a_container_reaches_the_terminal_unescaped() {
         let value = serde_json::from_str(&record("/tmp/\u{1b}]0;x\u{7}\u{202e}", "no-rule", 1)).unwrap();
         let (key, _, _, arguments) = refusal(&value).unwrap();
-        let refused =
-            Refused { path: &key.path, origin: &key.origin, session: &key.session, reason: &key.reason };
-        let explanation = explain(None, &refused);
+        let explanation = explain(None, &key.refused());
         let mut out = Vec::new();
         let group = Group { count: 1, arguments, ..Group::default() };
         tell(&mut out, &key, &group, None, &explanation).unwrap();

@@ -5,6 +5,7 @@
 mod coverage;
 mod events;
 mod explain;
+mod pki;
 mod profile;
 mod table;
 
@@ -12,6 +13,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser, Subcommand};
+use palisade_transport::{dial::Target, files::Files};
 
 /// Reads the audit trail and writes profiles.
 ///
@@ -29,19 +31,40 @@ pub(crate) struct Collector {
     /// Address of the collector
     #[arg(long, env = "PALISADE_COLLECTOR", default_value = "http://127.0.0.1:7443", global = true)]
     collector: String,
+    /// Certificates of the authorities that are trusted, PEM; with an address that begins with https://
+    #[arg(long, env = "PALISADE_CA", global = true, requires_all = ["certificate", "key"])]
+    ca: Option<PathBuf>,
+    /// A reader's certificate, PEM
+    #[arg(long, env = "PALISADE_CERTIFICATE", global = true)]
+    certificate: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, env = "PALISADE_KEY", global = true)]
+    key: Option<PathBuf>,
 }
 
 impl Collector {
     /// Connects; a collector that is gone or hangs is noticed.
     pub(crate) async fn connect(&self) -> Result<tonic::transport::Channel> {
         let patience = std::time::Duration::from_secs(10);
-        tonic::transport::Endpoint::from_shared(self.collector.clone())
-            .with_context(|| format!("--collector: {:?} is not an address", self.collector))?
-            .connect_timeout(patience)
-            .http2_keep_alive_interval(patience)
-            .keep_alive_timeout(patience)
-            .keep_alive_while_idle(true)
-            .connect()
+        let files = match (&self.ca, &self.certificate, &self.key) {
+            (Some(ca), Some(certificate), Some(key)) => Some(Files {
+                ca: ca.clone(),
+                certificate: certificate.clone(),
+                key: key.clone(),
+                revoked: None,
+            }),
+            _ => None,
+        };
+        let target =
+            Target::new(&self.collector, files).context("--collector, --ca, --certificate, --key")?;
+        target
+            .connect(|endpoint| {
+                endpoint
+                    .connect_timeout(patience)
+                    .http2_keep_alive_interval(patience)
+                    .keep_alive_timeout(patience)
+                    .keep_alive_while_idle(true)
+            })
             .await
             .with_context(|| {
                 format!("cannot reach the collector at {}; give its address with --collector", self.collector)
@@ -63,6 +86,11 @@ enum Command {
     /// Check and draft profiles
     #[command(subcommand)]
     Profile(Profile),
+    /// Make certificates for agents, collector and readers, for a demo or a small site
+    ///
+    /// Example: palisade pki init && palisade pki collector collector.example && palisade pki node worker-1
+    #[command(subcommand)]
+    Pki(pki::Pki),
     /// Print a completion script for a shell
     Completions {
         /// bash, zsh, fish, elvish or powershell
@@ -94,12 +122,10 @@ enum Profile {
 
 fn main() -> ExitCode {
     start(Arguments::parse()).unwrap_or_else(|error| {
-        // A reader that went away, as `head` does, is not a fault.
-        if error.chain().any(|cause| {
-            cause
-                .downcast_ref::<std::io::Error>()
-                .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-        }) {
+        // A reader of the output that went away, as `head` does, is not a fault. A collector that did is one: what comes of the
+        // connection is no bare error of input and output.
+        let output = error.downcast_ref::<std::io::Error>();
+        if output.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe) {
             return ExitCode::SUCCESS;
         }
         eprintln!("palisade: {error:#}");
@@ -122,6 +148,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
         Command::Profile(Profile::Init { from_events }) => {
             profile::init(&from_events).map(|()| ExitCode::SUCCESS)
         }
+        Command::Pki(command) => pki::run(command).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "palisade", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use palisade_profile::{
     document, image,
-    learn::{self, Observation},
+    learn::{self, Act, Observation},
     policy,
 };
 use serde_json::{Value, json};
@@ -93,10 +93,11 @@ pub(crate) fn init(from_events: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What was executed in an identified container, the script and its interpreter; what was refused or is the runtime's
-/// own is left out.
+/// What was executed in an identified container, the script and its interpreter, and code that came by other means; what was
+/// refused or is the runtime's own is left out.
 fn observations_of(record: &Value) -> Option<Vec<Observation>> {
-    let exec = record.get("exec").filter(|exec| !exec.is_null())?;
+    let event = |name: &str| record.get(name).filter(|event| !event.is_null());
+    let exec = event("exec").or_else(|| event("code"))?;
     let container = record.get("container")?;
     let text =
         |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -115,7 +116,8 @@ fn observations_of(record: &Value) -> Option<Vec<Observation>> {
         })
         .unwrap_or_default();
     let entered = record.pointer("/session_of/kind").and_then(Value::as_str);
-    let seen = |path: &str, origin: &str| Observation {
+    let seen = |act: Act, path: &str, origin: &str| Observation {
+        act,
         namespace: text(container, "namespace"),
         pod: text(container, "pod"),
         labels: labels.clone(),
@@ -125,7 +127,19 @@ fn observations_of(record: &Value) -> Option<Vec<Observation>> {
         origin: text(exec, origin),
         entered: entered.is_some_and(|kind| kind == "admin" || kind == "probe"),
     };
-    let mut found = vec![seen("executable", "origin"), seen("script", "script_origin")];
+    if event("exec").is_none() {
+        let act = match text(exec, "reason").as_str() {
+            "jit-not-allowed" => Act::Needs("jit"),
+            "memory-not-allowed" => Act::Needs("memory"),
+            "trace-not-allowed" => Act::Needs("trace"),
+            // No field allows that.
+            "allowed-executable" => return None,
+            _ => Act::Mapped,
+        };
+        return Some(vec![seen(act, "file", "origin")]);
+    }
+    let mut found =
+        vec![seen(Act::Executed, "executable", "origin"), seen(Act::Executed, "script", "script_origin")];
     found.retain(|observation| !observation.path.is_empty());
     Some(found)
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use palisade_transport::{files::Files, name::Name};
 use serde::Deserialize;
 
 /// Largest message that is accepted, in bytes.
@@ -14,8 +15,10 @@ pub const LARGEST_MESSAGE: usize = 8 << 20;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Config {
-    /// Loopback only, until there is TLS.
+    /// Loopback only without `tls`.
     pub listen: SocketAddr,
+    /// Certificates: agents and readers must then show one of theirs.
+    pub tls: Option<Files>,
     pub store: PathBuf,
     /// A segment of the log is closed when it is larger than this.
     pub segment_bytes: u64,
@@ -25,6 +28,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7443)),
+            tls: None,
             store: PathBuf::from("/var/lib/palisade/store"),
             segment_bytes: 64 << 20,
         }
@@ -43,20 +47,27 @@ impl Config {
             .with_context(|| format!("cannot read the configuration {}", path.display()))?;
         marked_yaml::from_yaml(0, &text)
             .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
-            .context("the configuration is not valid; known fields are listen, store and segmentBytes")
+            .context("the configuration is not valid; known fields are listen, tls, store and segmentBytes")
     }
 
     /// # Errors
     ///
     /// When the values cannot be used together or at all.
     pub fn validate(&self) -> Result<()> {
-        if !self.listen.ip().is_loopback() {
-            bail!(
+        match &self.tls {
+            None if !self.listen.ip().is_loopback() => bail!(
                 "listen: {} is not a loopback address; without TLS records are only taken from this machine, \
-                 so write 127.0.0.1:{}",
+                 so write 127.0.0.1:{}, or name certificates under tls",
                 self.listen,
                 self.listen.port()
-            );
+            ),
+            None => {}
+            Some(files) => {
+                let name = files.name().context("tls")?;
+                if name != Name::Collector {
+                    bail!("tls.certificate: is for {name}, not for a collector");
+                }
+            }
         }
         if self.segment_bytes < 1 << 16 {
             bail!("segmentBytes: {} is too small; write at least 65536", self.segment_bytes);

@@ -14,6 +14,8 @@ pub fn kind(record: &Record) -> &'static str {
         Some(Event::NodeState(_)) => "node-state",
         Some(Event::Session(_)) => "session",
         Some(Event::Tampering(_)) => "tampering",
+        Some(Event::Code(_)) => "code",
+        Some(Event::Refusal(_)) => "refusal",
         None => "unknown",
     }
 }
@@ -41,6 +43,7 @@ pub fn matches(request: &EventsRequest, record: &Record) -> bool {
         Some(Event::Exit(exit)) => (exit.executable.as_str(), ""),
         Some(Event::Session(session)) => (session.executable.as_str(), ""),
         Some(Event::Tampering(tampering)) => (tampering.executable.as_str(), tampering.verdict.as_str()),
+        Some(Event::Code(code)) => (code.executable.as_str(), code.verdict.as_str()),
         _ => ("", ""),
     };
     let session = match (&record.event, &record.session_of) {

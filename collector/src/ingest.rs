@@ -10,12 +10,14 @@ use palisade_proto::v1::{
     Acknowledgement, AgentMessage, Batch, CollectorMessage, Hello, Welcome, agent_message, collector_message,
     delivery_server::Delivery,
 };
+use palisade_transport::{accept::Peer, name::Name};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     log::Entry,
+    refusals::Refusals,
     store::{Store, StreamName},
 };
 
@@ -24,12 +26,13 @@ const LONGEST_NAME: usize = 253;
 
 pub struct Ingest {
     store: Arc<Store>,
+    refusals: Refusals,
     stopped: watch::Receiver<bool>,
 }
 
 impl Ingest {
-    pub fn new(store: Arc<Store>, stopped: watch::Receiver<bool>) -> Self {
-        Self { store, stopped }
+    pub fn new(store: Arc<Store>, refusals: Refusals, stopped: watch::Receiver<bool>) -> Self {
+        Self { store, refusals, stopped }
     }
 }
 
@@ -43,19 +46,26 @@ impl Delivery for Ingest {
         &self,
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::StreamStream>, Status> {
-        let peer = request.remote_addr().map(|address| address.to_string()).unwrap_or_default();
+        let Some(peer) = request.extensions().get::<Peer>().cloned() else {
+            return Err(Status::internal("the connection does not say who is at its other end"));
+        };
+        if let Some(name) = peer.name.as_ref().filter(|name| !matches!(name, Name::Node(_))) {
+            self.refusals.note(peer.address.ip(), &name.to_string(), "only agents deliver records");
+            return Err(Status::permission_denied(format!("{name} is no agent's certificate")));
+        }
+        let refusals = self.refusals.clone();
         let (answers, receiver) = mpsc::channel(16);
         let store = Arc::clone(&self.store);
         let mut stopped = self.stopped.clone();
         let mut messages = request.into_inner();
         tokio::spawn(async move {
-            let work = take(&store, &mut messages, &answers);
+            let work = take(&store, &refusals, &peer, &mut messages, &answers);
             let result = tokio::select! {
                 result = work => result,
                 _ = stopped.wait_for(|stop| *stop) => Err(Status::unavailable("the collector is stopping")),
             };
             if let Err(status) = result {
-                tracing::warn!(peer, %status, "a stream ends");
+                tracing::warn!(peer = %peer.address, %status, "a stream ends");
                 let _agent_gone = answers.send(Err(status)).await;
             }
         });
@@ -65,6 +75,8 @@ impl Delivery for Ingest {
 
 async fn take(
     store: &Arc<Store>,
+    refusals: &Refusals,
+    peer: &Peer,
     messages: &mut Streaming<AgentMessage>,
     answers: &Answers,
 ) -> Result<(), Status> {
@@ -73,6 +85,15 @@ async fn take(
         let answer = match (message.message, &stream) {
             (Some(agent_message::Message::Hello(hello)), None) => {
                 let name = named(&hello)?;
+                let own = peer.name.as_ref().is_none_or(|peer| *peer == Name::Node(name.0.clone()));
+                if !own {
+                    let certified = peer.name.as_ref().map(ToString::to_string).unwrap_or_default();
+                    refusals.note(peer.address.ip(), &certified, &format!("it claims to be node {}", name.0));
+                    return Err(Status::permission_denied(format!(
+                        "the certificate is for {certified}, and Hello.node says {}",
+                        name.0
+                    )));
+                }
                 let next_position = store.next_position(&name);
                 tracing::info!(node = name.0, epoch = name.2, next_position, "an agent streams");
                 stream = Some(name);

@@ -7,6 +7,7 @@ mod filter;
 mod ingest;
 mod log;
 mod query;
+mod refusals;
 mod store;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
@@ -14,10 +15,10 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use palisade_proto::v1::{delivery_server::DeliveryServer, query_server::QueryServer};
+use palisade_transport::accept::{self, Security};
 use tokio::{net::TcpListener, sync::watch};
-use tokio_stream::wrappers::TcpListenerStream;
 
-use crate::{config::Config, ingest::Ingest, query::Queries, store::Store};
+use crate::{config::Config, ingest::Ingest, query::Queries, refusals::Refusals, store::Store};
 
 /// Takes audit records from agents, keeps them on disk, and answers queries.
 ///
@@ -28,7 +29,7 @@ struct Arguments {
     /// Configuration file; absent means all defaults
     #[arg(long, env = "PALISADE_COLLECTOR_CONFIG")]
     config: Option<PathBuf>,
-    /// Address to listen on, instead of the configured one (loopback only, until TLS)
+    /// Address to listen on, instead of the configured one (loopback only without TLS)
     #[arg(long)]
     listen: Option<SocketAddr>,
     /// Folder of the store, instead of the configured one
@@ -77,16 +78,26 @@ async fn serve(config: Config) -> Result<()> {
         listen = %listener.local_addr()?,
         store = %config.store.display(),
         records = store.end().records,
+        tls = config.tls.is_some(),
         "collecting"
     );
+    let refusals = Refusals::default();
+    let own_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    tokio::spawn(refusals.clone().keep(Arc::clone(&store), own_name));
+    let security = config.tls.map_or(Security::Plain, Security::Mutual);
+    let told = refusals.clone();
+    let connections = accept::incoming(listener, security, move |refusal| {
+        told.note(refusal.address.ip(), "", &refusal.why);
+    })
+    .context("tls")?;
     let (stop, stopped) = watch::channel(false);
     let server = tonic::transport::Server::builder()
         .add_service(
-            DeliveryServer::new(Ingest::new(Arc::clone(&store), stopped.clone()))
+            DeliveryServer::new(Ingest::new(Arc::clone(&store), refusals.clone(), stopped.clone()))
                 .max_decoding_message_size(config::LARGEST_MESSAGE),
         )
-        .add_service(QueryServer::new(Queries::new(Arc::clone(&store), stopped.clone())));
-    let serving = server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+        .add_service(QueryServer::new(Queries::new(Arc::clone(&store), refusals, stopped.clone())));
+    let serving = server.serve_with_incoming_shutdown(connections, async move {
         let mut stopped = stopped;
         let _sender_gone = stopped.wait_for(|stop| *stop).await;
     });

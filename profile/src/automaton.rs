@@ -18,24 +18,47 @@ pub struct Automaton {
     width: usize,
 }
 
+/// What the automaton reads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Alphabet {
+    /// Paths, whose components end with a slash.
+    Paths,
+    /// Arguments, which end with a zero byte.
+    Arguments,
+}
+
+impl Alphabet {
+    fn separator(self) -> u8 {
+        match self {
+            Self::Paths => b'/',
+            Self::Arguments => 0,
+        }
+    }
+}
+
+/// Stands for all bytes that no pattern names: no text in UTF-8 has it.
+const UNNAMED: u8 = 0xff;
+
 /// A place in a pattern: which pattern, before which piece, and whether inside a component of `**/`.
 type Place = (usize, usize, bool);
 
 impl Automaton {
     /// By subset construction. `None` when it has more than [`MOST_STATES`] or [`MOST_WORDS`].
-    pub(crate) fn build(patterns: &[(Vec<Piece>, u32)]) -> Option<Self> {
+    pub(crate) fn build(patterns: &[(Vec<Piece>, u32)], alphabet: Alphabet) -> Option<Self> {
         if patterns.is_empty() {
             return Some(Self::default());
         }
         let pieces: Vec<&[Piece]> = patterns.iter().map(|(pieces, _)| pieces.as_slice()).collect();
-        // Bytes that no pattern names lead to the same state everywhere; zero, which no path has, stands for them.
-        let mut named: BTreeSet<u8> = BTreeSet::from([0, b'/']);
+        let separator = alphabet.separator();
+        // Bytes that no pattern names lead to the same state everywhere.
+        let mut named: BTreeSet<u8> = BTreeSet::from([UNNAMED, separator]);
         named.extend(pieces.iter().flat_map(|pieces| pieces.iter()).filter_map(|piece| match piece {
             Piece::Byte(byte) => Some(*byte),
             _ => None,
         }));
         let width = GLOB_GRANTS + named.len();
-        let mut words = vec![GLOB_GRANTS as u16; GLOB_BYTES];
+        // The last column is that of the unnamed.
+        let mut words = vec![(width - 1) as u16; GLOB_BYTES];
         for (class, byte) in named.iter().enumerate() {
             words[usize::from(*byte)] = (GLOB_GRANTS + class) as u16;
         }
@@ -49,8 +72,10 @@ impl Automaton {
             let ends = set.iter().filter(|(pattern, piece, _)| *piece == pieces[*pattern].len());
             let grants = ends.fold(0, |mask, (pattern, ..)| mask | patterns[*pattern].1);
             words.extend([grants as u16, (grants >> 16) as u16]);
-            let after = |byte: u8| closure(&pieces, set.iter().flat_map(|place| step(&pieces, *place, byte)));
-            let otherwise = after(0);
+            let after = |byte: u8| {
+                closure(&pieces, set.iter().flat_map(|place| step(&pieces, *place, byte, separator)))
+            };
+            let otherwise = after(UNNAMED);
             let named_here: BTreeSet<u8> = set
                 .iter()
                 .filter_map(|(pattern, piece, _)| match pieces[*pattern].get(*piece) {
@@ -59,7 +84,7 @@ impl Automaton {
                 })
                 .collect();
             for byte in &named {
-                let differs = *byte == b'/' || named_here.contains(byte);
+                let differs = *byte == separator || named_here.contains(byte);
                 let next = if differs { after(*byte) } else { otherwise.clone() };
                 if next.is_empty() {
                     words.push(GLOB_DEAD);
@@ -90,7 +115,7 @@ impl Automaton {
         self.width
     }
 
-    /// What `path` is allowed with, as a mask of [`palisade_abi::maps::grant`]s: the same steps that the kernel takes.
+    /// What `path` is allowed with (or arguments are), as a mask of [`palisade_abi::maps::grant`]s: the same steps that the kernel takes.
     #[must_use]
     pub fn grants(&self, path: &[u8]) -> u32 {
         if self.words.is_empty() {
@@ -123,7 +148,7 @@ fn closure(pieces: &[&[Piece]], places: impl Iterator<Item = Place>) -> BTreeSet
         match pieces[pattern].get(piece) {
             Some(Piece::Star) => open.push((pattern, piece + 1, false)),
             Some(Piece::Rest) if inside => open.push((pattern, piece + 1, false)),
-            Some(Piece::Components) if !inside => open.push((pattern, piece + 1, false)),
+            Some(Piece::Components | Piece::Arguments) if !inside => open.push((pattern, piece + 1, false)),
             _ => {}
         }
     }
@@ -131,15 +156,16 @@ fn closure(pieces: &[&[Piece]], places: impl Iterator<Item = Place>) -> BTreeSet
 }
 
 /// Where `byte` leads from one place.
-fn step(pieces: &[&[Piece]], (pattern, piece, inside): Place, byte: u8) -> Option<Place> {
+fn step(pieces: &[&[Piece]], (pattern, piece, inside): Place, byte: u8, separator: u8) -> Option<Place> {
     match pieces[pattern].get(piece)? {
         Piece::Byte(wanted) => (*wanted == byte).then_some((pattern, piece + 1, false)),
-        Piece::Star => (byte != b'/').then_some((pattern, piece, false)),
-        Piece::Components => match (inside, byte == b'/') {
+        Piece::Star => (byte != separator).then_some((pattern, piece, false)),
+        Piece::Components => match (inside, byte == separator) {
             (_, false) => Some((pattern, piece, true)),
             (true, true) => Some((pattern, piece, false)),
             (false, true) => None,
         },
+        Piece::Arguments => Some((pattern, piece, byte != separator)),
         // `inside` marks that a byte was read: the rest may end there, or go on.
         Piece::Rest => Some((pattern, piece, true)),
     }
@@ -170,7 +196,7 @@ mod tests {
                 patterns.iter().enumerate().map(|(index, pattern)| (pattern, 1 << (index * 10))).collect();
             let pieces: Vec<(Vec<Piece>, u32)> =
                 numbered.iter().map(|(pattern, bit)| (pattern.pieces(), *bit)).collect();
-            let automaton = Automaton::build(&pieces).unwrap();
+            let automaton = Automaton::build(&pieces, Alphabet::Paths).unwrap();
             for path in paths {
                 let path = format!("/{}", path.join("/"));
                 let expected = numbered

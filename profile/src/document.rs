@@ -14,6 +14,8 @@ use palisade_abi::{
 };
 
 use crate::{
+    code::{CodeRules, Libraries},
+    condition::Arguments,
     glob::Pattern,
     problem::Problem,
     selector::{ContainerSelector, Selector},
@@ -121,12 +123,49 @@ impl std::fmt::Display for Origin {
     }
 }
 
+/// A SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    /// Reads 64 hexadecimal digits.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut digest = [0; 32];
+        for (index, byte) in digest.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).ok()?;
+        }
+        Some(Self(digest))
+    }
+}
+
+impl std::fmt::Display for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
 /// One allowed executable.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ExecRule {
     pub path: Pattern,
     pub from: BTreeSet<Origin>,
     pub sessions: Sessions,
+    /// What the file's bytes must be; only with an exact path, and for the image's files.
+    pub sha256: Option<Digest>,
+    /// Programs of the image that may execute it; any when empty. Only with an exact path.
+    pub parents: BTreeSet<Pattern>,
+    /// What its arguments must be; only with an exact path.
+    pub arguments: Option<Arguments>,
 }
 
 /// `Profile` or `ClusterProfile`.
@@ -145,6 +184,8 @@ pub struct Profile {
     pub mode: Mode,
     /// `None`: the section is absent and exec is not restricted.
     pub exec: Option<Vec<ExecRule>>,
+    /// The rest of the section; means nothing without it.
+    pub code: CodeRules,
 }
 
 impl Profile {
@@ -213,8 +254,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("spec", &["files", "network"]),
     ("spec.selector", &["namespaceSelector"]),
     ("spec.selector.podSelector", &["matchExpressions"]),
-    ("spec.exec", &["memory", "jit", "libraries"]),
-    ("spec.exec.allow[]", &["sha256", "parents", "args"]),
 ];
 
 struct Reader<'a> {
@@ -315,7 +354,8 @@ impl Reader<'_> {
             Some(node) => Some(self.exec(node)?),
             None => None,
         };
-        Some(Profile { name: name.as_str().to_owned(), scope, selector, mode: mode?, exec })
+        let (exec, code) = exec.map_or_else(Default::default, |(rules, code)| (Some(rules), code));
+        Some(Profile { name: name.as_str().to_owned(), scope, selector, mode: mode?, exec, code })
     }
 
     fn not_yaml(&mut self, error: &LoadError) {
@@ -509,10 +549,20 @@ impl Reader<'_> {
         Some(labels)
     }
 
-    fn exec(&mut self, node: &Node) -> Option<Vec<ExecRule>> {
+    fn exec(&mut self, node: &Node) -> Option<(Vec<ExecRule>, CodeRules)> {
         let field = "spec.exec";
         let mapping = self.mapping(node, field)?;
-        self.known(mapping, field, &["allow"]);
+        self.known(mapping, field, &["allow", "libraries", "memory", "jit", "trace", "elevation"]);
+        let code = CodeRules {
+            libraries: match mapping.get_node("libraries") {
+                Some(node) => Some(self.libraries(node)?),
+                None => None,
+            },
+            memory: self.allowed(mapping, "memory", false)?,
+            jit: self.allowed(mapping, "jit", false)?,
+            trace: self.allowed(mapping, "trace", false)?,
+            no_elevation: !self.allowed(mapping, "elevation", true)?,
+        };
         let Some(node) = mapping.get_node("allow") else {
             self.problem(
                 mapping.span(),
@@ -534,20 +584,202 @@ impl Reader<'_> {
                 rules.push(rule);
             }
         }
-        Some(rules)
+        Some((rules, code))
+    }
+
+    /// A field of `spec.exec` that is `allow` or `deny`.
+    fn allowed(&mut self, exec: &MarkedMappingNode, name: &str, left_out: bool) -> Option<bool> {
+        let Some(text) = self.optional_text(exec, "spec.exec", name) else {
+            return exec.get_node(name).is_none().then_some(left_out);
+        };
+        match text.as_str() {
+            "allow" => Some(true),
+            "deny" => Some(false),
+            other => {
+                let message = format!("{other:?} is neither allow nor deny");
+                self.problem(text.span(), &join("spec.exec", name), message, "write allow or deny");
+                None
+            }
+        }
+    }
+
+    fn libraries(&mut self, node: &Node) -> Option<Libraries> {
+        let field = "spec.exec.libraries";
+        let Some(list) = node.as_sequence() else {
+            self.problem(node.span(), field, "must be a list", "write \"- path: /usr/lib/**\" lines");
+            return None;
+        };
+        let mut libraries = Libraries::new();
+        for (index, node) in list.iter().enumerate() {
+            let field = format!("{field}[{index}]");
+            let mapping = self.mapping(node, &field)?;
+            self.known(mapping, &field, &["path", "from"]);
+            let path = self.path(mapping, &field);
+            let from = self.from(mapping, &field);
+            libraries.entry(path?).or_default().extend(from);
+        }
+        Some(libraries)
     }
 
     fn exec_rule(&mut self, node: &Node, field: &str) -> Option<ExecRule> {
         let mapping = self.mapping(node, field)?;
-        self.known(mapping, field, &["path", "from", "sessions"]);
-        let path = self.required_text(mapping, field, "path")?;
-        let pattern = match Pattern::parse(path.as_str()) {
+        self.known(mapping, field, &["path", "from", "sessions", "sha256", "parents", "args", "names"]);
+        let path = self.path(mapping, field);
+        let from = self.from(mapping, field);
+        let sessions = self.sessions(mapping, field)?;
+        let path = path?;
+        let sha256 = match mapping.get_node("sha256") {
+            None => None,
+            Some(node) => Some(self.digest(node, &join(field, "sha256"), &path, &from)?),
+        };
+        let parents = match mapping.get_node("parents") {
+            None => BTreeSet::new(),
+            Some(node) => self.parents(node, &join(field, "parents"), &path)?,
+        };
+        let arguments = match mapping.get_node("args") {
+            None => None,
+            Some(node) => Some(self.arguments(node, field, mapping, &path)?),
+        };
+        if arguments.is_none()
+            && let Some(node) = mapping.get_node("names")
+        {
+            let remedy = "write args: [\"**\"] beside it for any arguments";
+            self.problem(node.span(), &join(field, "names"), "stands without args", remedy);
+            return None;
+        }
+        Some(ExecRule { path, from, sessions, sha256, parents, arguments })
+    }
+
+    fn parents(&mut self, node: &Node, field: &str, path: &Pattern) -> Option<BTreeSet<Pattern>> {
+        self.one_file(node, field, path)?;
+        let nodes: Vec<(String, &Node)> = match node {
+            Node::Sequence(list) => {
+                list.iter().enumerate().map(|(index, node)| (format!("{field}[{index}]"), node)).collect()
+            }
+            node => vec![(field.to_owned(), node)],
+        };
+        if nodes.is_empty() {
+            let remedy = "name the programs that may execute it, or leave it out for all";
+            self.problem(node.span(), field, "is empty, so that nobody may execute it", remedy);
+            return None;
+        }
+        let mut parents = BTreeSet::new();
+        for (field, node) in nodes {
+            let text = self.text(node, &field)?;
+            match Pattern::parse(text.as_str()) {
+                Ok(parent) if parent.is_exact() => drop(parents.insert(parent)),
+                Ok(_) => {
+                    self.problem(node.span(), &field, "has wildcards", "write the path of one program");
+                    return None;
+                }
+                Err(error) => {
+                    self.problem(node.span(), &field, error.to_string(), error.remedy());
+                    return None;
+                }
+            }
+        }
+        Some(parents)
+    }
+
+    fn arguments(
+        &mut self,
+        node: &Node,
+        rule_field: &str,
+        rule: &MarkedMappingNode,
+        path: &Pattern,
+    ) -> Option<Arguments> {
+        let field = &join(rule_field, "args");
+        self.one_file(node, field, path)?;
+        let mut names = Vec::new();
+        let named = join(rule_field, "names");
+        match rule.get_node("names") {
+            None => {}
+            Some(Node::Sequence(list)) => {
+                for (index, node) in list.iter().enumerate() {
+                    names.push(self.text(node, &format!("{named}[{index}]"))?.as_str().to_owned());
+                }
+            }
+            Some(node) => names.push(self.text(node, &named)?.as_str().to_owned()),
+        }
+        let Some(list) = node.as_sequence() else {
+            let remedy =
+                "write one pattern for each argument after the program's name: [-m, http.server, \"**\"]";
+            self.problem(node.span(), field, "must be a list", remedy);
+            return None;
+        };
+        let mut patterns = Vec::new();
+        for (index, node) in list.iter().enumerate() {
+            // Unlike other texts one may be empty.
+            let Some(text) = node.as_scalar() else {
+                let field = format!("{field}[{index}]");
+                self.problem(node.span(), &field, "must be a text", "write one value, in quotes");
+                return None;
+            };
+            patterns.push(text.as_str().to_owned());
+        }
+        match Arguments::parse(names, patterns) {
+            Ok(arguments) => Some(arguments),
+            Err(error) => {
+                self.problem(node.span(), field, error.to_string(), error.remedy());
+                None
+            }
+        }
+    }
+
+    /// A condition is for one file.
+    fn one_file(&mut self, node: &Node, field: &str, path: &Pattern) -> Option<()> {
+        if path.is_exact() {
+            return Some(());
+        }
+        self.problem(
+            node.span(),
+            field,
+            "the path has wildcards",
+            "write a rule for each file that it is for",
+        );
+        None
+    }
+
+    fn digest(
+        &mut self,
+        node: &Node,
+        field: &str,
+        path: &Pattern,
+        from: &BTreeSet<Origin>,
+    ) -> Option<Digest> {
+        let text = self.text(node, field)?;
+        let digest = Digest::parse(text.as_str());
+        if digest.is_none() {
+            let message = format!("{:?} is not a SHA-256", text.as_str());
+            self.problem(
+                text.span(),
+                field,
+                message,
+                "write 64 hexadecimal digits, as sha256sum prints them",
+            );
+        } else if !path.is_exact() {
+            self.problem(text.span(), field, "the path has wildcards", "write the path of one file");
+        } else if *from != BTreeSet::from([Origin::Image]) {
+            let remedy = "take `from` away: only the image's bytes stay what they are";
+            self.problem(text.span(), field, "the file need not be the image's", remedy);
+        } else {
+            return digest;
+        }
+        None
+    }
+
+    fn path(&mut self, rule: &MarkedMappingNode, field: &str) -> Option<Pattern> {
+        let path = self.required_text(rule, field, "path")?;
+        match Pattern::parse(path.as_str()) {
             Ok(pattern) => Some(pattern),
             Err(error) => {
                 self.problem(path.span(), &join(field, "path"), error.to_string(), error.remedy());
                 None
             }
-        };
+        }
+    }
+
+    fn from(&mut self, mapping: &MarkedMappingNode, field: &str) -> BTreeSet<Origin> {
         let mut from = BTreeSet::new();
         match mapping.get_node("from") {
             None => {
@@ -560,8 +792,7 @@ impl Reader<'_> {
             }
             Some(node) => from.extend(self.origin(node, &join(field, "from"))),
         }
-        let sessions = self.sessions(mapping, field)?;
-        Some(ExecRule { path: pattern?, from, sessions })
+        from
     }
 
     fn sessions(&mut self, rule: &MarkedMappingNode, field: &str) -> Option<Sessions> {
@@ -718,7 +949,7 @@ spec:
     fn what_this_build_cannot_enforce_is_an_error() {
         for (from, to, field) in [
             ("  mode: enforce", "  mode: enforce\n  network: {}", "spec.network"),
-            ("/usr/sbin/nginx", "/usr/sbin/nginx\n        sha256: 9f86", "spec.exec.allow[0].sha256"),
+            ("  mode: enforce", "  mode: enforce\n  files: {}", "spec.files"),
             ("mode: enforce", "mode: learn", "spec.mode"),
         ] {
             let found = problems(&GOOD.replace(from, to));
@@ -756,6 +987,97 @@ spec:
         {
             let problems = rule(bad).unwrap_err();
             assert!(problems.len() == 1 && problems[0].to_string().contains(says), "{bad}: {problems:?}");
+        }
+    }
+
+    #[test]
+    fn a_rule_may_have_conditions() {
+        let rule = |rest: &str| {
+            let text =
+                GOOD.replace("- path: /usr/sbin/nginx", &format!("- {{path: /usr/sbin/nginx, {rest}}}"));
+            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap()[0].clone())
+        };
+        let parents = |rest: &str| {
+            let parents = rule(rest).unwrap().parents;
+            parents.iter().map(|parent| parent.as_str().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(parents("parents: /bin/sh"), ["/bin/sh"]);
+        assert_eq!(parents("parents: [/bin/sh, /bin/a]"), ["/bin/a", "/bin/sh"]);
+        let found = rule("args: [-c, \"\", \"**\"]").unwrap().arguments.unwrap();
+        assert_eq!(found.patterns(), ["-c", "", "**"]);
+        let found = rule("args: [x], names: [python3, \"/usr/bin/py*\"]").unwrap().arguments.unwrap();
+        assert_eq!(found.names(), ["python3", "/usr/bin/py*"]);
+        assert!(rule("args: []").unwrap().arguments.unwrap().patterns().is_empty());
+        let long = format!("args: [{}]", "x".repeat(1024));
+        for (bad, says) in [
+            ("parents: []", "is empty"),
+            ("parents: bin/sh", "does not start with"),
+            ("parents: /bin/*", "the path of one program"),
+            ("parents: [[/bin/sh]]", "must be a text"),
+            ("names: sh", "stands without args"),
+            ("args: [], names: \"**\"", "'**' as an argument of its own"),
+            ("args: -c", "must be a list"),
+            ("args: [[x]]", "must be a text"),
+            ("args: [x**]", "'**' as an argument of its own"),
+            (&long, "shorter patterns"),
+        ] {
+            let found = rule(bad).unwrap_err();
+            assert!(found.len() == 1 && found[0].to_string().contains(says), "{bad}: {found:?}");
+        }
+        for condition in ["parents: /bin/sh", "args: []"] {
+            let wide = GOOD.replace("/opt/plugins/**, from: drift", &format!("/opt/**, {condition}"));
+            assert!(problems(&wide)[0].contains("a rule for each file"));
+        }
+    }
+
+    #[test]
+    fn a_digest_is_of_one_file_of_the_image() {
+        let digest = "ab".repeat(32);
+        let rule = |rest: &str| {
+            let text =
+                GOOD.replace("- path: /usr/sbin/nginx", &format!("- {{path: /usr/sbin/nginx, {rest}}}"));
+            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap()[0].sha256)
+        };
+        assert_eq!(
+            rule(&format!("sha256: {digest}")).unwrap().map(|found| found.to_string()),
+            Some(digest.clone())
+        );
+        for (bad, says) in [
+            ("sha256: 9f86".to_owned(), "64 hexadecimal digits"),
+            (format!("sha256: {}", "xy".repeat(32)), "64 hexadecimal digits"),
+            (format!("from: drift, sha256: {digest}"), "only the image's bytes"),
+        ] {
+            let found = rule(&bad).unwrap_err();
+            assert!(found.len() == 1 && found[0].to_string().contains(says), "{bad}: {found:?}");
+        }
+        let wide = GOOD.replace("/opt/plugins/**, from: drift", &format!("/opt/**, sha256: {digest}"));
+        assert!(problems(&wide)[0].contains("one file"));
+    }
+
+    #[test]
+    fn code_that_is_not_executed_has_fields_of_its_own() {
+        let code = |fields: &str| {
+            parse("web.yaml", &GOOD.replace("    allow:", &format!("    {fields}\n    allow:")))
+                .map(|profiles| profiles[0].code.clone())
+        };
+        assert_eq!(parse("web.yaml", GOOD).unwrap()[0].code, CodeRules::default());
+        assert_eq!(code("jit: allow").unwrap(), CodeRules { jit: true, ..CodeRules::default() });
+        assert_eq!(code("memory: deny").unwrap(), CodeRules::default());
+        assert_eq!(code("elevation: allow").unwrap(), CodeRules::default());
+        assert!(code("elevation: deny").unwrap().no_elevation);
+        let listed =
+            code("libraries: [{path: /usr/lib/**}, {path: /opt/*.so, from: \"volume:plugins\"}]").unwrap();
+        assert_eq!(listed.libraries.unwrap().len(), 2);
+        assert_eq!(code("libraries: []").unwrap().libraries, Some(Libraries::new()));
+        for (bad, says) in [
+            ("trace: yes", "neither allow nor deny"),
+            ("jit: [allow]", "must be a text"),
+            ("libraries: /usr/lib", "must be a list"),
+            ("libraries: [{path: lib}]", "spec.exec.libraries[0].path"),
+            ("libraries: [{path: /lib, sessions: admin}]", "no such field"),
+        ] {
+            let found = code(bad).unwrap_err();
+            assert!(found.len() == 1 && found[0].to_string().contains(says), "{bad}: {found:?}");
         }
     }
 

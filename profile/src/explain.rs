@@ -3,6 +3,7 @@
 use palisade_abi::codes::{origin, reason};
 
 use crate::{
+    condition::{Arguments, Condition},
     document::{Origin, distance},
     glob::Pattern,
     learn::quoted,
@@ -10,9 +11,22 @@ use crate::{
     session::{Session, Sessions},
 };
 
-/// A refused execution, in the words of its record.
+/// What was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Act {
+    /// An execution.
+    Execute,
+    /// Memory that was to become executable.
+    Map,
+    /// Tracing another process, or writing to the memory of a running one.
+    Trace,
+}
+
+/// What was refused, in the words of its record.
 #[derive(Clone, Copy, Debug)]
 pub struct Refused<'a> {
+    pub act: Act,
+    /// The file; empty where there is none.
     pub path: &'a str,
     /// `image`, `drift`, `volume:NAME`, …
     pub origin: &'a str,
@@ -20,6 +34,12 @@ pub struct Refused<'a> {
     pub session: &'a str,
     /// [`reason`] by name.
     pub reason: &'a str,
+    /// What called exec; empty when that is not known.
+    pub caller: &'a str,
+    /// The path of a rule that leads to it by a symbolic link; empty when there is none.
+    pub rule_by_link: &'a str,
+    /// The program's name first; `None` when not all of them are known.
+    pub arguments: Option<&'a [String]>,
 }
 
 /// What there is to say.
@@ -29,10 +49,18 @@ pub struct Explanation {
     pub meaning: &'static str,
     /// Rules that come nearest, the best first; at most [`MOST_NEAR`].
     pub near: Vec<Near>,
-    /// A rule for `spec.exec.allow` that would allow it; or why there is none.
-    pub rule: Result<String, &'static str>,
+    /// What would allow it, and the field to which it belongs; or why there is none.
+    pub rule: Result<Addition, &'static str>,
     /// What to think of before that rule is added.
     pub caution: Option<&'static str>,
+}
+
+/// What to add to a profile.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addition {
+    pub field: &'static str,
+    /// YAML, as it stands below the field.
+    pub text: String,
 }
 
 /// A rule that comes near.
@@ -53,12 +81,26 @@ const MOST_DIFFERENT: usize = 3;
 /// Explains a refusal under `policy`, where that is known.
 #[must_use]
 pub fn explain(policy: Option<&Policy>, refused: &Refused<'_>) -> Explanation {
-    let near = match policy {
+    let mut near = match policy {
         Some(policy) if by_rules(refused.reason) => nearest(policy, refused),
         _ => Vec::new(),
     };
-    let rule = if by_rules(refused.reason) { rule(refused) } else { Err(NOT_BY_A_RULE) };
+    if !refused.rule_by_link.is_empty() {
+        let path = refused.rule_by_link.to_owned();
+        near.retain(|other| other.path != path);
+        let difference = "is a symbolic link to it: rules name what a link leads to".to_owned();
+        near.insert(0, Near { path, difference });
+        near.truncate(MOST_NEAR);
+    }
+    let rule = match switch(refused.reason) {
+        Some(text) => Ok(Addition { field: "spec.exec", text: format!("{text}: allow") }),
+        None if !by_rules(refused.reason) => Err(NOT_BY_A_RULE),
+        None => rule(policy, refused),
+    };
     let caution = match (refused.origin, &rule) {
+        (_, Ok(_)) if refused.act == Act::Execute && is(refused.reason, reason::PARENT) => Some(
+            "a program that runs what others tell it (a shell, an interpreter) makes everybody who may run it a parent",
+        ),
         ("drift", Ok(_)) => Some(
             "the file was written or changed since the container started: the rule allows whatever is written there",
         ),
@@ -69,6 +111,12 @@ pub fn explain(policy: Option<&Policy>, refused: &Refused<'_>) -> Explanation {
             Some("the rule trusts whoever can write to the volume")
         }
         ("host", Ok(_)) => Some("the file is the host's: who can change it there decides what runs here"),
+        (_, Ok(_)) if refused.act == Act::Trace => {
+            Some("who may trace a process may make it do whatever it is allowed to do")
+        }
+        ("", Ok(_)) => Some(
+            "code that a process makes itself is in no list: what it does is then up to whoever controls the process",
+        ),
         _ => None,
     };
     Explanation { meaning: meaning(refused.reason), near, rule, caution }
@@ -78,9 +126,26 @@ const NOT_BY_A_RULE: &str = "no rule changes that";
 
 /// Whether a rule could have made another verdict of it.
 fn by_rules(text: &str) -> bool {
-    [reason::NO_RULE, reason::ORIGIN, reason::SESSION]
+    [reason::NO_RULE, reason::ORIGIN, reason::SESSION, reason::PARENT, reason::ARGUMENTS]
         .into_iter()
-        .any(|code| reason::name(code) == Some(text))
+        .any(|code| is(text, code))
+}
+
+fn is(text: &str, code: u8) -> bool {
+    reason::name(code) == Some(text)
+}
+
+/// The field of `spec.exec` that allows it as a whole.
+fn switch(text: &str) -> Option<&'static str> {
+    [
+        (reason::MEMORY, "memory"),
+        (reason::JIT, "jit"),
+        (reason::TRACE, "trace"),
+        (reason::ELEVATION, "elevation"),
+    ]
+    .into_iter()
+    .find(|(code, _)| is(text, *code))
+    .map(|(_, field)| field)
 }
 
 fn meaning(text: &str) -> &'static str {
@@ -90,6 +155,29 @@ fn meaning(text: &str) -> &'static str {
         reason::ORIGIN => "rules name this path, but not for bytes that come from there",
         reason::SESSION => {
             "rules name this path, but not for processes that came into the container as this one did"
+        }
+        reason::PARENT => "rules name this path, but not for the program that executed it",
+        reason::ARGUMENTS => {
+            "rules name this path, but not with these arguments; those of a script, and more than 1,024 bytes, are never compared"
+        }
+        reason::MEMORY => {
+            "code in a file that is in memory alone (memfd, shared memory, a tmpfs that is no volume), which the profile does not allow"
+        }
+        reason::JIT => {
+            "code that is in no file, or differs from its file: made at run time, which the profile does not allow"
+        }
+        reason::TRACE => {
+            "tracing a process, or writing to the memory of a running one, which the profile does not allow"
+        }
+        reason::ELEVATION => {
+            "the program would have rights that its caller has not (set-user-id, set-group-id, file capabilities), which the \
+             profile denies"
+        }
+        reason::PROTECTED => {
+            "the file is an executable of the image that a rule allows: changed, removed, renamed or hidden, it could not run any more"
+        }
+        reason::INTERPRETER => {
+            "it was executed before its container was identified, and the program that loads it (its ELF interpreter) is not the image's"
         }
         reason::ORIGIN_UNKNOWN => {
             "where its bytes come from cannot be told: the file system is none of the container's mounts, or one that this build \
@@ -121,6 +209,7 @@ fn meaning(text: &str) -> &'static str {
 /// How near a rule is; the smallest is the best.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
+    Condition,
     Session,
     Origin,
     Name,
@@ -129,12 +218,32 @@ enum Rank {
 
 fn nearest(policy: &Policy, refused: &Refused<'_>) -> Vec<Near> {
     let mut found: Vec<(Rank, Near)> = Vec::new();
+    if refused.act == Act::Map {
+        for (pattern, origins) in policy.code.libraries.iter().flatten() {
+            if pattern.matches(refused.path) {
+                let allowed: Vec<String> = origins.iter().map(ToString::to_string).collect();
+                let difference =
+                    format!("in libraries: is for {}, this is {}", allowed.join(", "), refused.origin);
+                found.push((Rank::Origin, Near { path: pattern.as_str().to_owned(), difference }));
+            }
+        }
+    }
+    for (pattern, digest) in policy.pinned.keys() {
+        if pattern.as_str() == refused.path {
+            let difference = format!("is for the image's file with SHA-256 {digest} alone");
+            found.push((Rank::Origin, Near { path: pattern.as_str().to_owned(), difference }));
+        }
+    }
     for (pattern, origins) in policy.exec.iter().flatten() {
         let path = pattern.as_str();
         let compared = if pattern.matches(refused.path) {
             match origins.iter().find(|(origin, _)| origin.to_string() == refused.origin) {
-                Some((_, sessions)) => {
-                    Some((Rank::Session, format!("is for {}, this is {}", list(*sessions), refused.session)))
+                Some((_, who)) => {
+                    who.iter().for_each(|(condition, sessions)| {
+                        let (rank, difference) = otherwise(condition, *sessions, refused);
+                        found.push((rank, Near { path: path.to_owned(), difference }));
+                    });
+                    None
                 }
                 None => {
                     let allowed: Vec<String> = origins.keys().map(ToString::to_string).collect();
@@ -156,6 +265,21 @@ fn nearest(policy: &Policy, refused: &Refused<'_>) -> Vec<Near> {
     found.into_iter().map(|(_, near)| near).collect()
 }
 
+/// What a rule for the same path and origin says otherwise.
+fn otherwise(condition: &Condition, sessions: Sessions, refused: &Refused<'_>) -> (Rank, String) {
+    if condition.is_none() {
+        return (Rank::Session, format!("is for {}, this is {}", list(sessions), refused.session));
+    }
+    let for_whom = if sessions.is_any() { String::new() } else { format!("for {} ", list(sessions)) };
+    let caller = match (&condition.parent, refused.caller) {
+        (Some(parent), caller) if parent.as_str() != caller && !caller.is_empty() => {
+            format!(", this is {caller}")
+        }
+        _ => String::new(),
+    };
+    (Rank::Condition, format!("is {for_whom}{condition}{caller}"))
+}
+
 fn list(sessions: Sessions) -> String {
     let names = Session::ALL.into_iter().filter(|session| sessions.has(*session)).map(Session::as_str);
     names.collect::<Vec<_>>().join(", ")
@@ -175,7 +299,7 @@ fn letters(pattern: &Pattern, path: &str) -> Option<usize> {
 }
 
 /// The narrowest rule that would allow it.
-fn rule(refused: &Refused<'_>) -> Result<String, &'static str> {
+fn rule(policy: Option<&Policy>, refused: &Refused<'_>) -> Result<Addition, &'static str> {
     let pattern = Pattern::parse(refused.path).map_err(|_| "its path cannot be written in a rule")?;
     if !pattern.is_exact() {
         return Err("its path has a '*', which stands for anything in a rule");
@@ -187,14 +311,78 @@ fn rule(refused: &Refused<'_>) -> Result<String, &'static str> {
     if origin != Origin::Image {
         fields.push(format!("from: {}", quoted(refused.origin)));
     }
+    if refused.act == Act::Map {
+        let rule = format!("{{{}}}", fields.join(", "));
+        // A list takes the place of what holds without one: every file of the image.
+        return Ok(match policy.and_then(|policy| policy.code.libraries.as_ref()) {
+            Some(_) => Addition { field: "spec.exec.libraries", text: format!("- {rule}") },
+            None => Addition { field: "spec.exec", text: format!("libraries: [{{path: /**}}, {rule}]") },
+        });
+    }
     match refused.session {
         "admin" | "probe" => fields.push(format!("sessions: {}", Session::Admin.as_str())),
-        "workload" if Some(refused.reason) == reason::name(reason::SESSION) => {
+        "workload" if is(refused.reason, reason::SESSION) => {
             fields.push(format!("sessions: {}", Session::Workload.as_str()));
         }
         _ => {}
     }
-    Ok(if fields.len() == 1 { format!("- {}", fields[0]) } else { format!("- {{{}}}", fields.join(", ")) })
+    fields.extend(conditions(policy, refused)?);
+    let text =
+        if fields.len() == 1 { format!("- {}", fields[0]) } else { format!("- {{{}}}", fields.join(", ")) };
+    Ok(Addition { field: "spec.exec.allow", text })
+}
+
+/// The conditions without which the rule would be for more than what was refused for the lack of one.
+fn conditions(policy: Option<&Policy>, refused: &Refused<'_>) -> Result<Vec<String>, &'static str> {
+    let for_parent = is(refused.reason, reason::PARENT);
+    let for_arguments = is(refused.reason, reason::ARGUMENTS);
+    if !for_parent && !for_arguments {
+        return Ok(Vec::new());
+    }
+    // Rules for the same file may ask for both.
+    let rules = policy.and_then(|policy| policy.exec.as_ref());
+    let asked = |wanted: &dyn Fn(&Condition) -> bool| {
+        let of_path = rules.into_iter().flatten().filter(|(pattern, _)| pattern.as_str() == refused.path);
+        of_path.flat_map(|(_, origins)| origins.values()).flat_map(|who| who.keys()).any(wanted)
+    };
+    let mut fields = Vec::new();
+    if for_parent || asked(&|condition| condition.parent.is_some()) {
+        if !Pattern::parse(refused.caller).is_ok_and(|caller| caller.is_exact()) {
+            return Err(
+                "who executed it is not known as a program of the image, so a rule without `parents` would be for everybody",
+            );
+        }
+        fields.push(format!("parents: {}", quoted(refused.caller)));
+    }
+    if for_arguments || asked(&|condition| condition.arguments.is_some()) {
+        fields.extend(arguments(refused).ok_or(
+            "its arguments cannot be written in a rule: not all are known, they are too long, not text, or have a '*'",
+        )?);
+    }
+    Ok(fields)
+}
+
+/// The fields for these arguments and no others, where they can be written.
+fn arguments(refused: &Refused<'_>) -> Option<Vec<String>> {
+    let all = refused.arguments?;
+    // Bytes that are not text stand as `\xNN` in records.
+    if all.iter().any(|argument| argument.contains('*') || argument.contains("\\x")) {
+        return None;
+    }
+    let (called, arguments) = all.split_first()?;
+    let by_itself = *called == refused.path || *called == name(refused.path);
+    let names = if by_itself { Vec::new() } else { vec![called.clone()] };
+    // A field has no empty text.
+    if names.iter().any(String::is_empty) {
+        return None;
+    }
+    let patterns = Arguments::parse(names, arguments.to_vec()).ok()?;
+    let list = |texts: &[String]| texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(", ");
+    let mut fields = vec![format!("args: [{}]", list(patterns.patterns()))];
+    if !patterns.names().is_empty() {
+        fields.push(format!("names: [{}]", list(patterns.names())));
+    }
+    Some(fields)
 }
 
 #[cfg(test)]
@@ -204,7 +392,7 @@ mod tests {
     use super::*;
     use crate::{
         document::parse,
-        evaluate::{Execution, evaluate},
+        evaluate::{Execution, evaluate, evaluate_mapping},
         image::compile,
         policy::alone,
     };
@@ -218,10 +406,29 @@ mod tests {
     }
 
     const RULES: &str = "- path: /usr/bin/curl\n      - {path: /bin/sh, sessions: admin}\n      - path: /usr/sbin/nginx\n      \
-                         - {path: /opt/**, from: \"volume:plugins\"}";
+                         - {path: /opt/**, from: \"volume:plugins\"}\n      - {path: /usr/bin/py, parents: /bin/cron, args: [\"*.py\"]}";
+
+    fn refused<'a>(
+        act: Act,
+        path: &'a str,
+        origin: &'a str,
+        session: &'a str,
+        reason: &'a str,
+    ) -> Refused<'a> {
+        Refused {
+            act,
+            path,
+            origin,
+            session,
+            reason,
+            caller: "/bin/init",
+            rule_by_link: "",
+            arguments: Some(&[]),
+        }
+    }
 
     fn near(path: &str, origin: &str, session: &str) -> Vec<String> {
-        let refused = Refused { path, origin, session, reason: "no-rule" };
+        let refused = refused(Act::Execute, path, origin, session, "no-rule");
         let found = explain(Some(&policy(RULES)), &refused).near;
         found.into_iter().map(|near| format!("{} {}", near.path, near.difference)).collect()
     }
@@ -239,13 +446,29 @@ mod tests {
             ["/usr/sbin/nginx is written almost like it"]
         );
         assert_eq!(near("/opt/x", "image", "workload"), ["/opt/** is for volume:plugins, this is image"]);
+        assert_eq!(
+            near("/usr/bin/py", "image", "workload"),
+            ["/usr/bin/py is when /bin/cron executes it with the arguments [\"*.py\"], this is /bin/init"]
+        );
         assert!(near("/bin/something", "image", "workload").is_empty());
+    }
+
+    #[test]
+    fn a_rule_that_is_a_link_is_the_nearest() {
+        let refused = Refused {
+            rule_by_link: "/usr/bin/curl",
+            ..refused(Act::Execute, "/usr/local/bin/curl", "image", "workload", "no-rule")
+        };
+        let near = explain(Some(&policy(RULES)), &refused).near;
+        assert_eq!(near.len(), 1);
+        assert!(near[0].path == "/usr/bin/curl" && near[0].difference.contains("symbolic link"), "{near:?}");
     }
 
     #[test]
     fn there_is_no_rule_for_what_no_rule_can_allow() {
         let without = |path, origin, reason| {
-            explain(None, &Refused { path, origin, session: "workload", reason }).rule.unwrap_err()
+            let act = Act::Execute;
+            explain(None, &refused(act, path, origin, "workload", reason)).rule.unwrap_err()
         };
         assert_eq!(without("/a", "image", "path-too-deep"), NOT_BY_A_RULE);
         assert_eq!(without("/a", "image", "escaped-to-host"), NOT_BY_A_RULE);
@@ -262,6 +485,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn code_that_is_not_executed_is_allowed_by_fields_of_its_own() {
+        let addition = |act, path, origin, reason| {
+            let found = explain(Some(&policy(RULES)), &refused(act, path, origin, "workload", reason));
+            found.rule.map(|addition| format!("{}: {}", addition.field, addition.text)).unwrap()
+        };
+        assert_eq!(addition(Act::Map, "", "", "jit-not-allowed"), "spec.exec: jit: allow");
+        assert_eq!(addition(Act::Trace, "", "", "trace-not-allowed"), "spec.exec: trace: allow");
+        assert_eq!(
+            addition(Act::Map, "/tmp/a.so", "drift", "origin-not-allowed"),
+            "spec.exec: libraries: [{path: /**}, {path: \"/tmp/a.so\", from: \"drift\"}]"
+        );
+    }
+
     proptest! {
         /// What the explanation says would allow it, does.
         #[test]
@@ -269,19 +506,48 @@ mod tests {
             path in "(/[a-z \"'{}:,#\\-]{1,6}){1,4}",
             origin in prop::sample::select(vec!["image", "drift", "memory", "host", "volume:data"]),
             session in prop::sample::select(vec![("workload", 1_u8), ("admin", 2), ("unknown", 0)]),
+            (mapped, reason) in prop_oneof![
+                Just((true, reason::NO_RULE)),
+                prop::sample::select(vec![reason::NO_RULE, reason::PARENT, reason::ARGUMENTS]).prop_map(|reason| (false, reason)),
+            ],
+            caller in "(/[a-z \"'{}:,#\\-]{1,6}){1,2}",
+            called in prop_oneof![Just(None), "[a-z]{1,6}".prop_map(Some)],
+            rest in prop::collection::vec("[a-z \"'{}:,#\\-]{0,6}", 0..3),
         ) {
-            let refused = Refused { path: &path, origin, session: session.0, reason: "no-rule" };
+            let arguments = [vec![called.unwrap_or_else(|| path.clone())], rest].concat();
+            let act = if mapped { Act::Map } else { Act::Execute };
+            let reason = reason::name(reason).unwrap();
+            let refused = Refused {
+                caller: &caller,
+                arguments: Some(&arguments),
+                ..refused(act, &path, origin, session.0, reason)
+            };
             let rule = explain(Some(&policy(RULES)), &refused).rule;
             prop_assume!(rule.is_ok());
-            let policy = policy(&rule.unwrap());
+            let rule = rule.unwrap();
+            let policy = match rule.field {
+                "spec.exec.allow" => policy(&rule.text),
+                _ => policy(&format!("[]\n    {}", rule.text)),
+            };
             let origin = Origin::parse(origin).unwrap();
             let judged = match &origin {
                 Origin::Volume(name) => format!(":{}:{path}", name.as_str()),
                 _ => path.clone(),
             };
-            let execution =
-                Execution { path: judged.as_bytes(), origin: origin.code(), session: session.1, failure: 0 };
-            let decision = evaluate(&compile(&policy).unwrap(), &execution);
+            let joined: Vec<u8> = arguments.iter().flat_map(|argument| argument.bytes().chain([0])).collect();
+            let execution = Execution {
+                path: judged.as_bytes(),
+                origin: origin.code(),
+                session: session.1,
+                failure: 0,
+                caller: Some(caller.as_bytes()),
+                arguments: Some(&joined),
+            };
+            let image = compile(&policy).unwrap();
+            let decision = match act {
+                Act::Map => evaluate_mapping(&image, Some(&execution), false),
+                _ => evaluate(&image, &execution),
+            };
             prop_assert_eq!(decision.verdict, palisade_abi::codes::verdict::ALLOWED, "{:?}", policy);
         }
     }

@@ -52,6 +52,8 @@ pub(crate) enum Piece {
     Components,
     /// `**` at the end: at least one byte.
     Rest,
+    /// `**` among arguments: any number of whole ones, each with the zero that ends it.
+    Arguments,
 }
 
 /// A valid pattern.

@@ -1,4 +1,6 @@
 //! A first profile from what was recorded.
+//!
+//! What comes from the image is allowed; about all else an author must decide, so it stands there as a comment.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,9 +9,20 @@ use std::{
 
 use crate::{document::API_VERSION, session::Session};
 
-/// One recorded execution.
+/// What was recorded.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Act {
+    Executed,
+    /// A file was mapped executable that no profile allowed: an allowed mapping leaves no record.
+    Mapped,
+    /// Needs a field of `spec.exec` by this name: `memory`, `jit`, `trace`.
+    Needs(&'static str),
+}
+
+/// One recorded execution, or code that came by other means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Observation {
+    pub act: Act,
     pub namespace: String,
     pub pod: String,
     pub labels: BTreeMap<String, String>,
@@ -41,7 +54,9 @@ const PER_POD_LABELS: &[&str] = &[
 pub fn draft(observations: &[Observation]) -> String {
     type Workload = (String, BTreeMap<String, String>, String);
     // Path and origin, and whether only those executed it who entered.
-    type Seen = (BTreeSet<String>, BTreeMap<(String, String), bool>);
+    type Paths = BTreeMap<(String, String), bool>;
+    // The images, what was executed, files that were mapped, and fields that were needed.
+    type Seen = (BTreeSet<String>, Paths, BTreeSet<(String, String)>, BTreeSet<&'static str>);
     let mut workloads: BTreeMap<Workload, Seen> = BTreeMap::new();
     for seen in observations {
         let labels: BTreeMap<String, String> = seen
@@ -51,12 +66,18 @@ pub fn draft(observations: &[Observation]) -> String {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
         let key = (seen.namespace.clone(), labels, seen.container.clone());
-        let (images, paths) = workloads.entry(key).or_default();
+        let (images, paths, libraries, needs) = workloads.entry(key).or_default();
         images.insert(seen.image.clone());
-        *paths.entry((seen.path.clone(), seen.origin.clone())).or_insert(true) &= seen.entered;
+        let file = (seen.path.clone(), seen.origin.clone());
+        match seen.act {
+            Act::Executed => *paths.entry(file).or_insert(true) &= seen.entered,
+            Act::Mapped => drop(libraries.insert(file)),
+            Act::Needs(field) => drop(needs.insert(field)),
+        }
     }
     let mut text = String::new();
-    for (index, ((namespace, labels, container), (images, paths))) in workloads.iter().enumerate() {
+    for (index, ((namespace, labels, container), seen)) in workloads.iter().enumerate() {
+        let (images, paths, libraries, needs) = seen;
         if index > 0 {
             text.push_str("---\n");
         }
@@ -101,6 +122,21 @@ pub fn draft(observations: &[Observation]) -> String {
         for (path, origin) in paths.keys().filter(|(_, origin)| !is_image(origin)) {
             let rule = format!("- {{path: {}, from: {}}}", quoted(path), quoted(origin));
             let _ = writeln!(text, "      # decide, it is not the image's: {rule}");
+        }
+        if !libraries.is_empty() {
+            let _ = writeln!(text, "    libraries:\n      - path: /**");
+        }
+        for (path, origin) in libraries {
+            let rule = format!("- {{path: {}, from: {}}}", quoted(path), quoted(origin));
+            let _ = writeln!(text, "      # decide, it was loaded and is not the image's: {rule}");
+        }
+        for field in needs {
+            let why = match *field {
+                "memory" => "it ran code from files in memory",
+                "jit" => "it made code at run time",
+                _ => "it traced a process, or wrote to the memory of a running one",
+            };
+            let _ = writeln!(text, "    # decide, {why}: {field}: allow");
         }
     }
     text
@@ -156,6 +192,7 @@ mod tests {
 
     fn seen(path: &str, origin: &str) -> Observation {
         Observation {
+            act: Act::Executed,
             namespace: "shop".to_owned(),
             pod: "web-1".to_owned(),
             labels: BTreeMap::from([
@@ -177,6 +214,25 @@ mod tests {
         let rules = parse("draft", &text).unwrap().remove(0).exec.unwrap();
         assert!(rules[0].sessions.is_any(), "{text}");
         assert_eq!(rules[1].sessions, [Session::Admin].into_iter().collect());
+    }
+
+    #[test]
+    fn code_that_was_not_executed_is_left_to_the_author() {
+        let other = |act, path, origin| Observation { act, ..seen(path, origin) };
+        let text = draft(&[
+            seen("/usr/bin/java", "image"),
+            other(Act::Needs("jit"), "", ""),
+            other(Act::Mapped, "/opt/p.so", "volume:plugins"),
+        ]);
+        let read = |text: &str| parse("draft", text).unwrap().remove(0).code;
+        assert!(
+            !read(&text).jit && read(&text).flags() == crate::code::CodeRules::default().flags(),
+            "{text}"
+        );
+        let decided = text
+            .replace("# decide, it made code at run time: ", "")
+            .replace("# decide, it was loaded and is not the image's: ", "");
+        assert!(read(&decided).jit && read(&decided).libraries.unwrap().len() == 2, "{decided}");
     }
 
     #[test]

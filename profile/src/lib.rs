@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 pub mod automaton;
+pub mod code;
+pub mod condition;
 pub mod document;
 pub mod evaluate;
 pub mod explain;

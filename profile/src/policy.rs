@@ -6,7 +6,9 @@ use palisade_abi::codes::session;
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    document::{ExecRule, Mode, Origin, Profile, Scope},
+    code::CodeRules,
+    condition::Condition,
+    document::{Digest, ExecRule, Mode, Origin, Profile, Scope},
     glob::Pattern,
     selector::ContainerFacts,
     session::Sessions,
@@ -20,10 +22,20 @@ pub struct Policy {
     pub mode: Mode,
     /// `None` when no profile has an `exec` section.
     pub exec: Option<Rules>,
+    /// Rules that hold only where the image's file has these bytes; [`Policy::verified`] decides about them.
+    pub pinned: Pinned,
+    /// The rest of that section.
+    pub code: CodeRules,
 }
 
+/// Who may execute something, by what else must hold.
+pub type Who = BTreeMap<Condition, Sessions>;
+
+/// By path and by what the bytes must be: who may execute it.
+pub type Pinned = BTreeMap<(Pattern, Digest), Who>;
+
 /// By path, and by where its bytes come from: who may execute it.
-pub type Rules = BTreeMap<Pattern, BTreeMap<Origin, Sessions>>;
+pub type Rules = BTreeMap<Pattern, BTreeMap<Origin, Who>>;
 
 /// Chooses and unites the profiles for a container; `None` when none names it.
 ///
@@ -46,46 +58,93 @@ pub fn unite<'a>(
     let mode = chosen.iter().map(|profile| profile.mode).max()?;
     let mut names: Vec<String> = chosen.iter().map(|profile| profile.reference()).collect();
     names.sort();
+    let (exec, pinned, code) = sections(&chosen);
+    Some(Policy { profiles: names, mode, exec, pinned, code })
+}
+
+fn sections(profiles: &[&Profile]) -> (Option<Rules>, Pinned, CodeRules) {
     let mut exec = None;
-    for rules in chosen.iter().filter_map(|profile| profile.exec.as_ref()) {
-        add(exec.get_or_insert_default(), rules);
+    let mut pinned = Pinned::new();
+    let mut code = CodeRules::default();
+    for profile in profiles {
+        let Some(rules) = &profile.exec else { continue };
+        if exec.is_none() {
+            code = profile.code.clone();
+        }
+        add(exec.get_or_insert_default(), &mut pinned, rules);
+        code.unite(&profile.code);
     }
-    Some(Policy { profiles: names, mode, exec })
+    (exec, pinned, code)
 }
 
 /// The policy that one profile makes by itself, to check that it can be compiled.
 #[must_use]
 pub fn alone(profile: &Profile) -> Policy {
-    let exec = profile.exec.as_ref().map(|rules| {
-        let mut union = Rules::new();
-        add(&mut union, rules);
-        union
-    });
-    Policy { profiles: vec![profile.reference()], mode: profile.mode, exec }
+    let (exec, pinned, code) = sections(&[profile]);
+    Policy { profiles: vec![profile.reference()], mode: profile.mode, exec, pinned, code }
 }
 
-fn add(union: &mut Rules, rules: &[ExecRule]) {
+fn add(union: &mut Rules, pinned: &mut Pinned, rules: &[ExecRule]) {
     for rule in rules {
+        let conditions = Condition::each(&rule.parents, rule.arguments.as_ref());
+        let who = conditions.into_iter().map(|condition| (condition, rule.sessions)).collect();
+        if let Some(digest) = rule.sha256 {
+            add_who(pinned.entry((rule.path.clone(), digest)).or_default(), &who);
+            continue;
+        }
         let origins = union.entry(rule.path.clone()).or_default();
         for origin in &rule.from {
-            origins.entry(origin.clone()).or_default().add(rule.sessions);
+            add_who(origins.entry(origin.clone()).or_default(), &who);
         }
     }
 }
 
+fn add_who(own: &mut Who, other: &Who) {
+    for (condition, sessions) in other {
+        own.entry(condition.clone()).or_default().add(*sessions);
+    }
+}
+
 impl Policy {
+    /// The policy of a container whose image has files of these digests: a pinned rule whose bytes are as it says is one like
+    /// any other, and one whose bytes are not is none.
+    #[must_use]
+    pub fn verified(mut self, digest_of: impl Fn(&str) -> Option<Digest>) -> Self {
+        for ((path, digest), who) in std::mem::take(&mut self.pinned) {
+            if digest_of(path.as_str()) == Some(digest) {
+                let origins = self.exec.get_or_insert_default().entry(path).or_default();
+                add_who(origins.entry(Origin::Image).or_default(), &who);
+            }
+        }
+        self
+    }
+
+    /// The policy as it is where every pinned file is as its rule says: the largest that it can become.
+    #[must_use]
+    pub fn verified_whole(self) -> Self {
+        let pinned: BTreeMap<String, Digest> =
+            self.pinned.keys().map(|(path, digest)| (path.as_str().to_owned(), *digest)).collect();
+        self.verified(|path| pinned.get(path).copied())
+    }
+
     /// Whether a verdict can depend on which volume a file is on. Such a policy means nothing before the container's
-    /// mounts are known: until then a volume's files pass for the host's, or for memory.
+    /// mounts are known: until then a volume's files pass for the host's, or for memory. Nor does one with pinned rules, whose
+    /// files cannot be read before its root filesystem is there.
     #[must_use]
     pub fn needs_mounts(&self) -> bool {
-        let mut origins = self.exec.iter().flat_map(BTreeMap::values).flat_map(BTreeMap::keys);
-        origins.any(|origin| matches!(origin, Origin::Volume(_) | Origin::Host | Origin::Memory))
+        let executables = self.exec.iter().flat_map(BTreeMap::values).flat_map(BTreeMap::keys);
+        let libraries = self.code.libraries.iter().flat_map(BTreeMap::values).flatten();
+        self.code.memory
+            || !self.pinned.is_empty()
+            || executables
+                .chain(libraries)
+                .any(|origin| matches!(origin, Origin::Volume(_) | Origin::Host | Origin::Memory))
     }
 
     /// Names the revision by its content: the first 12 hexadecimal digits of a SHA-256.
     #[must_use]
     pub fn revision_name(&self) -> String {
-        let Self { profiles, mode, exec } = self;
+        let Self { profiles, mode, exec, pinned, code } = self;
         let mut hash = Sha256::new();
         let mut part = |text: &str| {
             hash.update((text.len() as u64).to_le_bytes());
@@ -100,16 +159,69 @@ impl Policy {
             Some(rules) => {
                 for (pattern, origins) in rules {
                     part(pattern.as_str());
-                    for (origin, sessions) in origins {
+                    for (origin, who) in origins {
                         part(&origin.to_string());
-                        for code in sessions.codes().filter(|_| !sessions.is_any()) {
-                            part(session::name(code).unwrap_or_default());
-                        }
+                        part_of_who(&mut part, who);
                     }
                 }
+                for ((path, digest), who) in pinned {
+                    part("pinned");
+                    part(path.as_str());
+                    part(&digest.to_string());
+                    part_of_who(&mut part, who);
+                }
+                part_of_code(&mut part, code);
             }
         }
         hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// Adds who may execute something.
+fn part_of_who(part: &mut impl FnMut(&str), who: &Who) {
+    for (condition, sessions) in who {
+        // No path, origin or session reads like these, and how many arguments follow is said.
+        if let Some(parent) = &condition.parent {
+            part("parent");
+            part(parent.as_str());
+        }
+        if let Some(arguments) = &condition.arguments {
+            part("arguments");
+            part(&arguments.names().len().to_string());
+            arguments.names().iter().for_each(|name| part(name));
+            part(&arguments.patterns().len().to_string());
+            arguments.patterns().iter().for_each(|pattern| part(pattern));
+        }
+        if !condition.is_none() || !sessions.is_any() {
+            for code in sessions.codes() {
+                part(session::name(code).unwrap_or_default());
+            }
+        }
+    }
+}
+
+/// Adds what there is to say about other code; nothing for what holds by default, so that revisions keep their names.
+fn part_of_code(part: &mut impl FnMut(&str), code: &CodeRules) {
+    let CodeRules { libraries, memory, jit, trace, no_elevation } = code;
+    if *code == CodeRules::default() {
+        return;
+    }
+    // No path, origin or session reads like this, so nothing before can pass for what follows.
+    part("other code");
+    for (allowed, name) in
+        [(memory, "memory"), (jit, "jit"), (trace, "trace"), (no_elevation, "no elevation")]
+    {
+        if *allowed {
+            part(name);
+        }
+    }
+    let Some(libraries) = libraries else { return };
+    part("libraries");
+    for (pattern, origins) in libraries {
+        part(pattern.as_str());
+        for origin in origins {
+            part(&origin.to_string());
+        }
     }
 }
 
@@ -145,6 +257,71 @@ mod tests {
             [profile("ClusterProfile", "a", "enforce", "/a"), profile("Profile", "b", "audit", "/b")];
         assert_eq!(unite(&profiles, &facts("shop")).unwrap().profiles, ["shop/b"]);
         assert_eq!(unite(&profiles, &facts("other")).unwrap().profiles, ["a"]);
+    }
+
+    #[test]
+    fn a_pinned_rule_holds_for_its_bytes_alone() {
+        let digest = Digest([7; 32]);
+        let text = format!(
+            "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {{name: a}}\n\
+             spec: {{selector: {{}}, mode: audit, exec: {{allow: [{{path: /a, sha256: {digest}, sessions: admin}}]}}}}\n"
+        );
+        let policy = alone(&parse("x", &text).unwrap()[0]);
+        assert!(policy.needs_mounts() && policy.exec.as_ref().unwrap().is_empty());
+        let verified = |found: Option<Digest>| policy.clone().verified(|path| found.filter(|_| path == "/a"));
+        assert_eq!(verified(Some(digest)).exec.unwrap().len(), 1);
+        for other in [verified(None), verified(Some(Digest([8; 32])))] {
+            assert!(other.exec.as_ref().unwrap().is_empty() && other.pinned.is_empty());
+            assert_ne!(other.revision_name(), verified(Some(digest)).revision_name());
+        }
+    }
+
+    #[test]
+    fn a_condition_is_part_of_the_revision() {
+        let name = |rules: &str| {
+            let text = format!(
+                "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {{name: a}}\n\
+                 spec: {{selector: {{}}, mode: audit, exec: {{allow: [{rules}]}}}}\n"
+            );
+            alone(&parse("x", &text).unwrap()[0]).revision_name()
+        };
+        let different = [
+            "{path: /a}",
+            "{path: /a, parents: /b}",
+            "{path: /a, parents: /c}",
+            "{path: /a, args: []}",
+            "{path: /a, args: [x, y]}",
+            "{path: /a, args: [xy]}",
+            "{path: /a, parents: /b, args: [x]}",
+            "{path: /a, args: [x], names: y}",
+            "{path: /a}, {path: /a, args: [x]}",
+            "{path: /a, parents: /b, sessions: admin}",
+        ];
+        for (index, one) in different.iter().enumerate() {
+            for other in &different[index + 1..] {
+                assert_ne!(name(one), name(other), "{one} and {other}");
+            }
+        }
+        assert_eq!(
+            name("{path: /a, parents: [/b, /c]}"),
+            name("{path: /a, parents: /c}, {path: /a, parents: /b}")
+        );
+    }
+
+    #[test]
+    fn other_code_is_never_mistaken_for_an_origin() {
+        let name = |exec: &str| {
+            let text = format!(
+                "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {{name: a}}\n\
+                 spec: {{selector: {{}}, mode: audit, exec: {{{exec}}}}}\n"
+            );
+            alone(&parse("x", &text).unwrap()[0]).revision_name()
+        };
+        assert_ne!(
+            name("allow: [{path: /a, from: [image, memory]}]"),
+            name("allow: [{path: /a}], memory: allow")
+        );
+        assert_ne!(name("allow: [{path: /a}], libraries: []"), name("allow: [{path: /a}]"));
     }
 
     #[test]

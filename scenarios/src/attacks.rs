@@ -15,41 +15,74 @@ use crate::{
 pub const PAYLOAD_RAN: i32 = 42;
 pub const EPERM: i32 = 1;
 pub const KILLED: i32 = 137;
+/// Users that attacks are carried out by.
+pub const ROOT: &str = "0";
+pub const NOBODY: &str = "65534";
+/// The kernel lacks what an act needs.
+pub const NOT_POSSIBLE: i32 = 77;
 
 /// One way to run what is not allowed, and the record that a denial must leave.
+#[derive(Clone, Copy)]
 pub struct Attack {
     pub name: &'static str,
     pub executable: &'static str,
     pub origin: &'static str,
     pub reason: &'static str,
+    /// The act on an allowed executable with which it begins, and which the full tier refuses; empty for none.
+    pub spoils: &'static str,
+    /// Who carries it out.
+    pub uid: &'static str,
+    /// Whether it needs no rights.
+    pub by_anybody: bool,
 }
 
-const fn attack(
+const fn spoiling(name: &'static str, spoils: &'static str) -> Attack {
+    Attack { spoils, ..attack(name, "/usr/bin/workload", "drift", "origin-not-allowed") }
+}
+
+const fn by_anybody(
     name: &'static str,
     executable: &'static str,
     origin: &'static str,
     reason: &'static str,
 ) -> Attack {
-    Attack { name, executable, origin, reason }
+    Attack { by_anybody: true, ..attack(name, executable, origin, reason) }
 }
 
+pub const fn attack(
+    name: &'static str,
+    executable: &'static str,
+    origin: &'static str,
+    reason: &'static str,
+) -> Attack {
+    Attack { name, executable, origin, reason, spoils: "", uid: ROOT, by_anybody: false }
+}
+
+/// Impossible before 6.7.
+const BINFMT: &str = "binfmt";
+/// The second before 5.11.
+const MAY_BE_IMPOSSIBLE: &[&str] = &[BINFMT, "userns-overlay"];
+
 pub const ATTACKS: &[Attack] = &[
-    attack("third", "/usr/bin/third", "image", "no-rule"),
-    attack("script", "/usr/bin/script", "image", "no-rule"),
-    attack("copy", "/tmp/attack/workload", "drift", "no-rule"),
-    attack("copy-over", "/usr/bin/workload", "drift", "origin-not-allowed"),
-    attack("rename", "/usr/bin/workload", "drift", "origin-not-allowed"),
-    attack("hardlink", "/usr/bin/workload", "drift", "origin-not-allowed"),
-    attack("symlink", "/usr/bin/third", "image", "no-rule"),
+    by_anybody("third", "/usr/bin/third", "image", "no-rule"),
+    by_anybody("script", "/usr/bin/script", "image", "no-rule"),
+    by_anybody("copy", "/tmp/attack/workload", "drift", "no-rule"),
+    attack("drop-in", "/usr/bin/attentive-er", "drift", "origin-not-allowed"),
+    spoiling("copy-over", "remove"),
+    spoiling("rename", "rename"),
+    spoiling("hardlink", "remove"),
+    by_anybody("symlink", "/usr/bin/third", "image", "no-rule"),
     attack("chroot", "/tmp/attack/usr/bin/workload", "drift", "no-rule"),
-    attack("userns-tmpfs", "/workload", "memory", "no-rule"),
+    by_anybody("userns-tmpfs", "/workload", "memory", "no-rule"),
     attack("userns-overlay", "/workload", "unknown", "origin-unknown"),
-    attack("userns-bind", "/tmp/attack/workload", "drift", "no-rule"),
-    attack("memfd", "memfd:workload", "memory", "path-outside-its-filesystem"),
+    by_anybody("userns-bind-folder", "/tmp/attack/bin/workload", "drift", "no-rule"),
+    Attack { spoils: "mount-over", ..attack("userns-bind", "/tmp/attack/workload", "drift", "no-rule") },
+    by_anybody(BINFMT, "/usr/bin/third", "image", "no-rule"),
+    by_anybody("memfd", "memfd:workload", "memory", "path-outside-its-filesystem"),
     attack("tmpfs", "/workload", "memory", "no-rule"),
-    attack("proc-fd", "/usr/bin/third", "image", "no-rule"),
-    attack("deep", "", "drift", "path-too-deep"),
-    attack("long", "", "drift", "path-too-long"),
+    by_anybody("proc-fd", "/usr/bin/third", "image", "no-rule"),
+    by_anybody("deep", "", "drift", "path-too-deep"),
+    by_anybody("long", "", "drift", "path-too-long"),
 ];
 
 /// The profile of the scenarios: two programs of the image.
@@ -89,7 +122,7 @@ pub async fn carry_out(
     mode: &str,
     expect: Expect,
 ) -> Result<()> {
-    let name = format!("c-{}-{mode}", attack.name);
+    let name = format!("c-{}-{mode}-{}", attack.name, attack.uid);
     let container = runtime.container(pod, &name, WORKLOAD_IMAGE, &[]).await?;
     let result = attack_container(node, runtime, &container, &name, attack, mode, expect).await;
     runtime.remove_container(&container).await?;
@@ -107,15 +140,36 @@ async fn attack_container(
 ) -> Result<()> {
     events::in_mode(node, container, mode).await?;
     let nonce = nonce(attack.name);
-    let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", attack.name, &nonce]).await?;
+    let command = ["/usr/bin/workload", "as", attack.uid, "/usr/bin/attacker", "attack", attack.name, &nonce];
+    let ended = runtime.exec(container, if attack.uid == ROOT { &command[3..] } else { &command }).await?;
     let wanted = match expect {
         Expect::Refused => EPERM,
         Expect::Killed => KILLED,
         Expect::Audited | Expect::Allowed => PAYLOAD_RAN,
     };
+    if ended.code == NOT_POSSIBLE && MAY_BE_IMPOSSIBLE.contains(&attack.name) {
+        println!("   this kernel lets nobody do that in a user namespace");
+        return Ok(());
+    }
     ensure!(ended.code == wanted, "exit code {} instead of {wanted}: {}", ended.code, ended.stderr.trim());
+    if expect == Expect::Refused && !attack.spoils.is_empty() {
+        return spoiled(node, container, attack).await;
+    }
     let record = events::exactly_one(node, &nonce).await?;
     check(&record, name, container, attack, expect, &nonce)
+}
+
+/// The record of an act on an allowed executable.
+async fn spoiled(node: &Node, container: &str, attack: &Attack) -> Result<()> {
+    let record = crate::cri::until("its record", async || {
+        Ok(events::query(node, &["--kind", "code", "--container", container])?.pop())
+    })
+    .await?;
+    let code = &record["code"];
+    let refused = code["verdict"] == "denied" && code["reason"] == "allowed-executable";
+    ensure!(refused && code["act"] == attack.spoils, "{record}");
+    ensure!(code["file"] == "/usr/bin/workload" && code["origin"] == "image", "{record}");
+    Ok(())
 }
 
 fn check(
@@ -172,7 +226,9 @@ fn check(
         wrong.push(format!("arguments are {}", exec["arguments"]));
     }
     let count = exec["arguments"].as_array().map_or(0, Vec::len) as u64;
-    if exec["argument_count"] != count || exec["arguments_truncated"] != false {
+    // What is refused tells the caller's arguments; the interpreter would have got one more.
+    let more = u64::from(attack.name == BINFMT && expect == Expect::Refused);
+    if exec["argument_count"] != count + more || exec["arguments_truncated"] != false {
         wrong.push(format!("argument count is {} for {count} arguments", exec["argument_count"]));
     }
     // Who entered the container is a child of the runtime.

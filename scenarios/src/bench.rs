@@ -88,13 +88,13 @@ fn maps_kib(pid: u32) -> Result<u64> {
     Ok(bytes / 1024)
 }
 
-pub async fn run(cri: &Path, count: u64, repeats: u32) -> Result<ExitCode> {
+pub async fn run(cri: &Path, count: u64, repeats: u32, scale: Scale) -> Result<ExitCode> {
     let runtime = Runtime::connect(cri);
     let pod = runtime.pod("pod-bench", "enforce", "").await?;
     let container = runtime.container(&pod, "c-bench", WORKLOAD_IMAGE, &[]).await?;
     let mut done = Vec::new();
     for repeat in 0..=repeats {
-        let found = measure(cri, &runtime, &container, count).await?;
+        let found = measure(cri, &runtime, &container, count, scale).await?;
         // The first repeat after boot warms caches and is left out.
         if repeat > 0 {
             done.push(found);
@@ -106,12 +106,38 @@ pub async fn run(cri: &Path, count: u64, repeats: u32) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64) -> Result<Repeat> {
+/// How large policies are.
+#[derive(Clone, Copy)]
+pub struct Scale {
+    /// Rules of the container's profile, besides those of the loop.
+    pub rules: usize,
+    /// Profiles of the node, besides the container's.
+    pub profiles: usize,
+}
+
+/// The profile, and settings with room for all.
+fn scaled(node: &mut Node, scale: Scale) -> Result<(String, &'static str)> {
+    let Scale { rules, profiles } = scale;
+    let mut text = profile("enforce", "enforce");
+    for number in 0..rules {
+        text += &format!("      - path: /opt/scale/{}/{number}\n", number % 100);
+    }
+    for number in 0..profiles {
+        let other = profile(&format!("other-{number}"), "enforce");
+        node.write_profile(&format!("other-{number}.yaml"), &other)?;
+    }
+    let settings = format!("maps: {{rules: {}}}\n", 32_768.max(rules * 2));
+    Ok((text, settings.leak()))
+}
+
+async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64, scale: Scale) -> Result<Repeat> {
     let outside_before = outside(count)?;
     let inside_before = inside(runtime, container, count).await?;
     let mut node = Node::start(cri).await?;
-    node.write_profile("enforce.yaml", &profile("enforce", "enforce"))?;
-    node.start_agent(&AgentOptions::default()).await?;
+    let (text, settings) = scaled(&mut node, scale)?;
+    node.write_profile("enforce.yaml", &text)?;
+    // So that nothing is in force without it.
+    node.start_agent(&AgentOptions { unpinned: true, settings, ..AgentOptions::default() }).await?;
     events::in_mode(&node, container, "enforce").await?;
     let outside_agent = outside(count)?;
     let (agent, collector) =

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::{
-    attacks::{ATTACKS, Attack, Expect, PAYLOAD_RAN, carry_out, nonce, profile},
+    attacks::{ATTACKS, Attack, Expect, NOBODY, PAYLOAD_RAN, carry_out, nonce, profile},
     cri::{Runtime, WORKLOAD_IMAGE},
     events,
     node::{AgentOptions, Node},
@@ -46,6 +46,16 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
             }
             let name = format!("{mode}: {}", attack.name);
             report.case(&name, carry_out(&node, &runtime, &pod, attack, mode, expect)).await;
+        }
+        if mode != "audit" {
+            for attack in ATTACKS.iter().filter(|attack| attack.by_anybody).filter(wanted) {
+                if attack.name == "script" && tier != "full" {
+                    continue;
+                }
+                let name = format!("{mode}: {} as user {NOBODY}", attack.name);
+                let attack = Attack { uid: NOBODY, ..*attack };
+                report.case(&name, carry_out(&node, &runtime, &pod, &attack, mode, expect)).await;
+            }
         }
         runtime.remove_pod(&pod).await?;
     }
@@ -88,7 +98,7 @@ async fn found(node: &Node, runtime: &Runtime, container: &str) -> Result<()> {
     let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", "none", &good]).await?;
     ensure!(ended.code == PAYLOAD_RAN, "an allowed program: exit code {}", ended.code);
     ensure!(events::exactly_one(node, &good).await?["exec"]["origin"] == "image");
-    let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", "copy-over", &bad]).await?;
+    let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", "drop-in", &bad]).await?;
     ensure!(ended.code != PAYLOAD_RAN, "other bytes at an allowed path ran");
     let record = events::exactly_one(node, &bad).await?;
     ensure!(record["exec"]["verdict"] == "denied" && record["exec"]["origin"] == "drift", "{record}");
@@ -140,9 +150,9 @@ async fn explained(node: &Node) -> Result<()> {
     };
     let third = of("/usr/bin/third", "no-rule")?;
     ensure!(third["rule"] == "- {path: \"/usr/bin/third\", sessions: admin}", "{third}");
-    let copied = of("/usr/bin/workload", "origin-not-allowed")?;
-    ensure!(copied["near"][0]["difference"] == "is for image, this is drift", "{copied}");
-    ensure!(copied["caution"].is_string() && copied["rule"].is_string(), "{copied}");
+    let dropped = of("/usr/bin/attentive-er", "origin-not-allowed")?;
+    ensure!(dropped["near"][0]["difference"] == "is for image, this is drift", "{dropped}");
+    ensure!(dropped["caution"].is_string() && dropped["rule"].is_string(), "{dropped}");
     let deep = groups.iter().find(|group| group["reason"] == "path-too-deep");
     ensure!(deep.is_some_and(|group| group["rule"].is_null() && group["no_rule"].is_string()), "{deep:?}");
     Ok(())

@@ -286,6 +286,8 @@ async fn compared(node: &Node, scene: &Scene, options: &Options, profiles: &[Pro
             origin: origin::IMAGE,
             session: session::WORKLOAD,
             failure: 0,
+            caller: None,
+            arguments: None,
         };
         let decision = evaluate(&image::compile(&policy)?, &execution);
         let nonce = format!("limits-{turn}");

@@ -3,15 +3,21 @@
 //! Runs as root on a node where containerd answers and the test images are imported, with Palisade's binaries on
 //! the PATH. Every scenario has a control: the same act without a profile succeeds.
 
+mod apps;
 mod attacks;
 mod bench;
+mod bench_mmap;
 mod bench_start;
 mod claims;
+mod code;
+mod conditions;
 mod containerd;
 mod cri;
 mod daemonset;
 mod demo;
+mod differential;
 mod disturbed;
+mod elevation;
 mod engines;
 mod events;
 mod exec;
@@ -23,11 +29,17 @@ mod limits;
 mod members;
 mod node;
 mod outlives;
+mod overlay;
+mod pinned;
 mod planted;
+mod races;
+mod random;
 mod report;
 mod smoke;
 mod starts;
+mod switches;
 mod tampering;
+mod tls;
 mod volumes;
 mod who;
 
@@ -51,6 +63,53 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Code that was never executed: mapped, made at run time, written into other processes
+    Code,
+    /// What the kernel decides and what `profile` says, on profiles and files drawn at random: no difference
+    Differential {
+        /// Containers, each under a profile of its own
+        #[arg(long, default_value_t = 8)]
+        containers: usize,
+        /// Acts of one kind, origin and verdict in one container and session
+        #[arg(long, default_value_t = 10)]
+        per_cell: usize,
+        /// Repeat what an earlier run drew
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Revisions that are switched under load: each verdict is that of the revision which its record names
+    Switches {
+        /// Changes of the profile; each switches every container
+        #[arg(long, default_value_t = 25)]
+        changes: usize,
+        #[arg(long, default_value_t = 4)]
+        containers: usize,
+        /// Repeat what an earlier run drew
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// A name that changes while it is executed, beside containers that flood the ring
+    Races {
+        /// Executions of the name
+        #[arg(long, default_value_t = 1000)]
+        count: u64,
+    },
+    /// Options of overlayfs under which a file of the image has another name, or other attributes
+    Overlay,
+    /// Set-user-id programs: recorded, and refused where the profile says so
+    Elevation,
+    /// Delivery under mutual TLS, with certificates that `palisade pki` made
+    Tls,
+    /// Rules that ask for a file's SHA-256
+    Pinned,
+    /// Rules that ask which program calls exec, and with which arguments
+    Conditions,
+    /// nginx, Redis, PostgreSQL, Python and Java under profiles that were drafted from what they did
+    Apps {
+        /// Only services whose name holds this
+        #[arg(long, default_value = "")]
+        only: String,
+    },
     /// Rules for the workload alone, and for those who enter from outside
     Who,
     /// One allowed and one denied exec, and the right origin: the check of every kernel
@@ -169,6 +228,19 @@ enum Command {
         count: u64,
         #[arg(long, default_value_t = 3)]
         repeats: u32,
+        /// Further rules of the container's profile
+        #[arg(long, default_value_t = 0)]
+        rules: usize,
+        /// Further profiles, which name no container
+        #[arg(long, default_value_t = 0)]
+        profiles: usize,
+    },
+    /// What the agent adds to the start of a dynamically linked program and of a Java virtual machine, for `cargo xtask bench mmap`
+    BenchMmap {
+        #[arg(long, default_value_t = 200)]
+        count: u64,
+        #[arg(long, default_value_t = 3)]
+        repeats: u32,
     },
 }
 
@@ -188,6 +260,20 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
     let cri = arguments.cri;
     runtime.block_on(async {
         match arguments.command {
+            Command::Code => code::run(&cri).await,
+            Command::Differential { containers, per_cell, seed } => {
+                differential::run(&cri, &differential::Options { containers, per_cell, seed }).await
+            }
+            Command::Switches { changes, containers, seed } => {
+                switches::run(&cri, &switches::Options { changes, containers, seed }).await
+            }
+            Command::Elevation => elevation::run(&cri).await,
+            Command::Races { count } => races::run(&cri, count).await,
+            Command::Overlay => overlay::run(&cri).await,
+            Command::Pinned => pinned::run(&cri).await,
+            Command::Apps { only } => apps::run(&cri, &only).await,
+            Command::Tls => tls::run(&cri).await,
+            Command::Conditions => conditions::run(&cri).await,
             Command::Who => who::run(&cri).await,
             Command::Smoke => smoke::run(&cri).await,
             Command::Exec { only } => exec::run(&cri, &only).await,
@@ -212,7 +298,10 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Planted { objects } => planted::run(&cri, &objects).await,
             Command::Demo => demo::run(&cri).await,
             Command::BenchStart { count, repeats } => bench_start::run(&cri, count, repeats).await,
-            Command::BenchExec { count, repeats } => bench::run(&cri, count, repeats).await,
+            Command::BenchExec { count, repeats, rules, profiles } => {
+                bench::run(&cri, count, repeats, bench::Scale { rules, profiles }).await
+            }
+            Command::BenchMmap { count, repeats } => bench_mmap::run(&cri, count, repeats).await,
         }
     })
 }

@@ -5,13 +5,18 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::TcpStream;
 
-use crate::cri::until;
+use crate::cri::{until, until_within};
+
+/// How long an agent may take to be in force: the verifier looks at millions of instructions, on emulated processors that others
+/// share.
+const START: Duration = Duration::from_secs(240);
 
 /// Where a program is found on the PATH.
 pub fn which(program: &str) -> Result<PathBuf> {
@@ -39,6 +44,8 @@ pub struct Node {
     collector: Option<Child>,
     agent: Option<Child>,
     cri: PathBuf,
+    /// Folder of certificates that `palisade pki` made; without one there is no TLS.
+    pub tls: Option<PathBuf>,
 }
 
 /// How to start the agent.
@@ -95,13 +102,17 @@ impl Node {
         // Free at this moment; nothing else on a test node opens ports.
         let collector_address =
             TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?.local_addr()?;
-        Ok(Self { folder, collector_address, collector: None, agent: None, cri: cri.to_owned() })
+        Ok(Self { folder, collector_address, collector: None, agent: None, cri: cri.to_owned(), tls: None })
     }
 
     /// Starts the collector on what is in the store.
     pub async fn start_collector(&mut self) -> Result<()> {
         let log = std::fs::File::create(self.folder.path().join("collector.log"))?;
+        let config = self.folder.path().join("collector.yaml");
+        std::fs::write(&config, self.tls_settings("collector", ", revoked: {}/revoked.pem"))?;
         let collector = Command::new("palisade-collector")
+            .arg("--config")
+            .arg(&config)
             .args(["--listen", &self.collector_address.to_string(), "--store"])
             .arg(self.folder.path().join("store"))
             .stdin(Stdio::null())
@@ -118,6 +129,22 @@ impl Node {
         })
         .await?;
         Ok(())
+    }
+
+    /// The lines of a configuration about TLS; `more` is added with the folder of certificates in it.
+    fn tls_settings(&self, name: &str, more: &str) -> String {
+        let Some(folder) = self.tls.as_ref().map(|folder| folder.display().to_string()) else {
+            return "{}\n".to_owned();
+        };
+        let more = more.replace("{}", &folder);
+        format!(
+            "tls: {{ca: {folder}/ca.pem, certificate: {folder}/{name}.pem, key: {folder}/{name}-key.pem{more}}}\n"
+        )
+    }
+
+    /// Where agents and readers find the collector.
+    fn collector_uri(&self) -> String {
+        format!("{}://{}", if self.tls.is_some() { "https" } else { "http" }, self.collector_address)
     }
 
     /// Kills the collector with SIGKILL.
@@ -138,7 +165,7 @@ impl Node {
     /// Starts the agent and waits until it is in force. Returns the tier.
     pub async fn start_agent(&mut self, options: &AgentOptions) -> Result<String> {
         self.spawn_agent(options)?;
-        until("the agent is in force", async || {
+        until_within(START, "the agent is in force", async || {
             let log = self.log("agent");
             if let Some(status) = self.agent.as_mut().and_then(|agent| agent.try_wait().ok().flatten()) {
                 bail!("the agent ended with {status}: {log}");
@@ -168,11 +195,12 @@ impl Node {
             options.unidentified.unwrap_or("audit"),
             options.settings
         );
+        let tls = if self.tls.is_some() { self.tls_settings("node-test-node", "") } else { String::new() };
         std::fs::write(
             &config,
             format!(
-                "node: test-node\ncollector: http://{}\nprofiles: {}\npins: {}\n{runtime}",
-                self.collector_address,
+                "node: test-node\ncollector: {}\nprofiles: {}\npins: {}\n{runtime}{tls}",
+                self.collector_uri(),
                 folder.join("profiles").display(),
                 pins.display(),
             ),
@@ -322,9 +350,15 @@ impl Node {
 
     /// Runs `palisade` against this collector and returns what it prints.
     pub fn palisade(&self, arguments: &[&str]) -> Result<String> {
-        let output = Command::new("palisade")
-            .args(arguments)
-            .args(["--collector", &format!("http://{}", self.collector_address)])
+        let mut command = Command::new("palisade");
+        command.args(arguments);
+        if let Some(folder) = &self.tls {
+            command.arg("--ca").arg(folder.join("ca.pem"));
+            command.arg("--certificate").arg(folder.join("reader-ana.pem"));
+            command.arg("--key").arg(folder.join("reader-ana-key.pem"));
+        }
+        let output = command
+            .args(["--collector", &self.collector_uri()])
             .stdin(Stdio::null())
             .output()
             .context("cannot start palisade")?;

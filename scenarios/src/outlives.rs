@@ -16,6 +16,7 @@ use crate::{
     cri::{Pod, Runtime, WORKLOAD_IMAGE, until, until_within},
     events,
     node::{AgentOptions, Node},
+    random::Random,
     report::Report,
 };
 
@@ -196,19 +197,6 @@ async fn changed(node: &mut Node, runtime: &Runtime) -> Result<()> {
     runtime.remove_pod(&pod).await
 }
 
-/// A small generator of pseudo-random numbers (splitmix64): the moments are to be repeatable, not unpredictable.
-struct Moments(u64);
-
-impl Moments {
-    fn next(&mut self, below: Duration) -> Duration {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Duration::from_millis((mixed ^ (mixed >> 31)) % below.as_millis() as u64)
-    }
-}
-
 async fn killed(
     node: &mut Node,
     runtime: &Runtime,
@@ -216,11 +204,7 @@ async fn killed(
     options: &Options,
     taking_turns: bool,
 ) -> Result<()> {
-    let seed = match options.seed {
-        Some(seed) => seed,
-        None => u64::from(std::process::id()) ^ std::fs::metadata("/proc/self")?.len(),
-    };
-    println!("   seed {seed}");
+    let mut moments = Random::new(options.seed);
     let name = if taking_turns { "c-turns" } else { "c-killed" };
     let container = runtime.container(pod, name, WORKLOAD_IMAGE, &[]).await?;
     events::in_mode(node, &container, "enforce").await?;
@@ -230,10 +214,10 @@ async fn killed(
     let over = std::cell::Cell::new(false);
     let attacks = attacks(runtime, &container, &nonce, options.attacks, &over);
     let kills = async {
-        let mut moments = Moments(seed);
         for kill in 0..options.kills {
             // Only the agent's age decides where in its work it is hit, not a condition of the scenario.
-            tokio::time::sleep(moments.next(LONGEST_LIFE)).await;
+            let age = Duration::from_millis(moments.below(LONGEST_LIFE.as_millis() as u64));
+            tokio::time::sleep(age).await;
             node.kill_agent()?;
             let turn = if taking_turns && kill % 2 == 0 { other.clone() } else { AgentOptions::default() };
             node.spawn_agent(&turn)?;

@@ -10,13 +10,22 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     attacks::{ATTACKS, Expect, carry_out, profile},
+    code, conditions,
     cri::Runtime,
     node::{AgentOptions, Node},
     report::Report,
+    who,
 };
 
-/// Enough to notice each bug; the first failure ends a trial.
-const TRIAL: &[&str] = &["third", "copy", "copy-over", "memfd", "deep"];
+/// Enough to notice each bug of the exec's verdict; the first failure ends a trial.
+const TRIAL: &[&str] = &["third", "script", "copy", "drop-in", "memfd", "deep"];
+/// How bugs are called that are about other code than what is executed, about sessions, and about conditions: what they break is
+/// tried first.
+const OF_CODE: &str = "plant-code-";
+const OF_SESSIONS: &str = "plant-sessions-";
+const OF_CONDITIONS: &str = "plant-conditions-";
+/// Programs without a bug.
+const CONTROL: &str = "control";
 
 pub async fn run(cri: &Path, objects: &Path) -> Result<ExitCode> {
     let mut report = Report::new();
@@ -25,10 +34,19 @@ pub async fn run(cri: &Path, objects: &Path) -> Result<ExitCode> {
         .map(|entry| Ok(entry?.path()))
         .collect::<Result<_>>()?;
     bugs.sort();
-    ensure!(bugs.len() >= 5, "fewer than five bugs in {}", objects.display());
+    ensure!(bugs.len() > 10, "fewer than ten bugs, and programs without one, in {}", objects.display());
     report
         .case("an agent that enforces nothing is noticed", async {
             ensure!(trial(cri, None).await? > 0, "the suite passed although no profile was in force");
+            Ok(())
+        })
+        .await;
+    let (controls, bugs): (Vec<_>, Vec<_>) = bugs.into_iter().partition(|path| path.ends_with(CONTROL));
+    let control = controls.first().context("no objects without a bug")?;
+    report
+        .case("programs without a bug pass all of it", async {
+            let failed = trial(cri, Some(control)).await?;
+            ensure!(failed == 0, "{failed} cases failed, so that nothing below means anything");
             Ok(())
         })
         .await;
@@ -50,7 +68,8 @@ async fn trial(cri: &Path, objects: Option<&Path>) -> Result<u32> {
     let mut node = Node::start(cri).await?;
     // Without objects: a profile that only audits, which is what an agent that does nothing comes to.
     let (mode, label) = if objects.is_some() { ("enforce", "enforce") } else { ("audit", "audit") };
-    node.write_profile("enforce.yaml", &profile("enforce", mode))?;
+    let text = profile("enforce", mode) + code::EXECUTABLES + who::TOOL_RULE + conditions::TRIAL_RULES;
+    node.write_profile("enforce.yaml", &text)?;
     let options = AgentOptions {
         program: objects.map(|_| PathBuf::from("palisade-agent-test")),
         objects: objects.map(Path::to_owned),
@@ -59,11 +78,22 @@ async fn trial(cri: &Path, objects: Option<&Path>) -> Result<u32> {
     node.start_agent(&options).await?;
     let pod = runtime.pod("pod-trial", "enforce", "").await?;
     let mut report = Report::quiet();
+    let bug =
+        objects.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    if bug.starts_with(OF_CODE) || bug == CONTROL {
+        code::trial(&node, &runtime, &pod, label, &mut report).await;
+    }
+    if bug.starts_with(OF_SESSIONS) || bug == CONTROL {
+        who::trial(&mut node, &runtime, &pod, &mut report).await?;
+    }
+    if bug.starts_with(OF_CONDITIONS) || bug == CONTROL {
+        conditions::trial(&node, &runtime, &pod, label, &mut report).await;
+    }
     for attack in ATTACKS.iter().filter(|attack| TRIAL.contains(&attack.name)) {
-        report.case(attack.name, carry_out(&node, &runtime, &pod, attack, label, Expect::Refused)).await;
         if report.failed() > 0 {
             break;
         }
+        report.case(attack.name, carry_out(&node, &runtime, &pod, attack, label, Expect::Refused)).await;
     }
     runtime.remove_pod(&pod).await?;
     let stopped = node.stop_agent();

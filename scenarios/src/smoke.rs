@@ -5,7 +5,7 @@ use std::{path::Path, process::ExitCode};
 use anyhow::Result;
 
 use crate::{
-    attacks::{ATTACKS, Attack, Expect, carry_out, profile},
+    attacks::{ATTACKS, Expect, attack, carry_out, profile},
     cri::Runtime,
     node::{AgentOptions, Node},
     report::Report,
@@ -20,10 +20,10 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     println!("tier: {tier}");
     let denied = if tier == "full" { Expect::Refused } else { Expect::Killed };
     let pod = runtime.pod("pod-smoke", "enforce", "").await?;
-    let allowed = Attack { name: "none", executable: "/usr/bin/workload", origin: "image", reason: "rule" };
+    let allowed = attack("none", "/usr/bin/workload", "image", "rule");
     let case = carry_out(&node, &runtime, &pod, &allowed, "enforce", Expect::Allowed);
     report.case("an allowed program runs, origin image", case).await;
-    for attack in ATTACKS.iter().filter(|attack| matches!(attack.name, "copy-over" | "third")) {
+    for attack in ATTACKS.iter().filter(|attack| matches!(attack.name, "drop-in" | "third")) {
         let name = format!("{} is denied, origin {}", attack.name, attack.origin);
         report.case(&name, carry_out(&node, &runtime, &pod, attack, "enforce", denied)).await;
     }

@@ -122,7 +122,8 @@ struct Scene {
 impl Stage<'_> {
     async fn scene(&self, settings: &'static str) -> Result<Scene> {
         let mut node = Node::start(self.cri).await?;
-        node.write_profile("tampering.yaml", &profile("tampering", "enforce"))?;
+        // Tracing is the attack on the agent here, which no profile allows.
+        node.write_profile("tampering.yaml", &(profile("tampering", "enforce") + "    trace: allow\n"))?;
         let tier = node.start_agent(&AgentOptions { settings, ..AgentOptions::default() }).await?;
         ensure!(tier == "full", "the {tier} tier cannot protect the agent");
         let name = format!("pod-tampering-{}", node.agent_pid().context("no agent")?);

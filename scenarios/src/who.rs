@@ -46,6 +46,16 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     Ok(report.close())
 }
 
+/// The rule of the tool.
+pub const TOOL_RULE: &str = "      - {path: /usr/libexec/tree/one/one/one, sessions: admin}\n";
+
+/// Whether a workload is refused what is for those who enter, in a pod under a profile with [`TOOL_RULE`].
+pub async fn trial(node: &mut Node, runtime: &Runtime, pod: &Pod, report: &mut Report) -> Result<()> {
+    let mut stage = Stage { node, runtime, pod, gates: tempfile::tempdir()? };
+    report.case("trial", stage.workload("/usr/libexec/tree/one/one/one", false)).await;
+    Ok(())
+}
+
 struct Stage<'a> {
     node: &'a mut Node,
     runtime: &'a Runtime,

@@ -37,6 +37,7 @@ if [ -e /palisade/start-containerd ]; then
         sleep 0.1
     done
 fi
+echo up > /dev/ttyS1
 cd /host
 sh /palisade/command
 code=$?

@@ -6,12 +6,18 @@ use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use crate::{build, kernels::Kernel, vm::Machine};
+use crate::{
+    build,
+    kernels::Kernel,
+    vm::{Machine, Processors, Stream},
+};
 
 #[derive(Subcommand)]
 pub enum Bench {
     /// What the agent costs per exec, in a virtual machine with one processor under the instruction clock
     Exec(Exec),
+    /// What the agent adds to the start of a dynamically linked program and of a Java virtual machine, in the same machine
+    Mmap(Mmap),
     /// What the agent adds to the start of a container, in the same machine
     ContainerStart(ContainerStart),
 }
@@ -31,11 +37,11 @@ pub struct ContainerStart {
 }
 
 #[derive(Args)]
-pub struct Exec {
+pub struct Mmap {
     #[arg(long, default_value = "6.12")]
     kernel: Kernel,
-    /// Execs per loop
-    #[arg(long, default_value_t = 2000)]
+    /// Starts of the program per loop; of the virtual machine a fiftieth
+    #[arg(long, default_value_t = 200)]
     count: u64,
     #[arg(long, default_value_t = 3)]
     repeats: u32,
@@ -44,29 +50,50 @@ pub struct Exec {
     json: bool,
 }
 
+#[derive(Args)]
+pub struct Exec {
+    #[arg(long, default_value = "6.12")]
+    kernel: Kernel,
+    /// Execs per loop
+    #[arg(long, default_value_t = 2000)]
+    count: u64,
+    #[arg(long, default_value_t = 3)]
+    repeats: u32,
+    /// Further rules of the container's profile
+    #[arg(long, default_value_t = 0)]
+    rules: usize,
+    /// Further profiles, which name no container
+    #[arg(long, default_value_t = 0)]
+    profiles: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
 pub fn run(bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Exec(options) => exec(options),
+        Bench::Mmap(options) => mmap(options),
         Bench::ContainerStart(options) => container_start(options),
     }
 }
 
 /// Runs a bench of palisade-scenarios under the instruction clock. Returns its repeats, the kernel and its exit code.
-fn measure(kernel: Kernel, words: &[&str]) -> Result<(Vec<Value>, String, u8)> {
+fn measure(kernel: Kernel, apps: bool, words: &[&str]) -> Result<(Vec<Value>, String, u8)> {
     let binaries = build::run(&build::Options { release: true })?;
     let machine = Machine {
         kernel,
-        smp: 1,
-        icount: true,
+        processors: Processors::Counted,
         append: "",
         deadline: Duration::from_secs(3600),
         containerd: true,
         binaries: &binaries,
         host: None,
+        apps,
         extra: &[],
     };
     let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-    let outcome = machine.run(&words, false)?;
+    let outcome = machine.run(&words, Stream::None)?;
     let line = outcome
         .output
         .lines()
@@ -80,7 +107,7 @@ fn measure(kernel: Kernel, words: &[&str]) -> Result<(Vec<Value>, String, u8)> {
 fn container_start(options: &ContainerStart) -> Result<ExitCode> {
     let (count, repeats) = (options.count.to_string(), options.repeats.to_string());
     let words = ["palisade-scenarios", "bench-start", "--count", &count, "--repeats", &repeats];
-    let (repeats, release, code) = measure(options.kernel, &words)?;
+    let (repeats, release, code) = measure(options.kernel, false, &words)?;
     let all = |field: &str| -> Vec<f64> {
         let mut values: Vec<f64> = repeats
             .iter()
@@ -140,24 +167,22 @@ fn print_rows(bench: &str, release: &str, rows: &[(&str, Vec<f64>)], repeats: &[
 
 fn exec(options: &Exec) -> Result<ExitCode> {
     let (count, repeats) = (options.count.to_string(), options.repeats.to_string());
-    let words = ["palisade-scenarios", "bench-exec", "--count", &count, "--repeats", &repeats];
-    let (repeats, release, code) = measure(options.kernel, &words)?;
-    let values = |field: &str| -> Vec<f64> {
-        let mut values: Vec<f64> = repeats.iter().filter_map(|repeat| repeat[field].as_f64()).collect();
-        values.sort_by(f64::total_cmp);
-        values
-    };
-    let ratio = |place: &str| -> Vec<f64> {
-        let mut ratios: Vec<f64> = repeats
-            .iter()
-            .filter_map(|repeat| {
-                let of = |when: &str| repeat[format!("{place}_{when}")].as_f64();
-                Some(of("agent")? / ((of("before")? + of("after")?) / 2.0))
-            })
-            .collect();
-        ratios.sort_by(f64::total_cmp);
-        ratios
-    };
+    let (rules, profiles) = (options.rules.to_string(), options.profiles.to_string());
+    let words = [
+        "palisade-scenarios",
+        "bench-exec",
+        "--count",
+        &count,
+        "--repeats",
+        &repeats,
+        "--rules",
+        &rules,
+        "--profiles",
+        &profiles,
+    ];
+    let (repeats, release, code) = measure(options.kernel, false, &words)?;
+    let values = |field: &str| sorted(&repeats, field);
+    let ratio = |place: &str| ratios(&repeats, place);
     let rows = [
         ("loop outside, ratio", ratio("outside"), 1.0),
         ("loop inside, ratio", ratio("inside"), 1.0),
@@ -173,6 +198,45 @@ fn exec(options: &Exec) -> Result<ExitCode> {
         rows.map(|(name, values, unit)| (name, values.into_iter().map(|value| value / unit).collect()));
     print_rows("exec", &release, &rows, &repeats, options.json);
     Ok(ExitCode::from(code))
+}
+
+fn mmap(options: &Mmap) -> Result<ExitCode> {
+    let (count, repeats) = (options.count.to_string(), options.repeats.to_string());
+    let words = ["palisade-scenarios", "bench-mmap", "--count", &count, "--repeats", &repeats];
+    let (repeats, release, code) = measure(options.kernel, true, &words)?;
+    let milliseconds = |field: &str| -> Vec<f64> {
+        sorted(&repeats, field).into_iter().map(|nanoseconds| nanoseconds / 1e6).collect()
+    };
+    let rows = [
+        ("linked program, ratio", ratios(&repeats, "linked")),
+        ("linked program without the agent, ms", milliseconds("linked_before")),
+        ("linked program with it, ms", milliseconds("linked_agent")),
+        ("Java virtual machine, ratio", ratios(&repeats, "java")),
+        ("Java virtual machine without the agent, ms", milliseconds("java_before")),
+        ("Java virtual machine with it, ms", milliseconds("java_agent")),
+    ];
+    print_rows("mmap", &release, &rows, &repeats, options.json);
+    Ok(ExitCode::from(code))
+}
+
+/// A field of every repeat, the least first.
+fn sorted(repeats: &[Value], field: &str) -> Vec<f64> {
+    let mut values: Vec<f64> = repeats.iter().filter_map(|repeat| repeat[field].as_f64()).collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+/// What was measured with the agent over the mean of before and after, of every repeat, the least first.
+fn ratios(repeats: &[Value], place: &str) -> Vec<f64> {
+    let mut ratios: Vec<f64> = repeats
+        .iter()
+        .filter_map(|repeat| {
+            let of = |when: &str| repeat[format!("{place}_{when}")].as_f64();
+            Some(of("agent")? / ((of("before")? + of("after")?) / 2.0))
+        })
+        .collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios
 }
 
 fn median(sorted: &[f64]) -> f64 {

@@ -30,8 +30,11 @@ const PACKAGES: &[&str] = &["palisade-agent", "palisade-collector", "palisade", 
 pub const BINARIES: &[&str] =
     &["palisade-agent", "palisade-collector", "palisade", "palisade-scenarios", "palisade-fixture"];
 
+/// Name, target processor and features of an object.
+type Variant = (&'static str, &'static str, &'static [&'static str]);
+
 /// The two forms of the object: kernels before 5.12 have no atomic fetch-add.
-const VARIANTS: &[(&str, &str, &[&str])] = &[("fetch-add", "v3", &["fetch-add"]), ("lanes", "v2", &[])];
+const VARIANTS: &[Variant] = &[("fetch-add", "v3", &["fetch-add"]), ("lanes", "v2", &[])];
 
 /// Builds everything and returns the folder of the binaries.
 pub fn run(options: &Options) -> Result<PathBuf> {
@@ -49,14 +52,26 @@ const BUGS: &[&str] = &[
     "plant-enforce-is-audit",
     "plant-drift-is-image",
     "plant-latch-stays",
+    "plant-sessions-ignored",
+    "plant-conditions-parents-ignored",
+    "plant-conditions-arguments-ignored",
+    "plant-scripts-unjudged",
+    "plant-code-mapped-unjudged",
+    "plant-code-protect-unjudged",
+    "plant-code-jit-allowed",
+    "plant-code-memory-allowed",
+    "plant-code-trace-allowed",
+    "plant-code-executables-unprotected",
 ];
 
 /// Builds an agent that loads its objects from a folder, and objects with one bug each. Returns both.
 pub fn planted() -> Result<(PathBuf, PathBuf)> {
     let all = paths::target().join("ebpf/planted");
     shell::step("build programs with planted bugs", || {
+        ebpf_variants(&VARIANTS[..1], &[], "planted/control")?;
         for bug in BUGS {
-            ebpf(&[bug], &format!("planted/{bug}"))?;
+            // Only what the kernel that they run on takes. One has no bug, and must pass.
+            ebpf_variants(&VARIANTS[..1], &[bug], &format!("planted/{bug}"))?;
         }
         Ok(())
     })?;
@@ -85,9 +100,18 @@ pub fn another_abi() -> Result<PathBuf> {
 pub const ANOTHER_ABI: &str = "palisade-agent-of-another-abi";
 
 fn ebpf(extra: &[&str], name: &str) -> Result<PathBuf> {
+    ebpf_variants(VARIANTS, extra, name)
+}
+
+fn ebpf_variants(variants: &[Variant], extra: &[&str], name: &str) -> Result<PathBuf> {
+    let build = paths::target().join("ebpf-build");
+    std::fs::create_dir_all(&build).with_context(|| format!("cannot create {}", build.display()))?;
+    // Every variant is built to the same place: without this, one process could take what another has just built.
+    let lock = std::fs::File::create(build.join("palisade.lock"))?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
     let output = paths::target().join("ebpf").join(name);
     std::fs::create_dir_all(&output).with_context(|| format!("cannot create {}", output.display()))?;
-    for (variant, cpu, features) in VARIANTS {
+    for (variant, cpu, features) in variants {
         let mut features: Vec<String> = features.iter().map(|&feature| feature.to_owned()).collect();
         features.extend(extra.iter().map(|&feature| feature.to_owned()));
         let flags = format!(
@@ -107,7 +131,6 @@ fn ebpf(extra: &[&str], name: &str) -> Result<PathBuf> {
                 command
             }
         };
-        let build = paths::target().join("ebpf-build");
         command
             .args(["--release", "--target", "bpfel-unknown-none", "--package", "palisade-ebpf"])
             .args(["--features", &features.join(",")])

@@ -5,7 +5,12 @@ use std::{process::ExitCode, time::Duration};
 use anyhow::Result;
 use clap::Args;
 
-use crate::{build, images, kernels::Kernel, native::Containerd, vm::Machine};
+use crate::{
+    build, images,
+    kernels::Kernel,
+    native::Containerd,
+    vm::{Machine, Processors, Stream},
+};
 
 #[derive(Args)]
 pub struct Options {
@@ -22,16 +27,16 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if options.vm {
         let machine = Machine {
             kernel: options.kernel,
-            smp: 2,
-            icount: false,
+            processors: Processors::Parallel(2),
             append: "",
             deadline: Duration::from_secs(900),
             containerd: true,
             binaries: &binaries,
             host: None,
+            apps: false,
             extra: &[],
         };
-        let outcome = machine.run(&["palisade-scenarios".to_owned(), "demo".to_owned()], true)?;
+        let outcome = machine.run(&["palisade-scenarios".to_owned(), "demo".to_owned()], Stream::Plain)?;
         return Ok(ExitCode::from(outcome.code));
     }
     let containerd = Containerd::start(&images::make(&binaries)?)?;

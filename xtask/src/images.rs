@@ -61,6 +61,38 @@ const MARK: &[u8] = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\
     \xb8\x3c\0\0\0\
     \x0f\x05";
 
+/// A program that the kernel leaves to `interpreter`, by a path of at most 63 bytes: an ELF header, the name, and a page of nothing
+/// at 0x600000.
+fn interpreted_by(interpreter: &str) -> Vec<u8> {
+    const HEADER: usize = 64;
+    const PROGRAM_HEADER: usize = 56;
+    const NAME: usize = HEADER + 2 * PROGRAM_HEADER;
+    const BASE: u64 = 0x60_0000;
+    let mut name = interpreter.as_bytes().to_vec();
+    name.resize(64, 0);
+    let size = (NAME + name.len()) as u64;
+    let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_EXEC, x86-64, version 1; entry, program headers, no sections, flags; sizes and counts.
+    bytes.extend(b"\x02\0\x3e\0\x01\0\0\0");
+    for word in [BASE + NAME as u64, HEADER as u64, 0] {
+        bytes.extend(word.to_le_bytes());
+    }
+    bytes.extend(b"\0\0\0\0\x40\0\x38\0\x02\0\0\0\0\0\0\0");
+    // PT_INTERP, readable; PT_LOAD, readable and executable.
+    let length = interpreter.len() as u64 + 1;
+    for (kind, flags, at, length, align) in
+        [(3_u32, 4_u32, NAME as u64, length, 1_u64), (1, 5, 0, size, 0x1000)]
+    {
+        bytes.extend(kind.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        for word in [at, BASE + at, BASE + at, length, length, align] {
+            bytes.extend(word.to_le_bytes());
+        }
+    }
+    bytes.extend(name);
+    bytes
+}
+
 #[derive(Args)]
 pub struct Options {
     /// Name and tag of the image
@@ -92,8 +124,38 @@ pub fn make(binaries: &Path) -> Result<Vec<Image>> {
         for name in ["workload", "attacker", "third"] {
             install(&fixture, &root.join("usr/bin").join(name))?;
         }
+        // A file for each way to take an executable from a workload.
+        let spoiled = root.join("usr/libexec/palisade");
+        std::fs::create_dir_all(&spoiled)?;
+        for name in ["write", "chmod", "link", "remove", "rename", "replace", "bind"] {
+            std::fs::write(spoiled.join(name), "#!/usr/bin/workload payload\n")?;
+            executable(&spoiled.join(name))?;
+        }
+        // Many paths of the image.
+        let names = ["one", "two", "three"];
+        for folder in names.iter().flat_map(|a| names.map(|b| format!("usr/libexec/tree/{a}/{b}"))) {
+            std::fs::create_dir_all(root.join(&folder))?;
+            for name in names {
+                std::fs::write(root.join(&folder).join(name), MARK)?;
+                executable(&root.join(&folder).join(name))?;
+            }
+        }
+        let interpreted = root.join("usr/bin/attached-interpreter");
+        std::fs::write(&interpreted, interpreted_by("/tmp/attack/interpreter"))?;
+        executable(&interpreted)?;
+        for (name, mode) in [("elevating", 0o4755), ("elevating-group", 0o2755)] {
+            let elevating = root.join("usr/bin").join(name);
+            std::fs::write(&elevating, MARK)?;
+            set_mode(&elevating, mode)?;
+        }
+        std::fs::write(root.join(CAPABLE), MARK)?;
+        executable(&root.join(CAPABLE))?;
         std::fs::write(root.join("usr/bin/mark"), MARK)?;
         executable(&root.join("usr/bin/mark"))?;
+        std::os::unix::fs::symlink("mark", root.join("usr/bin/link-to-mark"))?;
+        let steps = root.join("usr/bin/steps");
+        std::fs::write(&steps, "#!/usr/bin/workload steps\n/usr/libexec/tree/two/two/two\n")?;
+        executable(&steps)?;
         let script = root.join("usr/bin/script");
         std::fs::write(&script, "#!/usr/bin/workload payload\n")?;
         executable(&script)
@@ -119,6 +181,66 @@ pub fn make(binaries: &Path) -> Result<Vec<Image>> {
         Ok(())
     })?);
     Ok(images)
+}
+
+/// Services of Debian, as its packages have them.
+pub const APPS: &str = "palisade.test/apps:1";
+const APPS_PACKAGES: &str = "nginx-light,redis-server,postgresql,python3,openjdk-21-jre-headless";
+const APPS_SUITE: &str = "trixie";
+/// A library that leaves a mark when it is loaded.
+const DROPPED: &str = include_str!("../guest/dropped.c");
+
+/// The image of the services. It is large, so it is not made again as long as its recipe is the same.
+pub fn apps() -> Result<Image> {
+    let recipe =
+        paths::fingerprint(&[APPS_SUITE.as_bytes(), APPS_PACKAGES.as_bytes(), DROPPED.as_bytes(), MARK]);
+    let made = paths::cache("apps")?.join(format!("{recipe}.tar"));
+    if !made.exists() {
+        shell::step("make the image of Debian's services", || {
+            let work = tempfile::tempdir_in(paths::cache("apps")?)?;
+            let (root, sources) = (work.path().join("root"), work.path().join("sources.list"));
+            Index::open()?;
+            std::fs::write(&sources, Index::sources_of(APPS_SUITE)?)?;
+            shell::quiet(
+                std::process::Command::new("mmdebstrap")
+                    .args(["--variant=minbase", &format!("--include={APPS_PACKAGES}")])
+                    .args([
+                        "--dpkgopt=path-exclude=/usr/share/doc/*",
+                        "--dpkgopt=path-exclude=/usr/share/man/*",
+                    ])
+                    .args(["--dpkgopt=path-exclude=/usr/share/locale/*"])
+                    // Where Java's package puts links, whether or not manuals are wanted.
+                    .arg("--setup-hook=mkdir -p \"$1/usr/share/man/man1\"")
+                    .arg(APPS_SUITE)
+                    .arg(&root)
+                    .arg(&sources),
+                "mmdebstrap-apps",
+            )?;
+            let own = root.join("usr/lib/palisade");
+            std::fs::create_dir_all(&own)?;
+            std::fs::write(root.join("usr/bin/mark"), MARK)?;
+            executable(&root.join("usr/bin/mark"))?;
+            let source = work.path().join("dropped.c");
+            std::fs::write(&source, DROPPED)?;
+            shell::read(
+                std::process::Command::new("cc")
+                    .args(["-shared", "-fPIC", "-nostdlib", "-O1", "-fno-stack-protector", "-o"])
+                    .arg(own.join("dropped.so"))
+                    .arg(&source),
+            )?;
+            let made_now = image(APPS, &["/bin/false"], |target| {
+                for part in ["dev", "proc", "sys"] {
+                    std::fs::remove_dir_all(root.join(part))?;
+                    std::fs::create_dir(root.join(part))?;
+                }
+                shell::read(std::process::Command::new("cp").arg("-a").arg(root.join(".")).arg(target))
+                    .map(drop)
+            })?;
+            std::fs::rename(made_now.archive, &made)?;
+            Ok(())
+        })?;
+    }
+    Ok(Image { name: APPS.to_owned(), archive: made })
 }
 
 const NGINX: &str = "user www-data;\nworker_processes 1;\nerror_log stderr;\npid /run/nginx.pid;\n\
@@ -176,6 +298,16 @@ fn executable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     Ok(std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?)
 }
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    Ok(std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?)
+}
+
+/// The file of an image that has a capability: `CAP_NET_RAW`, permitted and effective, as `struct vfs_cap_data` of
+/// include/uapi/linux/capability.h has it.
+const CAPABLE: &str = "usr/bin/capable";
+const NET_RAW: &[u8; 20] = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 /// Makes one image with a single layer that `fill` writes.
 fn image(name: &str, command: &[&str], fill: impl FnOnce(&Path) -> Result<()>) -> Result<Image> {
@@ -239,7 +371,7 @@ fn add(tar: &mut tar::Builder<File>, path: &str, bytes: &[u8]) -> Result<()> {
 
 /// Appends a folder's content in a fixed order with fixed times and owners, so that equal files give equal bytes.
 fn append(builder: &mut tar::Builder<Vec<u8>>, root: &Path, folder: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
     let mut entries: Vec<_> = std::fs::read_dir(root.join(folder))?.collect::<std::io::Result<_>>()?;
     entries.sort_by_key(std::fs::DirEntry::file_name);
     for entry in entries {
@@ -247,8 +379,10 @@ fn append(builder: &mut tar::Builder<Vec<u8>>, root: &Path, folder: &Path) -> Re
         let metadata = entry.path().symlink_metadata()?;
         let mut header = tar::Header::new_gnu();
         header.set_mtime(0);
-        header.set_uid(0);
-        header.set_gid(0);
+        // Services run as users of their own; who is not root cannot make files for others anyway.
+        let owned = |id: u32| if rustix::process::geteuid().is_root() { u64::from(id) } else { 0 };
+        header.set_uid(owned(metadata.uid()));
+        header.set_gid(owned(metadata.gid()));
         header.set_mode(metadata.permissions().mode() & 0o7777);
         if metadata.is_symlink() {
             header.set_entry_type(tar::EntryType::Symlink);
@@ -256,13 +390,21 @@ fn append(builder: &mut tar::Builder<Vec<u8>>, root: &Path, folder: &Path) -> Re
             builder.append_link(&mut header, &relative, std::fs::read_link(entry.path())?)?;
         } else if metadata.is_dir() {
             header.set_entry_type(tar::EntryType::Directory);
-            header.set_mode(if relative == Path::new("tmp") { 0o1777 } else { 0o755 });
+            header.set_mode(match metadata.permissions().mode() & 0o7777 {
+                // The mode that a folder has by itself depends on who makes it.
+                0o700 | 0o750 | 0o1777 => metadata.permissions().mode() & 0o7777,
+                _ if relative == Path::new("tmp") => 0o1777,
+                _ => 0o755,
+            });
             header.set_size(0);
             builder.append_data(&mut header, relative.join(""), std::io::empty())?;
             append(builder, root, &relative)?;
         } else {
             let bytes = std::fs::read(entry.path())?;
             header.set_size(bytes.len() as u64);
+            if relative == Path::new(CAPABLE) {
+                builder.append_pax_extensions([("SCHILY.xattr.security.capability", NET_RAW.as_slice())])?;
+            }
             builder.append_data(&mut header, &relative, bytes.as_slice())?;
         }
     }

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// A supported kernel line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Kernel {
     #[value(name = "5.10")]
     V5_10,
@@ -63,8 +63,17 @@ impl Kernel {
 }
 
 /// Modules that the guest needs, loaded before its root is mounted.
-const MODULES: &[&str] =
-    &["virtio_pci", "virtio_blk", "ext4", "overlay", "virtio_console", "veth", "bridge", "tun"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "ext4",
+    "overlay",
+    "virtio_console",
+    "veth",
+    "bridge",
+    "tun",
+    "binfmt_misc",
+];
 
 /// A kernel that is ready to boot.
 pub struct Bootable {

@@ -5,14 +5,21 @@ use std::{
     fmt::Write as _,
     path::Path,
     process::{Command, ExitCode},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde_json::Value;
 
-use crate::{build, images, kernels::Kernel, native::Containerd, paths, test::Tally, vm::Machine};
+use crate::{
+    build, images,
+    kernels::Kernel,
+    native::Containerd,
+    paths,
+    test::Tally,
+    vm::{self, Machine, Processors, Stream},
+};
 
 #[derive(Args)]
 pub struct Options {
@@ -55,26 +62,34 @@ pub fn ring(binaries: &Path, tally: &mut Tally) -> Result<()> {
 const MARK: &str = "=== doctor";
 
 fn measure(binaries: &Path, kernels: &[Kernel], tally: &mut Tally) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    for kernel in kernels {
+    let boot = |kernel: Kernel| {
         let script = format!(
             "palisade-scenarios smoke; code=$?; echo '{MARK}'; PALISADE_LOG=off palisade-agent doctor --json; \
              echo; echo '{MARK}'; exit $code"
         );
         let machine = Machine {
-            kernel: *kernel,
-            smp: 2,
-            icount: false,
+            kernel,
+            processors: Processors::Turns(2),
             append: "",
             deadline: Duration::from_secs(900),
             containerd: true,
             binaries,
             host: None,
+            apps: false,
             extra: &[],
         };
-        let ran = machine.run(&["sh".to_owned(), "-c".to_owned(), script], false);
+        machine.run(&["sh".to_owned(), "-c".to_owned(), script], Stream::None)
+    };
+    vm::prepare(binaries, kernels.iter().copied(), false)?;
+    let mut rows = Vec::new();
+    for (kernel, outcome) in vm::two_at_once(kernels, |kernel| {
+        let begun = Instant::now();
+        let outcome = boot(*kernel);
+        println!("{kernel} ran for {} s", begun.elapsed().as_secs());
+        (*kernel, outcome)
+    }) {
         let row = tally.case(&format!("matrix {kernel}: every program loads"), || {
-            let outcome = ran?;
+            let outcome = outcome?;
             print!("{}", outcome.output.split(MARK).next().unwrap_or_default());
             tally_smoke(&outcome.output, outcome.code)?;
             let row = row(&outcome.output)?;

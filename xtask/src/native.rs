@@ -133,7 +133,11 @@ impl Containerd {
             .spawn()
             .with_context(|| format!("cannot start {}", words[0]))?;
         let mut stdout = child.stdout.take().context("no output")?;
-        let output = crate::vm::copy(&mut stdout, true, &std::sync::atomic::AtomicBool::new(false))?;
+        let output = crate::vm::copy(
+            &mut stdout,
+            crate::vm::Stream::Plain,
+            &std::sync::atomic::AtomicBool::new(false),
+        )?;
         let status = child.wait()?;
         Ok((status.code().unwrap_or(1), String::from_utf8_lossy(&output).into_owned()))
     }

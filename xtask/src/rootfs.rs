@@ -9,7 +9,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{debian::Index, images::Image, paths, shell};
+use crate::{
+    debian::Index,
+    images::{APPS, Image},
+    paths, shell,
+};
 
 const SUITE: &str = "trixie";
 const PACKAGES: &str = "containerd,runc,crun,podman,docker.io,docker-cli,iproute2,procps,libseccomp2";
@@ -43,14 +47,16 @@ pub fn prepare(images: &[Image]) -> Result<PathBuf> {
         std::fs::create_dir_all(root.join("etc/containerd"))?;
         std::fs::write(root.join("etc/containerd/config.toml"), CONTAINERD)?;
         import(&root, "containerd", "/var/lib/containerd", images)?;
-        import(&root, "/opt/containerd-next/usr/bin/containerd", "/var/lib/containerd-next", images)?;
+        // Only the first has the services, for their size.
+        let small: Vec<&Image> = images.iter().filter(|image| image.name != APPS).collect();
+        import(&root, "/opt/containerd-next/usr/bin/containerd", "/var/lib/containerd-next", small)?;
         let partial = disk.with_extension("partial");
         shell::quiet(
             Command::new("mkfs.ext4")
                 .args(["-q", "-F", "-O", "^has_journal", "-E", "lazy_itable_init=1", "-d"])
                 .arg(&root)
                 .arg(&partial)
-                .arg("2G"),
+                .arg("4G"),
             "mkfs",
         )?;
         std::fs::rename(&partial, &disk)?;
@@ -93,7 +99,12 @@ fn base() -> Result<PathBuf> {
 }
 
 /// Imports with the guest's own containerd at `program` into its folder `store`, in its root, at native speed.
-fn import(root: &Path, program: &str, store: &str, images: &[Image]) -> Result<()> {
+fn import<'a>(
+    root: &Path,
+    program: &str,
+    store: &str,
+    images: impl IntoIterator<Item = &'a Image>,
+) -> Result<()> {
     let mount = |arguments: &[&str], target: &str| {
         shell::read(Command::new("mount").args(arguments).arg(root.join(target)))
     };

@@ -1,7 +1,7 @@
 //! The test rings, one after the other, and their sum.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
     time::{Duration, Instant},
 };
@@ -10,7 +10,12 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::{
-    build, fuzz, images, kernels::Kernel, licences, matrix, native::Containerd, paths, shell, vm::Machine,
+    build, fuzz, images,
+    kernels::Kernel,
+    licences, matrix,
+    native::Containerd,
+    paths, shell,
+    vm::{self, Machine, Processors, Stream},
 };
 
 #[derive(Args)]
@@ -18,7 +23,7 @@ pub struct Options {
     /// Only these rings
     #[arg(long)]
     ring: Vec<Ring>,
-    /// More of what takes long: 200 containers in each cell of the starts instead of 20
+    /// More of what takes long: 200 containers in each cell of the starts instead of 20, and the attacks on every kernel
     #[arg(long)]
     full: bool,
 }
@@ -70,8 +75,8 @@ impl Tally {
     }
 
     /// Adds the counts of a program that reports its own cases.
-    fn add(&mut self, name: &str, begun: Instant, result: Result<(String, i32)>) {
-        self.times.push((name.to_owned(), begun.elapsed()));
+    fn add(&mut self, name: &str, took: Duration, result: Result<(String, i32)>) {
+        self.times.push((name.to_owned(), took));
         let counted = result.and_then(|(output, code)| {
             let (passed, failed) = counts(&output).with_context(|| format!("{name} printed no result"))?;
             if passed + failed == 0 || (failed == 0) != (code == 0) {
@@ -115,17 +120,17 @@ pub fn counts(output: &str) -> Option<(u32, u32)> {
 pub fn run(options: &Options) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
     let mut tally = Tally::default();
-    for ring in RINGS {
-        if !options.ring.is_empty() && !options.ring.contains(ring) {
-            continue;
-        }
+    let wanted: Vec<Ring> =
+        RINGS.iter().copied().filter(|ring| options.ring.is_empty() || options.ring.contains(ring)).collect();
+    for ring in &wanted {
         println!("\n== ring: {ring:?}");
         match ring {
             Ring::Unit => unit(&mut tally),
             Ring::Fuzz => fuzz::ring(&mut tally),
             Ring::Matrix => matrix::ring(&binaries, &mut tally)?,
-            Ring::Scenarios => scenarios(&binaries, options.full, &mut tally),
-            Ring::Planted => planted(&binaries, &mut tally),
+            // With the scenarios, if those are wanted too.
+            Ring::Planted if wanted.contains(&Ring::Scenarios) => {}
+            Ring::Scenarios | Ring::Planted => machines(&binaries, &wanted, options.full, &mut tally),
             Ring::Native => native(&binaries, &mut tally),
         }
     }
@@ -184,7 +189,7 @@ fn unit(tally: &mut Tally) {
     if let Ok((line, _)) = &result {
         println!("unit tests: {line}");
     }
-    tally.add("unit tests", begun, result);
+    tally.add("unit tests", begun.elapsed(), result);
 }
 
 /// Adds up the lines "test result: ok. 7 passed; 0 failed; …".
@@ -203,37 +208,63 @@ fn sum_of_cargo_test(output: &str) -> (u32, u32) {
     })
 }
 
-fn in_machine(
-    binaries: &Path,
-    extra: &[(&str, &Path)],
-    words: &[&str],
+/// A boot of its own: what runs in it, what it has besides, and how long it may take.
+struct Boot {
+    name: &'static str,
+    kernel: Kernel,
+    append: &'static str,
+    apps: bool,
+    extra: Vec<(String, PathBuf)>,
+    words: Vec<String>,
     minutes: u64,
-) -> Result<(String, i32)> {
-    let machine = Machine {
-        kernel: Kernel::V6_12,
-        smp: 2,
-        icount: false,
-        append: "",
-        deadline: Duration::from_secs(minutes * 60),
-        containerd: true,
-        binaries,
-        host: None,
-        extra,
-    };
-    let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-    let outcome = machine.run(&words, true)?;
-    Ok((outcome.output, i32::from(outcome.code)))
+}
+
+impl Boot {
+    fn run(&self, binaries: &Path) -> Result<(String, i32)> {
+        let extra: Vec<(&str, &Path)> =
+            self.extra.iter().map(|(place, path)| (place.as_str(), path.as_path())).collect();
+        let machine = Machine {
+            kernel: self.kernel,
+            processors: Processors::Turns(2),
+            append: self.append,
+            deadline: Duration::from_secs(self.minutes * 60),
+            containerd: true,
+            binaries,
+            host: None,
+            apps: self.apps,
+            extra: &extra,
+        };
+        let outcome = machine.run(&self.words, Stream::Named(self.name))?;
+        Ok((outcome.output, i32::from(outcome.code)))
+    }
+}
+
+/// Runs the boots, two at a time; the longest should come first.
+fn boot(binaries: &Path, boots: &[Boot], tally: &mut Tally) {
+    let ready =
+        vm::prepare(binaries, boots.iter().map(|boot| boot.kernel), boots.iter().any(|boot| boot.apps));
+    if let Err(error) = ready {
+        tally.add("the guests' kernels and disk", Duration::ZERO, Err(error));
+        return;
+    }
+    let ended = vm::two_at_once(boots, |boot| {
+        let begun = Instant::now();
+        let result = boot.run(binaries);
+        println!("{} | ended after {} s", boot.name, begun.elapsed().as_secs());
+        (boot.name, begun.elapsed(), result)
+    });
+    for (name, took, result) in ended {
+        tally.add(name, took, result);
+    }
 }
 
 /// Scenarios that share a boot. Those that end and begin agents all the time have one of their own: they are the most likely
 /// to meet the emulator's fault that costs everything since the boot ([`Machine::run`]).
 const KILLS: &[&str] = &["faults", "outlives --other {other}"];
-/// The last three stop the containerd that the others use.
-const REST: &[&str] = &[
-    "exec",
-    "who",
-    "generator",
-    "claims",
+const VERDICTS: &[&str] =
+    &["exec", "code", "differential", "conditions", "elevation", "overlay", "who", "generator", "claims"];
+/// The last two stop the containerd that the others use.
+const NODE: &[&str] = &[
     "tampering",
     "limits --containers 500 --profiles 100 --executions 100 --memory 64",
     "members",
@@ -241,13 +272,17 @@ const REST: &[&str] = &[
     "daemonset",
     "disturbed",
     "volumes",
-    "starts --count {count}",
 ];
+const STARTS: &[&str] = &["starts --count {count}"];
+/// What of the verdicts depends on the kernel most, for the others.
+const ATTACKS: &[&str] = &["exec", "code", "conditions"];
+/// On a disk of their own, for the size of their image.
+const SERVICES: &[&str] = &["apps"];
 
-fn scenarios(binaries: &Path, full: bool, tally: &mut Tally) {
+fn scenarios(full: bool) -> Result<Vec<Boot>> {
+    let other = build::another_abi()?;
     let count = if full { "200" } else { "20" };
-    let minutes = if full { 240 } else { 60 };
-    for (name, list) in [("scenarios on 6.12 that kill the agent", KILLS), ("scenarios on 6.12", REST)] {
+    let boot = |name, list: &[&str]| {
         // Each prints its counts, and the machine ends with a failure if one failed.
         let mut script = "code=0".to_owned();
         for scenario in list {
@@ -255,22 +290,63 @@ fn scenarios(binaries: &Path, full: bool, tally: &mut Tally) {
             script += &format!("; echo '-- {scenario}'; palisade-scenarios {scenario} || code=1");
         }
         script += "; exit $code";
-        let begun = Instant::now();
-        let place = format!("bin/{}", build::ANOTHER_ABI);
-        let result = build::another_abi().and_then(|agent| {
-            in_machine(binaries, &[(place.as_str(), &agent)], &["sh", "-c", &script], minutes)
-        });
-        tally.add(name, begun, result);
+        Boot {
+            name,
+            kernel: Kernel::V6_12,
+            append: "",
+            apps: false,
+            extra: vec![(format!("bin/{}", build::ANOTHER_ABI), other.clone())],
+            words: ["sh", "-c", &script].map(str::to_owned).to_vec(),
+            minutes: if full { 240 } else { 60 },
+        }
+    };
+    let elsewhere = |name, kernel, append| Boot { kernel, append, ..boot(name, ATTACKS) };
+    let mut boots = vec![
+        boot("node", NODE),
+        boot("verdicts", VERDICTS),
+        boot("kills", KILLS),
+        boot("starts", STARTS),
+        elsewhere("attacks, newest", Kernel::Newest, ""),
+        Boot { apps: true, ..boot("services", SERVICES) },
+    ];
+    if full {
+        boots.extend([
+            elsewhere("attacks, 5.10", Kernel::V5_10, ""),
+            elsewhere("attacks, 6.1", Kernel::V6_1, ""),
+            elsewhere("attacks, 6.12 preempt=full", Kernel::V6_12, "preempt=full"),
+        ]);
     }
+    Ok(boots)
 }
 
-fn planted(binaries: &Path, tally: &mut Tally) {
-    let begun = Instant::now();
-    let result = build::planted().and_then(|(agent, objects)| {
-        let extra: &[(&str, &Path)] = &[("bin/palisade-agent-test", &agent), ("objects", &objects)];
-        in_machine(binaries, extra, &["palisade-scenarios", "planted", "--objects", "/palisade/objects"], 25)
-    });
-    tally.add("planted bugs on 6.12", begun, result);
+fn planted() -> Result<Boot> {
+    let (agent, objects) = build::planted()?;
+    let words = ["palisade-scenarios", "planted", "--objects", "/palisade/objects"];
+    Ok(Boot {
+        name: "planted bugs",
+        kernel: Kernel::V6_12,
+        append: "",
+        apps: false,
+        extra: vec![("bin/palisade-agent-test".to_owned(), agent), ("objects".to_owned(), objects)],
+        words: words.map(str::to_owned).to_vec(),
+        minutes: 40,
+    })
+}
+
+/// The rings that need a virtual machine for long, as far as they are wanted.
+fn machines(binaries: &Path, with: &[Ring], full: bool, tally: &mut Tally) {
+    let mut boots = Vec::new();
+    let mut take = |name: &str, made: Result<Vec<Boot>>| match made {
+        Ok(made) => boots.extend(made),
+        Err(error) => tally.add(name, Duration::ZERO, Err(error)),
+    };
+    if with.contains(&Ring::Scenarios) {
+        take("scenarios", scenarios(full));
+    }
+    if with.contains(&Ring::Planted) {
+        take("planted bugs", planted().map(|boot| vec![boot]));
+    }
+    boot(binaries, &boots, tally);
 }
 
 fn native(binaries: &Path, tally: &mut Tally) {
@@ -281,6 +357,11 @@ fn native(binaries: &Path, tally: &mut Tally) {
         let mut worst = exec;
         for words in [
             &["palisade-scenarios", "who"][..],
+            &["palisade-scenarios", "pinned"],
+            &["palisade-scenarios", "conditions"],
+            &["palisade-scenarios", "tls"],
+            &["palisade-scenarios", "switches"],
+            &["palisade-scenarios", "races", "--count", "10000"],
             &["palisade-scenarios", "faults"],
             &["palisade-scenarios", "starts", "--here"],
         ] {
@@ -290,5 +371,5 @@ fn native(binaries: &Path, tally: &mut Tally) {
         }
         Ok((output, worst))
     });
-    tally.add("scenarios natively", begun, result);
+    tally.add("scenarios natively", begun.elapsed(), result);
 }

@@ -1,10 +1,11 @@
 //! Virtual machines: boot, run one command, stream its output, return its exit code.
 
 use std::{
+    collections::BTreeSet,
     io::{Read as _, Write as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
@@ -29,6 +30,9 @@ pub struct Options {
     /// Let the guest's clock count instructions: costs repeat from run to run (implies one processor)
     #[arg(long)]
     pub icount: bool,
+    /// Emulate all processors by one thread, in turns: slower for a machine that is alone, and safe from the emulator's faults
+    #[arg(long, conflicts_with = "icount")]
+    pub turns: bool,
     /// Further kernel parameters, e.g. preempt=full
     #[arg(long, default_value = "")]
     pub append: String,
@@ -38,16 +42,83 @@ pub struct Options {
     /// Have an agent with the layouts of another version beside this build's: palisade-agent-of-another-abi
     #[arg(long)]
     pub another_abi: bool,
+    /// Have the image of Debian's services, which `palisade-scenarios apps` needs
+    #[arg(long)]
+    pub apps: bool,
     /// The command and its arguments
     #[arg(last = true, required = true)]
     pub command: Vec<String>,
 }
 
+/// How the guest's processors are emulated.
+#[derive(Clone, Copy)]
+pub enum Processors {
+    /// Each by a thread: they run at the same time, and it is the fastest for a machine that is alone.
+    Parallel(u32),
+    /// All by one thread, in turns: a fifth faster when there are as many machines as processors here, and they never see
+    /// each other's half-written code ([`Machine::run`]).
+    Turns(u32),
+    /// One, whose clock counts its instructions.
+    Counted,
+}
+
+/// What becomes of the guest's output while it comes.
+#[derive(Clone, Copy)]
+pub enum Stream<'a> {
+    /// It is only kept.
+    None,
+    /// It goes to standard output.
+    Plain,
+    /// Each line goes there behind a name: machines that run beside each other can be told apart.
+    Named(&'a str),
+}
+
+/// Makes what machines share, so that those that begin at the same time find it there: these kernels, the disk, and with
+/// `apps` the disk with Debian's services.
+pub fn prepare(binaries: &Path, kernels: impl IntoIterator<Item = Kernel>, apps: bool) -> Result<()> {
+    kernels
+        .into_iter()
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .try_for_each(|kernel| kernels::prepare(kernel).map(drop))?;
+    let mut images = images::make(binaries)?;
+    rootfs::prepare(&images)?;
+    if apps {
+        images.push(images::apps()?);
+        rootfs::prepare(&images)?;
+    }
+    Ok(())
+}
+
+/// Does `work` on all items, two at the same time (an emulated machine waits more than it works), and begins with the
+/// first ones. What came of each is in their order.
+pub fn two_at_once<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let lane = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return done };
+            done.push((index, work(item)));
+        }
+    };
+    let mut all = std::thread::scope(|scope| {
+        let other = scope.spawn(lane);
+        let mut all = lane();
+        match other.join() {
+            Ok(more) => all.extend(more),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+        all
+    });
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, result)| result).collect()
+}
+
 /// A machine to boot.
 pub struct Machine<'a> {
     pub kernel: Kernel,
-    pub smp: u32,
-    pub icount: bool,
+    pub processors: Processors,
     pub append: &'a str,
     pub deadline: Duration,
     /// Whether containerd is started before the command.
@@ -55,6 +126,8 @@ pub struct Machine<'a> {
     pub binaries: &'a Path,
     /// Folder whose files stand under /host.
     pub host: Option<&'a Path>,
+    /// Whether the image of Debian's services is there.
+    pub apps: bool,
     /// Further files or folders, by where they stand under /palisade.
     pub extra: &'a [(&'a str, &'a Path)],
 }
@@ -75,39 +148,44 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let extra: Vec<(&str, &Path)> = other.iter().map(|other| (place.as_str(), other.as_path())).collect();
     let machine = Machine {
         kernel: options.kernel,
-        smp: options.smp,
-        icount: options.icount,
+        processors: match (options.icount, options.turns) {
+            (true, _) => Processors::Counted,
+            (false, true) => Processors::Turns(options.smp),
+            (false, false) => Processors::Parallel(options.smp),
+        },
         append: &options.append,
         deadline: Duration::from_secs(options.deadline),
         containerd: true,
         binaries: &binaries,
         host: Some(&here),
+        apps: options.apps,
         extra: &extra,
     };
-    let outcome = machine.run(&options.command, true)?;
+    let outcome = machine.run(&options.command, Stream::Plain)?;
     Ok(ExitCode::from(outcome.code))
 }
 
 impl Machine<'_> {
-    /// Boots, runs `command`, and waits for its end. With `stream` the output goes to standard output as it comes.
+    /// Boots, runs `command`, and waits for its end.
     ///
     /// Emulated with several threads, a processor may run into a breakpoint with which another one just replaces code
-    /// (jump labels), after the kernel has forgotten it: the kernel ends with `Oops: int3`, whoever ran. Then, and only
-    /// then, everything is done once more.
-    pub fn run(&self, command: &[String], stream: bool) -> Result<Outcome> {
+    /// (jump labels), after the kernel has forgotten it: the kernel ends with `Oops: int3`, whoever ran. Or it hangs while it
+    /// boots. Then, and only then, everything is done once more.
+    pub fn run(&self, command: &[String], stream: Stream) -> Result<Outcome> {
         match self.run_once(command, stream) {
-            Err(error) if format!("{error:#}").contains(BREAKPOINT) => {
-                println!(
-                    "the emulator has led the guest's kernel into a breakpoint ({BREAKPOINT}); booting once more"
-                );
+            Err(error) if [BREAKPOINT, NEVER_UP].iter().any(|fault| format!("{error:#}").contains(fault)) => {
+                println!("the emulator's fault: {error:#}\nbooting once more");
                 self.run_once(command, stream)
             }
             outcome => outcome,
         }
     }
 
-    fn run_once(&self, command: &[String], stream: bool) -> Result<Outcome> {
-        let images = images::make(self.binaries)?;
+    fn run_once(&self, command: &[String], stream: Stream) -> Result<Outcome> {
+        let mut images = images::make(self.binaries)?;
+        if self.apps {
+            images.push(images::apps()?);
+        }
         let disk = rootfs::prepare(&images)?;
         let bootable = kernels::prepare(self.kernel)?;
         let work = tempfile::tempdir_in(paths::cache("runs")?)?;
@@ -128,11 +206,17 @@ impl Machine<'_> {
         ]);
         // The sandbox that has no KVM has no nested one either: always emulate, never take the host's CPU model.
         qemu.args(["-cpu", "max"]);
-        if self.icount {
-            qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
-        } else {
-            qemu.args(["-accel", "tcg,thread=multi", "-smp", &self.smp.to_string()]);
-        }
+        match self.processors {
+            Processors::Parallel(count) => {
+                qemu.args(["-accel", "tcg,thread=multi", "-smp", &count.to_string()])
+            }
+            Processors::Turns(count) => {
+                qemu.args(["-accel", "tcg,thread=single", "-smp", &count.to_string()])
+            }
+            Processors::Counted => {
+                qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"])
+            }
+        };
         qemu.arg("-kernel").arg(&bootable.image).arg("-initrd").arg(&bootable.initramfs);
         qemu.arg("-append").arg(format!(
             "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off {} {}",
@@ -155,8 +239,10 @@ impl Machine<'_> {
             let panicked = &panicked;
             let reader = scope.spawn(move || copy(&mut console, stream, panicked));
             let watch = scope.spawn(|| {
+                let is_up = || std::fs::metadata(&exit_file).is_ok_and(|found| found.len() > 0);
                 while !over.load(Ordering::Relaxed) {
-                    if begun.elapsed() > self.deadline {
+                    let elapsed = begun.elapsed();
+                    if elapsed > self.deadline || (elapsed > BOOT_DEADLINE && !is_up()) {
                         return true;
                     }
                     std::thread::park_timeout(Duration::from_millis(500));
@@ -185,6 +271,14 @@ impl Machine<'_> {
             Ok((output, late))
         })?;
         let output = String::from_utf8_lossy(&output).into_owned();
+        let said_apart = std::fs::read_to_string(&exit_file).unwrap_or_default();
+        if late && said_apart.is_empty() {
+            bail!(
+                "{NEVER_UP} within {} s; its console ends with:\n{}",
+                BOOT_DEADLINE.as_secs(),
+                tail(&output)
+            );
+        }
         if late {
             bail!(
                 "the guest did not end within {} s; its console ends with:\n{}",
@@ -192,8 +286,8 @@ impl Machine<'_> {
                 tail(&output)
             );
         }
-        let exit = std::fs::read_to_string(&exit_file).unwrap_or_default();
-        let Some(code) = exit.trim().strip_prefix("exit ").and_then(|code| code.parse().ok()) else {
+        let exit = said_apart.lines().find_map(|line| line.trim().strip_prefix("exit "));
+        let Some(code) = exit.and_then(|code| code.parse().ok()) else {
             let mut said = String::new();
             complaints.read_to_string(&mut said)?;
             let oops = if output.contains(BREAKPOINT) { BREAKPOINT } else { "" };
@@ -280,12 +374,16 @@ fn copy_host(from: &Path, to: &Path) -> Result<()> {
 }
 
 const PANIC: &[u8] = b"Kernel panic - not syncing";
+/// How long a guest may take until its runtime answers; most take half a minute.
+const BOOT_DEADLINE: Duration = Duration::from_secs(400);
+const NEVER_UP: &str = "the guest did not come up";
 /// What the kernel says when it meets a breakpoint that nobody knows.
 const BREAKPOINT: &str = "Oops: int3";
 
-/// Reads everything, and passes it on to standard output with `stream`. Says when the guest's kernel has given up.
-pub fn copy(console: &mut impl std::io::Read, stream: bool, panicked: &AtomicBool) -> Result<Vec<u8>> {
+/// Reads everything, and passes it on as `stream` says. Says when the guest's kernel has given up.
+pub fn copy(console: &mut impl std::io::Read, stream: Stream, panicked: &AtomicBool) -> Result<Vec<u8>> {
     let mut all = Vec::new();
+    let mut said = 0;
     let mut buffer = [0; 4096];
     loop {
         let read = console.read(&mut buffer)?;
@@ -293,12 +391,23 @@ pub fn copy(console: &mut impl std::io::Read, stream: bool, panicked: &AtomicBoo
             return Ok(all);
         }
         let part: Vec<u8> = buffer[..read].iter().copied().filter(|byte| *byte != b'\r').collect();
-        if stream {
-            let mut out = std::io::stdout().lock();
-            out.write_all(&part)?;
-            out.flush()?;
+        all.extend(&part);
+        match stream {
+            Stream::None => {}
+            Stream::Plain => {
+                let mut out = std::io::stdout().lock();
+                out.write_all(&part)?;
+                out.flush()?;
+            }
+            Stream::Named(name) => {
+                let mut out = std::io::stdout().lock();
+                while let Some(length) = all[said..].iter().position(|byte| *byte == b'\n') {
+                    let line = &all[said..said + length];
+                    writeln!(out, "{name} | {}", String::from_utf8_lossy(line))?;
+                    said += length + 1;
+                }
+            }
         }
-        all.extend(part);
         let recent = &all[all.len().saturating_sub(2 * buffer.len())..];
         if recent.windows(PANIC.len()).any(|found| found == PANIC) {
             panicked.store(true, Ordering::Relaxed);
@@ -313,4 +422,25 @@ fn tail(text: &str) -> String {
 
 fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::two_at_once;
+
+    #[test]
+    fn what_is_done_two_at_once_is_done_once_each_and_in_order() {
+        let items: Vec<u32> = (0..9).collect();
+        assert_eq!(two_at_once(&items, |item| item * 2), [0, 2, 4, 6, 8, 10, 12, 14, 16]);
+        assert!(two_at_once(&[], |(): &()| ()).is_empty());
+    }
+
+    #[test]
+    fn two_are_under_way_at_the_same_time() {
+        // Neither passes before the other has come.
+        let barrier = Barrier::new(2);
+        two_at_once(&[(), ()], |()| barrier.wait());
+    }
 }

@@ -161,7 +161,8 @@ impl Agent {
     }
 
     /// Passes an exec on, after the start of its session when it is the first.
-    pub(super) fn deliver(&mut self, slot: u64, stamp: &Stamp, event: v1::ProcessExec) {
+    pub(super) fn deliver(&mut self, slot: u64, stamp: &Stamp, mut event: v1::ProcessExec) {
+        self.name_rule_by_link(slot, &mut event);
         let allowed = event.verdict == "allowed";
         if event.reason != RUNTIME_STEP {
             let probes = self

@@ -25,9 +25,10 @@ impl Agent {
             .get(&slot)
             .and_then(|container| container.identity.as_ref())
             .filter(|identity| !identity.sandbox)
-            .and_then(|identity| self.profiles.policy_for(&identity.facts));
+            .and_then(|identity| self.profiles.policy_for(&identity.facts))
+            .map(|policy| self.verified(slot, policy));
         for exec in held {
-            let decision = judge(policy.as_ref(), &exec.held);
+            let decision = judge(policy.as_ref(), &exec.held, |path| self.source.hash(path));
             self.finish(slot, exec, decision);
         }
     }
@@ -146,7 +147,7 @@ impl Settled {
 }
 
 /// Judges what was held as the kernel would have: the script first, then its interpreter, and the worse of the two.
-fn judge(policy: Option<&Policy>, held: &Held) -> Settled {
+fn judge(policy: Option<&Policy>, held: &Held, hash: impl Fn(&[u8]) -> [u64; 2]) -> Settled {
     let Some(policy) = policy else {
         return Settled { verdict: verdict::ALLOWED, reason: reason::NO_PROFILE, mode: 0, of_script: false };
     };
@@ -160,15 +161,32 @@ fn judge(policy: Option<&Policy>, held: &Held) -> Settled {
     if held.escaped {
         return mismatch(reason::ESCAPED);
     }
+    if held.foreign_interpreter && policy.exec.is_some() {
+        return mismatch(reason::INTERPRETER);
+    }
     // A policy that cannot be compiled was not applied either.
     let Ok(image) = image::compile(policy) else { return mismatch(reason::LOOKUP_MISSED) };
     let Held { session, failure, .. } = *held;
-    let own = evaluate(&image, &Execution { path: &held.path, origin: held.origin, session, failure });
-    let script = held
-        .script
-        .as_ref()
-        .map(|(path, origin)| evaluate(&image, &Execution { path, origin: *origin, session, failure: 0 }));
+    let parents = image.exact.iter().filter(|(_, rule)| rule.parent != 0).map(|(key, _)| key.path.as_slice());
+    let caller = parents.into_iter().find(|path| hash(path) == held.caller);
+    let own = Execution {
+        path: &held.path,
+        origin: held.origin,
+        session,
+        failure,
+        caller,
+        arguments: held.arguments.as_deref(),
+    };
+    let own = evaluate(&image, &own);
+    let script = held.script.as_ref().map(|(path, origin)| {
+        let script = Execution { path, origin: *origin, session, failure: 0, caller, arguments: None };
+        evaluate(&image, &script)
+    });
     let of_script = script.is_some_and(|script| script.verdict > own.verdict);
     let worse = script.filter(|_| of_script).unwrap_or(own);
+    if worse.verdict == verdict::ALLOWED && held.elevated && policy.exec.is_some() && policy.code.no_elevation
+    {
+        return mismatch(reason::ELEVATION);
+    }
     Settled { verdict: worse.verdict, reason: worse.reason, mode: code, of_script }
 }

@@ -301,6 +301,11 @@ impl Agent {
             );
         }
         self.awaiting_mounts.remove(&slot);
+        let mut complete = true;
+        let policy = policy.map(|policy| {
+            complete = self.read_digests(slot, &policy);
+            self.verified(slot, policy)
+        });
         let Some(container) = self.containers.get_mut(&slot) else { return };
         let first = self.kernel.maps.ledger.slot(slot).map_or(0, |slot| slot.workload_pid);
         let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
@@ -318,6 +323,10 @@ impl Agent {
         match self.revisions.apply(&mut self.kernel.maps, slot, policy.as_ref(), flags) {
             Ok(revision) => {
                 self.pending.remove(&slot);
+                if !complete {
+                    // Without the rules whose files are not read yet.
+                    self.pending.insert(slot);
+                }
                 if change == "policy-changed"
                     && revision == container.revision
                     && container.mode != UNIDENTIFIED

@@ -3,9 +3,11 @@
 
 mod admitted;
 mod adopt;
+pub mod digests;
 mod flow;
 mod held;
 mod lifecycle;
+pub mod links;
 mod others;
 mod report;
 mod self_probe;
@@ -136,6 +138,7 @@ struct Inputs {
 ///
 /// When the programs cannot be put in force, or the kernel's rings cannot be read.
 pub async fn run(config: Config) -> Result<()> {
+    config.check_identity()?;
     let cgroup_root = match &config.cgroups {
         Some(path) => path.clone(),
         None => cgroups::mount_point()?,
@@ -161,8 +164,7 @@ pub async fn run(config: Config) -> Result<()> {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
     let (acknowledged, credits) = mpsc::unbounded_channel();
-    let delivery =
-        tokio::spawn(delivery::deliver(config.collector.clone(), hello, Arc::clone(&queue), acknowledged));
+    let delivery = tokio::spawn(delivery::deliver(config.target()?, hello, Arc::clone(&queue), acknowledged));
     let (identified, identities) = mpsc::channel(64);
     let (asked, questions) = mpsc::channel(16);
     let (told, events) = mpsc::channel(256);
@@ -452,10 +454,7 @@ impl Agent {
 }
 
 fn node_name(config: &Config) -> Result<String> {
-    if let Some(node) = &config.node {
-        return Ok(node.clone());
-    }
-    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let name = config.node_name();
     anyhow::ensure!(!name.is_empty(), "the host has no name; write one under node: in the configuration");
     Ok(name)
 }

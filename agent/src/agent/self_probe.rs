@@ -100,6 +100,7 @@ impl Agent {
         let nothing = PolicyImage {
             mode: Mode::Enforce,
             restricts_exec: true,
+            code: 0,
             exact: std::collections::BTreeMap::default(),
             globs: Automaton::default(),
         };

@@ -90,7 +90,7 @@ impl Agent {
     }
 
     /// Whether nothing but the runtime has run in a container, as far as its process `pid` is concerned.
-    fn is_untouched(&self, slot: u64, pid: u32) -> bool {
+    pub(super) fn is_untouched(&self, slot: u64, pid: u32) -> bool {
         if self.containers.get(&slot).is_none_or(|container| container.found_running) {
             return false;
         }
@@ -123,7 +123,7 @@ impl Agent {
     }
 
     /// The oldest process of a container that has its root directory there already: by then everything is mounted.
-    fn process_in_its_root(&self, slot: u64) -> Option<u32> {
+    pub(super) fn process_in_its_root(&self, slot: u64) -> Option<u32> {
         let container = self.containers.get(&slot)?;
         let found = Found { slot, id: container.id.clone(), folder: container.cgroup.clone() };
         let mut inside = found.members();
@@ -254,6 +254,10 @@ mod tests {
             failure: 0,
             script: Some((b"/v/tools/start.sh".to_vec(), origin::HOST)),
             escaped: false,
+            foreign_interpreter: false,
+            elevated: false,
+            caller: [0; 2],
+            arguments: None,
         };
         name_on(&volumes, &mut event, Some(&mut held));
         assert_eq!(

@@ -18,6 +18,7 @@ use palisade_proto::v1;
 use prost::Message as _;
 
 use self::mounts::{Described, Volume};
+use crate::agent::{digests::Digests, links::Links};
 
 /// What the runtime says of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,6 +72,10 @@ pub struct Container {
     pub withdrawn: bool,
     /// Whether an agent before this one has known it.
     pub adopted: bool,
+    /// Digests of files of its image that rules ask for.
+    pub digests: Digests,
+    /// Rules of its policy that are symbolic links in its image.
+    pub links: Links,
     /// Since when they are, nanoseconds since boot.
     pub volumes_since: u64,
     /// Whether another attempt may find more.
@@ -112,6 +117,8 @@ impl Container {
             volumes: None,
             withdrawn: false,
             adopted: false,
+            digests: Digests::default(),
+            links: Links::default(),
             volumes_since: 0,
             volumes_open: false,
             left_behind_settled: false,

@@ -7,9 +7,10 @@ use palisade_proto::v1::{
     AgentMessage, Batch, CollectorMessage, Hello, agent_message, collector_message,
     delivery_client::DeliveryClient,
 };
+use palisade_transport::{dial::Target, files::Files};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, transport::Endpoint};
+use tonic::Streaming;
 
 use super::{Credit, Queue};
 
@@ -20,11 +21,13 @@ const WINDOW: usize = 4;
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// How often to look whether the certificates have been replaced: a stream may last for longer than one is valid.
+const LOOK_AT_CERTIFICATES: Duration = Duration::from_secs(5);
 
 /// Empties the queue until the task is dropped.
 /// What is acknowledged goes to `acknowledged`, which never waits.
 pub async fn deliver(
-    collector: String,
+    target: Target,
     hello: Hello,
     queue: Arc<Queue>,
     acknowledged: mpsc::UnboundedSender<Credit>,
@@ -33,7 +36,7 @@ pub async fn deliver(
     let mut said = String::new();
     loop {
         let mut progress = false;
-        let result = stream(&collector, &hello, &queue, &acknowledged, &mut progress).await;
+        let result = stream(&target, &hello, &queue, &acknowledged, &mut progress).await;
         if progress {
             wait = FIRST_WAIT;
         }
@@ -42,7 +45,7 @@ pub async fn deliver(
             Err(error) => format!("{error:#}"),
         };
         if message != said {
-            tracing::warn!(collector, waiting = queue.counts().0, "records wait: {message}");
+            tracing::warn!(%target, waiting = queue.counts().0, "records wait: {message}");
             said = message;
         }
         // Jitter, so that a fleet does not come back in step.
@@ -53,20 +56,23 @@ pub async fn deliver(
 }
 
 async fn stream(
-    collector: &str,
+    target: &Target,
     hello: &Hello,
     queue: &Queue,
     acknowledged: &mpsc::UnboundedSender<Credit>,
     progress: &mut bool,
 ) -> Result<()> {
-    let channel = Endpoint::from_shared(collector.to_owned())?
-        .connect_timeout(CONNECT_DEADLINE)
-        .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(20))
-        .keep_alive_while_idle(true)
-        .connect()
+    let certificates = target.files().map(Files::fingerprint).transpose()?;
+    let channel = target
+        .connect(|endpoint| {
+            endpoint
+                .connect_timeout(CONNECT_DEADLINE)
+                .http2_keep_alive_interval(Duration::from_secs(20))
+                .keep_alive_timeout(Duration::from_secs(20))
+                .keep_alive_while_idle(true)
+        })
         .await
-        .with_context(|| format!("cannot reach the collector at {collector}"))?;
+        .with_context(|| format!("cannot reach the collector at {target}"))?;
     let (sender, receiver) = mpsc::channel(WINDOW);
     let message = |message| AgentMessage { message: Some(message) };
     sender.send(message(agent_message::Message::Hello(hello.clone()))).await?;
@@ -78,7 +84,7 @@ async fn stream(
     let collector_message::Message::Welcome(welcome) = answer(&mut answers).await? else {
         bail!("the collector did not say where to go on");
     };
-    tracing::info!(collector, next_position = welcome.next_position, "delivering");
+    tracing::info!(%target, next_position = welcome.next_position, "delivering");
     let tell = |gained: Vec<Credit>| {
         for credit in gained {
             let _the_agent_stops = acknowledged.send(credit);
@@ -87,6 +93,7 @@ async fn stream(
     tell(queue.acknowledge(welcome.next_position));
     let mut next = welcome.next_position;
     let mut outstanding = 0;
+    let mut look = tokio::time::interval(LOOK_AT_CERTIFICATES);
     loop {
         while outstanding < WINDOW {
             let (first_position, records) = queue.batch(next, MOST_RECORDS, MOST_BYTES);
@@ -107,6 +114,11 @@ async fn stream(
                 collector_message::Message::Welcome(_) => bail!("the collector said welcome twice"),
             },
             () = queue.filled(), if outstanding < WINDOW => {}
+            // What cannot be read this moment is being replaced.
+            _ = look.tick() => if target.files().and_then(|files| files.fingerprint().ok()).is_some_and(|now| Some(now) != certificates) {
+                *progress = true;
+                bail!("the certificates have changed");
+            },
         }
     }
 }

@@ -82,7 +82,7 @@ impl Layout {
         let mut absent = Vec::new();
         for field in FIELDS {
             let btf = match overlay {
-                Some(overlay) if field.structure == "ovl_inode" => overlay,
+                Some(overlay) if field.structure.starts_with("ovl_") => overlay,
                 _ => base,
             };
             let found = find(btf, field.structure, field.member);

@@ -159,10 +159,17 @@ const PROBE_ORIGIN: &str = "probe_origin";
 pub(super) const ON_DEMAND: &[&str] = &[LEARN_ROOT, LEARN_VOLUME, PROBE_ORIGIN];
 pub(super) const LSM: &[&str] = &[
     "bprm_check_security",
+    "bprm_creds_for_exec",
+    "bprm_creds_from_file",
     "bprm_committed_creds",
     "task_kill",
     "file_send_sigiotask",
     "ptrace_access_check",
+    "ptrace_traceme",
+    "file_open",
+    "mmap_file",
+    "mmap_addr",
+    "file_mprotect",
     "task_setscheduler",
     "task_setnice",
     "task_setrlimit",
@@ -171,6 +178,9 @@ pub(super) const LSM: &[&str] = &[
     "inode_unlink",
     "inode_rmdir",
     "inode_rename",
+    "inode_copy_up",
+    "sb_mount",
+    "move_mount",
     "sb_umount",
 ];
 /// The map that all sets share.

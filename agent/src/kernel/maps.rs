@@ -16,7 +16,10 @@ use palisade_abi::{
         RuleValue, SetMeta, Slot, SlotPolicy,
     },
 };
-use palisade_profile::{automaton::Automaton, image::PolicyImage};
+use palisade_profile::{
+    automaton::Automaton,
+    image::{Exact, PolicyImage},
+};
 
 use super::{Pins, pins::SetFolder, sets::pinned_map, volumes::VolumeMaps};
 
@@ -54,8 +57,47 @@ const GRACE: Duration = Duration::from_secs(10);
 
 /// A revision that stands in the kernel.
 struct Installed {
-    globs: std::ops::Range<u32>,
+    /// Chunks of all its automata.
+    automata: std::ops::Range<u32>,
     keys: Vec<RuleKey>,
+}
+
+/// A policy image as the maps hold it, but for where its automata stand.
+struct Written {
+    rules: Vec<(RuleKey, RuleValue)>,
+    /// The one for globs, and those for arguments behind it.
+    chunks: Vec<GlobChunk>,
+    glob_chunks: u32,
+}
+
+impl Written {
+    fn new(hash_key: [u64; 2], number: u32, image: &PolicyImage) -> Self {
+        let mut chunks = chunks(&image.globs);
+        let glob_chunks = chunks.len() as u32;
+        let rules = image.exact.iter().map(|(key, rule)| {
+            let Exact { grants, with_arguments, arguments, any, parent } = rule;
+            let base = chunks.len() as u32;
+            chunks.extend(self::chunks(arguments));
+            let value = RuleValue {
+                grants: *grants,
+                with_arguments: *with_arguments,
+                arguments_base: base,
+                arguments_width: arguments.width() as u32,
+                any: *any,
+                parent: *parent,
+            };
+            let path_hash = hash_path(hash_key, &key.path);
+            (RuleKey { path_hash, revision: number, parent: key.parent }, value)
+        });
+        let rules = rules.collect();
+        Self { rules, chunks, glob_chunks }
+    }
+
+    /// With its automata from `base` on.
+    fn at(mut self, base: u32) -> Self {
+        self.rules.iter_mut().for_each(|(_, rule)| rule.arguments_base += base);
+        self
+    }
 }
 
 /// An automaton as the map holds it.
@@ -130,7 +172,7 @@ impl Maps {
     pub fn install(&mut self, name: u64, image: &PolicyImage) -> Result<u32> {
         let number = self.next_revision;
         self.next_revision += 1;
-        let mut done = Installed { globs: 0..0, keys: Vec::new() };
+        let mut done = Installed { automata: 0..0, keys: Vec::new() };
         match self.write_image(number, name, image, &mut done) {
             Ok(()) => {
                 self.installed.insert(number, done);
@@ -151,25 +193,27 @@ impl Maps {
         image: &PolicyImage,
         done: &mut Installed,
     ) -> Result<()> {
-        let PolicyImage { mode, restricts_exec, exact, globs } = image;
-        let chunks = chunks(globs);
-        done.globs = self.free_globs(chunks.len() as u32)?;
-        for (index, chunk) in done.globs.clone().zip(chunks) {
-            self.globs.set(index, chunk, BPF_ANY).context("cannot write the glob automaton")?;
+        let PolicyImage { mode, restricts_exec, code, exact: _, globs } = image;
+        let written = Written::new(self.hash_key, number, image);
+        done.automata = self.free_globs(written.chunks.len() as u32)?;
+        let Written { rules, chunks, glob_chunks } = written.at(done.automata.start);
+        for (index, chunk) in done.automata.clone().zip(chunks) {
+            self.globs.set(index, chunk, BPF_ANY).context("cannot write the automata")?;
         }
-        for (path, grants) in exact {
-            let key = RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
+        for (key, rule) in rules {
             self.rules
-                .insert(key, RuleValue { grants: *grants }, BPF_ANY)
+                .insert(key, rule, BPF_ANY)
                 .context("the map of rules is full; raise maps.rules in the agent's configuration")?;
             done.keys.push(key);
         }
         let head = Revision {
             mode: u32::from(mode.code()),
             restricts_exec: u32::from(*restricts_exec),
-            glob_base: done.globs.start,
-            glob_chunks: done.globs.len() as u32,
+            automata_base: done.automata.start,
+            automata_chunks: done.automata.len() as u32,
+            glob_chunks,
             glob_width: globs.width() as u32,
+            code: *code,
             reserved: 0,
             name,
         };
@@ -180,7 +224,7 @@ impl Maps {
 
     /// The lowest free run of `count` chunks.
     fn free_globs(&self, count: u32) -> Result<std::ops::Range<u32>> {
-        let mut taken: Vec<_> = self.installed.values().map(|installed| installed.globs.clone()).collect();
+        let mut taken: Vec<_> = self.installed.values().map(|installed| installed.automata.clone()).collect();
         taken.sort_by_key(|range| range.start);
         let mut start = 0;
         for range in taken.iter().filter(|range| !range.is_empty()) {
@@ -191,7 +235,7 @@ impl Maps {
         }
         if start + count > self.globs.len() {
             bail!(
-                "no room for a glob automaton of {} bytes; raise maps.globBytes in the agent's configuration",
+                "no room for automata of {} bytes; raise maps.globBytes in the agent's configuration",
                 count as usize * size_of::<GlobChunk>()
             );
         }
@@ -222,9 +266,9 @@ impl Maps {
         let heads: Vec<(u32, Revision)> = self.revisions.iter().collect::<Result<_, _>>()?;
         let mut found = Vec::new();
         for (number, head) in heads {
-            let globs = head.glob_base..head.glob_base + head.glob_chunks;
+            let automata = head.automata_base..head.automata_base + head.automata_chunks;
             let keys = keys.remove(&number).unwrap_or_default();
-            self.installed.insert(number, Installed { globs, keys });
+            self.installed.insert(number, Installed { automata, keys });
             self.next_revision = self.next_revision.max(number + 1);
             match slots.remove(&number) {
                 Some(slots) => found.push((number, head.name, slots)),
@@ -253,24 +297,23 @@ impl Maps {
 
     /// Whether the kernel has exactly this image under `number`.
     pub fn holds(&self, number: u32, image: &PolicyImage) -> bool {
-        let PolicyImage { mode, restricts_exec, exact, globs } = image;
+        let PolicyImage { mode, restricts_exec, code, exact: _, globs } = image;
         let (Ok(head), Some(installed)) = (self.revisions.get(&number, 0), self.installed.get(&number))
         else {
             return false;
         };
         let same_head = head.mode == u32::from(mode.code())
             && head.restricts_exec == u32::from(*restricts_exec)
+            && head.code == *code
             && head.glob_width as usize == globs.width();
-        let same_rules = installed.keys.len() == exact.len()
-            && exact.iter().all(|(path, grants)| {
-                let key =
-                    RuleKey { path_hash: hash_path(self.hash_key, path), revision: number, reserved: 0 };
-                self.rules.get(&key, 0).is_ok_and(|rule| rule.grants == *grants)
-            });
-        let chunks = chunks(globs);
-        let same_globs = installed.globs.len() == chunks.len()
+        let Written { rules, chunks, glob_chunks } =
+            Written::new(self.hash_key, number, image).at(installed.automata.start);
+        let same_rules = installed.keys.len() == rules.len()
+            && rules.iter().all(|(key, rule)| self.rules.get(key, 0).is_ok_and(|found| found == *rule));
+        let same_globs = head.glob_chunks == glob_chunks
+            && installed.automata.len() == chunks.len()
             && installed
-                .globs
+                .automata
                 .clone()
                 .zip(chunks)
                 .all(|(index, chunk)| self.globs.get(&index, 0).is_ok_and(|found| found == chunk));
@@ -442,6 +485,11 @@ impl Maps {
     /// Whether the slot's root file system is known.
     pub fn has_root(&self, slot: u64) -> bool {
         self.roots.get(&slot, 0).is_ok()
+    }
+
+    /// Device of the root filesystem of `slot`, in the kernel's encoding.
+    pub fn root_device(&self, slot: u64) -> Option<u64> {
+        self.roots.get(&slot, 0).ok().map(|root| u64::from(root.device))
     }
 
     /// Slots that are under a revision and have not ended.

@@ -25,11 +25,11 @@ impl Maps {
         ensure!(self.hash_key == old.hash_key, "its paths are hashed with another key");
         for revision in old.revisions.iter() {
             let (_, head) = revision?;
-            for index in head.glob_base..head.glob_base + head.glob_chunks {
-                let chunk = old.globs.get(&index, 0).context("a glob automaton is cut")?;
+            for index in head.automata_base..head.automata_base + head.automata_chunks {
+                let chunk = old.globs.get(&index, 0).context("an automaton is cut")?;
                 self.globs
                     .set(index, chunk, BPF_ANY)
-                    .context("no room for glob automata; raise maps.globBytes")?;
+                    .context("no room for automata; raise maps.globBytes")?;
             }
         }
         copy(&old.rules, &mut self.rules, |_, _| true).context("no room for rules; raise maps.rules")?;
@@ -79,6 +79,12 @@ impl Maps {
             if known.as_ref().is_none_or(knows_less) {
                 self.put_process(*pid, *process)?;
                 copied = true;
+            } else if known
+                .is_some_and(|known| known.slot == process.slot && known.program != process.program)
+            {
+                // Both sets note what is executed, but the copy of a child may be older than its exec. No reason for another
+                // round: somebody always executes something.
+                self.inherit_program(old, *pid)?;
             }
         }
         // Whoever ended between the look at the old entry and the writing of the new one will not end again.
@@ -88,6 +94,19 @@ impl Maps {
             }
         }
         Ok(copied)
+    }
+}
+
+impl Maps {
+    /// Takes over what a process executes, as it is now.
+    fn inherit_program(&mut self, old: &Self, pid: u32) -> Result<()> {
+        let (Ok(theirs), Ok(own)) = (old.processes.get(&pid, 0), self.processes.get(&pid, 0)) else {
+            return Ok(());
+        };
+        if theirs.slot == own.slot && theirs.program != own.program {
+            self.put_process(pid, Process { program: theirs.program, ..own })?;
+        }
+        Ok(())
     }
 }
 
