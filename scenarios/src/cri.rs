@@ -266,10 +266,20 @@ impl Runtime {
     /// Stops and removes a pod with all its containers.
     pub async fn remove_pod(&self, pod: &Pod) -> Result<()> {
         let mut client = self.client.clone();
-        client
-            .stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() })
-            .await
-            .context("stopping a pod")?;
+        // Containerd closes its connection to a container that ends this moment, and reports that as an error. The call may be
+        // repeated, and a kubelet does so.
+        until("a pod to stop", async || {
+            match client
+                .clone()
+                .stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() })
+                .await
+            {
+                Ok(_) => Ok(Some(())),
+                Err(status) if status.message().contains("ttrpc: closed") => Ok(None),
+                Err(status) => Err(status).context("stopping a pod"),
+            }
+        })
+        .await?;
         client
             .remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() })
             .await

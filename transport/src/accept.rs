@@ -1,10 +1,11 @@
 //! The collector's side: connections whose peer has shown a certificate.
 
 use std::{
+    collections::HashMap,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -13,7 +14,7 @@ use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,7 +29,13 @@ use crate::{
 /// How long a peer may take to show its certificate.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Peers that may be about to, at a time; others wait in the kernel's queue.
-const MOST_HANDSHAKES: usize = 64;
+const MOST_HANDSHAKES: usize = 1024;
+/// The same, from one address; more are refused. So that one who says nothing keeps nobody out.
+const MOST_FROM_ONE: usize = 64;
+/// Connections that nobody has taken yet.
+const MOST_WAITING: usize = 64;
+/// How often to look whether the certificates or the list of the revoked ones have changed.
+const LOOK_AT_FILES: Duration = Duration::from_secs(5);
 /// How long to wait when no connection can be accepted, for want of descriptors for example.
 const BREATH: Duration = Duration::from_millis(100);
 
@@ -69,15 +76,24 @@ pub fn incoming(
         Security::Plain => None,
         Security::Mutual(files) => Some(Current::read(files)?),
     };
-    let (accepted, connections) = mpsc::channel(MOST_HANDSHAKES);
+    let (accepted, connections) = mpsc::channel(MOST_WAITING);
     let refused = Arc::new(refused);
     let slots = Arc::new(Semaphore::new(MOST_HANDSHAKES));
+    let from = Arc::new(Mutex::new(HashMap::<IpAddr, usize>::new()));
+    let (changes, _) = watch::channel(());
+    let mut look = tokio::time::interval(LOOK_AT_FILES);
     tokio::spawn(async move {
         loop {
             // Closed only with this task.
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
             let (stream, address) = tokio::select! {
                 () = accepted.closed() => return,
+                _ = look.tick() => {
+                    if current.as_mut().is_some_and(Current::look) {
+                        changes.send_replace(());
+                    }
+                    continue;
+                }
                 found = listener.accept() => match found {
                     Ok(found) => found,
                     Err(error) => {
@@ -87,11 +103,23 @@ pub fn incoming(
                     }
                 },
             };
-            let config = current.as_mut().map(Current::config);
+            if current.as_mut().is_some_and(Current::look) {
+                changes.send_replace(());
+            }
+            let config = current.as_ref().map(|current| Arc::clone(&current.config));
+            let Some(place) = Place::take(&from, address.ip()) else {
+                refused(Refusal {
+                    address,
+                    why: format!("{MOST_FROM_ONE} others of its address are about to"),
+                });
+                continue;
+            };
             let (accepted, refused) = (accepted.clone(), Arc::clone(&refused));
+            let until = changes.subscribe();
             tokio::spawn(async move {
-                let _slot = slot;
-                match secure(stream, address, config).await {
+                let secured = secure(stream, address, config, until).await;
+                drop((slot, place));
+                match secured {
                     Ok(connection) => drop(accepted.send(Ok(connection)).await),
                     Err(why) => refused(Refusal { address, why }),
                 }
@@ -101,14 +129,46 @@ pub fn incoming(
     Ok(ReceiverStream::new(connections))
 }
 
+/// One of the handshakes that an address may have at a time.
+struct Place {
+    from: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    address: IpAddr,
+}
+
+impl Place {
+    fn take(from: &Arc<Mutex<HashMap<IpAddr, usize>>>, address: IpAddr) -> Option<Self> {
+        let mut counts = from.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count == MOST_FROM_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Self { from: Arc::clone(from), address })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.from.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.address);
+            }
+        }
+    }
+}
+
 async fn secure(
     stream: TcpStream,
     address: SocketAddr,
     config: Option<Arc<ServerConfig>>,
+    mut changes: watch::Receiver<()>,
 ) -> Result<Connection, String> {
     stream.set_nodelay(true).map_err(|error| error.to_string())?;
     let Some(config) = config else {
-        return Ok(Connection { stream: Stream::Plain(stream), peer: Peer { address, name: None } });
+        let changed = Box::pin(std::future::pending());
+        return Ok(Connection { stream: Stream::Plain(stream), peer: Peer { address, name: None }, changed });
     };
     let shaken = tokio::time::timeout(HANDSHAKE_DEADLINE, TlsAcceptor::from(config).accept(stream)).await;
     let stream = shaken
@@ -120,6 +180,12 @@ async fn secure(
     Ok(Connection {
         stream: Stream::Mutual(Box::new(stream.into())),
         peer: Peer { address, name: Some(name) },
+        // Whoever accepts may be gone, and connections outlive that.
+        changed: Box::pin(async move {
+            if changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }),
     })
 }
 
@@ -138,32 +204,34 @@ impl Current {
         Ok(Self { files, seen, config })
     }
 
-    /// As the files are now, if they can be used.
-    fn config(&mut self) -> Arc<ServerConfig> {
+    /// Takes over what the files hold now, if it differs and can be used; tells whether it did.
+    fn look(&mut self) -> bool {
         // What cannot be read this moment is being replaced.
-        if let Ok(now) = self.files.fingerprint()
-            && now != self.seen
-        {
-            self.seen = now;
-            match self.files.server() {
-                Ok(config) => {
-                    tracing::info!("the certificates have changed");
-                    self.config = config;
-                }
-                Err(error) => {
-                    tracing::error!(%error, "the certificates have changed and cannot be used; those before stay");
-                }
+        let Ok(now) = self.files.fingerprint() else { return false };
+        if now == self.seen {
+            return false;
+        }
+        self.seen = now;
+        match self.files.server() {
+            Ok(config) => {
+                tracing::info!("the certificates have changed; all connections are made anew");
+                self.config = config;
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "the certificates have changed and cannot be used; those before stay");
+                false
             }
         }
-        Arc::clone(&self.config)
     }
 }
 
-/// A connection that was let in.
-#[derive(Debug)]
+/// A connection that was let in. It ends when the certificates or the list of the revoked ones change, so that who was let in
+/// has to show again that he may.
 pub struct Connection {
     stream: Stream,
     peer: Peer,
+    changed: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 impl Connected for Connection {
@@ -180,6 +248,11 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // Never polled again: an error ends the connection.
+        if self.changed.as_mut().poll(context).is_ready() {
+            self.changed = Box::pin(std::future::pending());
+            return Poll::Ready(Err(io::Error::other("the certificates have changed")));
+        }
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }

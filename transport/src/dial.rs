@@ -26,6 +26,8 @@ pub enum DialError {
     Plain(String),
     #[error("{0} asks for TLS; name the certificates")]
     NoFiles(String),
+    #[error("{0} goes without TLS, but certificates are named; write https://, or leave them out")]
+    Unused(String),
     #[error(transparent)]
     Files(#[from] FilesError),
     #[error(transparent)]
@@ -51,10 +53,10 @@ impl Target {
         match (uri.scheme_str(), &files) {
             (Some("https"), None) => return Err(DialError::NoFiles(named())),
             (Some("http"), _) if !is_loopback(&uri) => return Err(DialError::Plain(named())),
+            (Some("http"), Some(_)) => return Err(DialError::Unused(named())),
             (Some("https" | "http"), _) if uri.host().is_some() && uri.port().is_some() => {}
             _ => return Err(DialError::Address(named())),
         }
-        let files = files.filter(|_| uri.scheme_str() == Some("https"));
         Ok(Self { uri, files })
     }
 

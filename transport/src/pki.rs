@@ -6,6 +6,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
+use rustls::pki_types::ServerName;
 use thiserror::Error;
 use time::{Duration, OffsetDateTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
@@ -22,14 +23,21 @@ pub const REVOKED: &str = "revoked.pem";
 pub enum PkiError {
     #[error("{path} is there already; it is not replaced, since what it has signed would count no more")]
     Exists { path: String },
-    #[error("{path}: {error}")]
+    #[error("{path}: {error}{}", rights(error))]
     File { path: String, error: std::io::Error },
     #[error("cannot make the certificate: {0}")]
     Make(#[from] rcgen::Error),
-    #[error("{0} is no address of a collector: write host names and IP addresses")]
+    #[error("{0:?} is no address of a collector: write host names and IP addresses, without port")]
     Address(String),
     #[error("{path} is no certificate")]
     NoCertificate { path: String },
+}
+
+fn rights(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => "; run this as the owner of the folder",
+        _ => "",
+    }
 }
 
 /// Makes the authority in `folder`, for `days`.
@@ -73,9 +81,11 @@ pub fn issue(
     for address in addresses {
         params.subject_alt_names.push(match address.parse::<IpAddr>() {
             Ok(address) => SanType::IpAddress(address),
-            Err(_) => {
-                SanType::DnsName(address.as_str().try_into().map_err(|_| PkiError::Address(address.clone()))?)
-            }
+            // What a client asks for is compared with it, so it is checked as a client's would be.
+            Err(_) => match ServerName::try_from(address.as_str()) {
+                Ok(ServerName::DnsName(name)) => SanType::DnsName(name.as_ref().try_into()?),
+                _ => return Err(PkiError::Address(address.clone())),
+            },
         });
     }
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -146,7 +156,12 @@ fn read(path: &Path) -> Result<String, PkiError> {
 fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
     let named = || path.display().to_string();
     let opened = std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
-    match opened.and_then(|mut file| file.write_all(text.as_bytes())) {
+    let written = opened.and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        // A full disk may say so only now.
+        file.sync_all()
+    });
+    match written {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
             Err(PkiError::Exists { path: named() })
@@ -159,7 +174,14 @@ fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
 fn replace(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
     let partial = path.with_extension("partial");
     let _left_by_one_that_was_killed = std::fs::remove_file(&partial);
-    write_new(&partial, text, mode)?;
-    std::fs::rename(&partial, path)
-        .map_err(|error| PkiError::File { path: path.display().to_string(), error })
+    let written = write_new(&partial, text, mode).and_then(|()| {
+        std::fs::rename(&partial, path).map_err(|error| PkiError::File { path: String::new(), error })
+    });
+    written.map_err(|error| {
+        let _never_made = std::fs::remove_file(&partial);
+        match error {
+            PkiError::File { error, .. } => PkiError::File { path: path.display().to_string(), error },
+            other => other,
+        }
+    })
 }

@@ -3,7 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -135,6 +135,45 @@ async fn foreign_revoked_and_nameless_peers_are_refused() {
 }
 
 #[tokio::test]
+async fn who_is_revoked_loses_the_connection_that_is_open() {
+    let site = Site::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri: Uri = format!("https://{}", listener.local_addr().unwrap()).parse().unwrap();
+    let security = Security::Mutual(site.files("collector"));
+    let mut connections = accept::incoming(listener, security, |_| {}).unwrap();
+    let config = site.files("node").client().unwrap();
+    let mut node = dial::secure(uri.clone(), Some(config)).await.unwrap().into_inner();
+    let mut open = connections.next().await.unwrap().unwrap();
+    node.write_all(b"record").await.unwrap();
+    open.read_exact(&mut [0; 6]).await.unwrap();
+    pki::revoke(site.path(), &[&site.files("node").certificate]).unwrap();
+    // Nothing more is read, neither now nor from somebody else's connection, which is taken in between.
+    let reading = tokio::spawn(async move { open.read_u8().await });
+    let reader = site.files("reader").client().unwrap();
+    let _reader = dial::secure(uri, Some(reader)).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(20), reading).await.unwrap().unwrap();
+    assert!(ended.unwrap_err().to_string().contains("have changed"));
+}
+
+#[tokio::test]
+async fn who_says_nothing_keeps_nobody_of_another_address_out() {
+    let site = Site::new();
+    let (uri, refusals) = serve(site.files("collector")).await;
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(TcpStream::connect(uri.authority().unwrap().as_str()).await.unwrap());
+    }
+    refused(&refusals, "others of its address").await;
+    let from = tokio::net::TcpSocket::new_v4().unwrap();
+    from.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut stream =
+        from.connect(uri.authority().unwrap().as_str().parse().unwrap()).await.expect("another address");
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\n").await.unwrap();
+    // Answered, with a refusal, while the others still wait.
+    refused(&refusals, "corrupt message").await;
+}
+
+#[tokio::test]
 async fn whoever_answers_must_be_a_collector_of_that_address() {
     let site = Site::new();
     site.issue("impostor", &Name::Node("worker-2".to_owned()), &["127.0.0.1"]);
@@ -181,13 +220,43 @@ fn what_is_wrong_with_files_is_said_with_their_names() {
         assert!(error.contains(says), "{says}: {error}");
     }
     pki::issue(site.path(), "old", &Name::Node("a".to_owned()), DOMAIN, &[], 0).unwrap();
-    std::thread::sleep(Duration::from_secs(2));
-    let error = site.files("old").client().unwrap_err().to_string();
+    // Valid until now, in whole seconds.
+    let expires = Instant::now();
+    let error = loop {
+        match site.files("old").client() {
+            Err(error) => break error.to_string(),
+            Ok(_) => assert!(expires.elapsed() < Duration::from_secs(10), "it never expires"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
     assert!(error.contains("has expired"), "{error}");
     assert_eq!(good.name().unwrap(), Name::Node("worker-1".to_owned()));
     assert!(
         pki::make_authority(site.path(), DOMAIN, DAYS).unwrap_err().to_string().contains("is there already")
     );
+}
+
+#[test]
+fn a_collector_is_certified_for_addresses_alone() {
+    let site = Site::new();
+    for address in ["a b", "", "https://collector.example", "collector.example:7443", "*.example", "-a", "ä"]
+    {
+        let made = pki::issue(site.path(), "c", &Name::Collector, DOMAIN, &[address.to_owned()], DAYS);
+        assert!(made.unwrap_err().to_string().contains("is no address"), "{address:?}");
+    }
+    site.issue("c", &Name::Collector, &["collector.example", "192.0.2.1", "2001:db8::1", "localhost"]);
+}
+
+#[test]
+fn what_cannot_be_written_leaves_nothing_behind() {
+    let site = Site::new();
+    // A folder in the place of the key: it can be written beside it, but not put there.
+    std::fs::create_dir(site.path().join("full-key.pem")).unwrap();
+    let made = pki::issue(site.path(), "full", &Name::Collector, DOMAIN, &["localhost".to_owned()], DAYS);
+    let error = made.unwrap_err().to_string();
+    assert!(error.contains("full-key.pem: "), "{error}");
+    let left = std::fs::read_dir(site.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(left.into_iter().all(|name| !name.to_string_lossy().contains("partial")));
 }
 
 #[test]
@@ -203,6 +272,7 @@ fn an_address_goes_with_what_secures_it() {
         ("http://192.0.2.1:7443", None, "not a loopback address"),
         ("http://collector.example:7443", Some(&files), "not a loopback address"),
         ("https://collector.example:7443", None, "name the certificates"),
+        ("http://127.0.0.1:7443", Some(&files), "write https://, or leave them out"),
         ("collector.example:7443", None, "is not an address"),
         ("https://collector.example", Some(&files), "is not an address"),
         ("ftp://127.0.0.1:1", None, "is not an address"),
