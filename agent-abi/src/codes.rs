@@ -232,6 +232,8 @@ codes! {
         VOLUME_NAME_MISSED = 27 => "volume-name-missed",
         /// A file descriptor was to send the agent a signal, which was refused; nobody can say who arranged for it.
         DESCRIPTOR_SIGNAL = 28 => "descriptor-signal",
+        /// A slot had as much in the ring already as it may have.
+        RECORD_SHARE_USED = 29 => "record-share-used",
     }
 }
 

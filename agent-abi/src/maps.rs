@@ -120,6 +120,22 @@ pub struct Slot {
     pub reserved: u32,
 }
 
+/// How much of the ring a slot has. What was made before `mark` may still be there as long as the reader has not come to it; what was
+/// made before the mark before that is not, and nothing is once the reader has come to `last`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct RingShare {
+    /// The end of the slot's last record: a place in the ring, in bytes ever written to it.
+    pub last: u64,
+    /// Another such place.
+    pub mark: u64,
+    /// Bytes made between the mark before and this one.
+    pub before: u64,
+    /// Bytes made since this one.
+    pub since: u64,
+}
+
 /// Which revision a slot is under. Written by the agent alone; one write switches everything.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -469,7 +469,8 @@ fn write<const PATH: usize>(task: u64, class: u16) -> bool {
     let Some(scratch) = scratch::of(task) else { return false };
     // SAFETY: the memory belongs to this task until it is released.
     let slot = unsafe { (*scratch).slot };
-    let Some((mut entry, header)) = record::reserve::<CodeRecord<PATH>>(slot, kind::CODE, Lane::Check) else {
+    let Some((mut entry, header)) = record::reserve::<CodeRecord<PATH>>(slot, kind::CODE, Lane::Check, true)
+    else {
         return false;
     };
     let place = entry.as_mut_ptr();

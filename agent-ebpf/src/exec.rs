@@ -849,8 +849,10 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, early, kind) = unsafe { ((*scratch).slot, is_early(scratch), (*scratch).arguments_kind) };
     let lane = if early { Lane::Check } else { Lane::Exec };
+    // SAFETY: as above.
+    let urgent = unsafe { (*scratch).verdict } != verdict::ALLOWED;
     let Some((mut entry, header)) =
-        record::reserve::<ExecRecord<PATH, CWD, ARGV, SLACK>>(slot, kind::EXEC, lane)
+        record::reserve::<ExecRecord<PATH, CWD, ARGV, SLACK>>(slot, kind::EXEC, lane, urgent)
     else {
         return false;
     };
@@ -903,7 +905,7 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
         (&raw mut (*place).head.session).write((&raw const (*scratch).session).read_volatile());
         context::describe_context(current, &raw mut (*place).head.context);
         write_exec_part(scratch, &raw mut (*place).head.exec, class);
-        record::submit(entry, (*scratch).verdict != verdict::ALLOWED);
+        record::submit(entry, urgent);
     }
     true
 }

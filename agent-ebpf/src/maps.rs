@@ -10,8 +10,8 @@ use aya_ebpf::{
 use palisade_abi::{
     codes,
     maps::{
-        Account, AdmittedKey, AgentState, GlobChunk, Process, Revision, RootIdentity, RuleKey, RuleValue,
-        SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
+        Account, AdmittedKey, AgentState, GlobChunk, Process, Revision, RingShare, RootIdentity, RuleKey,
+        RuleValue, SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     },
     offsets::KernelOffsets,
     record::CGROUP_NAME,
@@ -102,6 +102,10 @@ pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
 /// of execs that failed give way to new ones.
 #[map]
 pub static SCRIPTS: LruHashMap<u32, [u8; palisade_abi::PATH_CAPACITY]> = LruHashMap::with_max_entries(512, 0);
+
+/// How much of `RECORDS` each slot has. The entry that is longest unused gives way; its slot begins anew.
+#[map]
+pub static RING_SHARES: LruHashMap<u64, RingShare> = LruHashMap::with_max_entries(2048, 0);
 
 /// Counters of [`codes::error`].
 #[map]

@@ -162,7 +162,9 @@ pub fn forked(parent: Address, child: Address) {
         Process::new(slot, u8::from(containers::slot_of_task(parent).is_none()))
     };
     store(pid, process);
-    if let Some((mut entry, header)) = record::reserve::<ForkRecord>(process.slot, kind::FORK, Lane::Fork) {
+    if let Some((mut entry, header)) =
+        record::reserve::<ForkRecord>(process.slot, kind::FORK, Lane::Fork, false)
+    {
         let place = entry.as_mut_ptr();
         // SAFETY: the place is a whole reserved record.
         unsafe {
@@ -196,7 +198,7 @@ pub fn exited(task: Address) {
     if PROCESSES.remove(pid).is_err() {
         return;
     }
-    if let Some((mut entry, header)) = record::reserve::<ExitRecord>(slot, kind::EXIT, Lane::Exit) {
+    if let Some((mut entry, header)) = record::reserve::<ExitRecord>(slot, kind::EXIT, Lane::Exit, false) {
         let place = entry.as_mut_ptr();
         let exit_code = task.read(offset!(task_exit_code)).unwrap_or(0);
         // SAFETY: the place is a whole reserved record.

@@ -3,16 +3,18 @@
 //! A record takes its number before it asks for room: what finds none leaves a hole that the loss counter of
 //! its slot explains.
 
+use core::hint::black_box;
+
 use aya_ebpf::{
     bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns, generated::bpf_ringbuf_query},
     maps::ring_buf::RingBufEntry,
 };
-use palisade_abi::{ABI_VERSION, codes::error, record::Header};
+use palisade_abi::{ABI_VERSION, codes::error, maps::RingShare, record::Header};
 
 use crate::{
     count,
-    maps::{ACTIVE_EPOCH, RECORDS, SLOTS, setting},
+    maps::{ACTIVE_EPOCH, RECORDS, RING_SHARES, SLOTS, setting},
 };
 
 /// The program that makes a record: its own lane where numbers are kept per CPU.
@@ -26,9 +28,64 @@ pub enum Lane {
     Tamper = 4,
 }
 
-/// Unread bytes above which the reader is woken even for telemetry.
+/// Unread bytes above which the reader is woken even for telemetry, and the same as a share of the ring, as a divisor.
 const WAKE_ABOVE: u64 = 1 << 20;
+const WAKE_SHARE: u64 = 8;
+/// Bytes before a record in the ring; each begins at a multiple of it (`BPF_RINGBUF_HDR_SZ`).
+const RING_HEAD: u64 = 8;
+
+// Of include/uapi/linux/bpf.h.
 const BPF_RB_AVAIL_DATA: u64 = 0;
+const BPF_RB_RING_SIZE: u64 = 1;
+const BPF_RB_CONS_POS: u64 = 2;
+const BPF_RB_PROD_POS: u64 = 3;
+
+/// One of the numbers above, of the ring for records.
+#[inline(always)]
+fn of_ring(what: u64) -> u64 {
+    // SAFETY: the map is a ring buffer.
+    unsafe { bpf_ringbuf_query((&raw const RECORDS).cast_mut().cast(), what) }
+}
+
+/// Whether a slot may put `size` bytes more into the ring, and counts them if so.
+///
+/// It may have as much as is left for all others, so one that floods the ring comes to half of it at most, two come to a third each,
+/// and room is left for the next (a dynamic threshold, as switches share their buffers: Choudhury and Hahne, 1998). What is
+/// `urgent` may be twice that. What a slot has there is never taken for less than it is, but for programs on other processors in
+/// the same moment; while the reader is behind, for up to twice as much.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_take_share(slot: u64, size: u64, urgent: u64) -> u64 {
+    if cfg!(feature = "plant-ring-unshared") {
+        return black_box(slot ^ size ^ urgent) | 1;
+    }
+    let (read, written) = (of_ring(BPF_RB_CONS_POS), of_ring(BPF_RB_PROD_POS));
+    let free = of_ring(BPF_RB_RING_SIZE).saturating_sub(written.wrapping_sub(read));
+    let size = (size + RING_HEAD).next_multiple_of(RING_HEAD);
+    let last = written + size;
+    let Some(share) = RING_SHARES.get_ptr_mut(slot) else {
+        let first = RingShare { last, mark: written, before: 0, since: size };
+        // Full of other slots' entries that are in use at this moment: then this one has none yet.
+        let _begins_anew = RING_SHARES.insert(slot, first, 0);
+        return 1;
+    };
+    // SAFETY: the pointer comes from a map lookup.
+    unsafe {
+        let (mark, mut before, mut since) = ((*share).mark, (*share).before, (*share).since);
+        if read >= mark {
+            (before, since) = (if read >= (*share).last { 0 } else { since }, 0);
+            (*share).mark = written;
+            (*share).before = before;
+            (*share).since = 0;
+        }
+        if before + since + size > free << urgent {
+            return 0;
+        }
+        (*share).last = last;
+        count::add(&raw mut (*share).since, size);
+    }
+    1
+}
 
 /// The next number of `slot`, and the lane it counts in.
 #[cfg(feature = "fetch-add")]
@@ -73,7 +130,12 @@ pub fn is_active() -> bool {
 
 /// Numbers a record of `slot` and reserves room for it. `None` is counted, unless another set records.
 #[inline(always)]
-pub fn reserve<T: 'static>(slot: u64, kind: u16, lane: Lane) -> Option<(RingBufEntry<T>, Header)> {
+pub fn reserve<T: 'static>(
+    slot: u64,
+    kind: u16,
+    lane: Lane,
+    urgent: bool,
+) -> Option<(RingBufEntry<T>, Header)> {
     if !is_active() {
         return None;
     }
@@ -81,6 +143,11 @@ pub fn reserve<T: 'static>(slot: u64, kind: u16, lane: Lane) -> Option<(RingBufE
         count::error(error::SEQUENCE_MISSED);
         return None;
     };
+    if palisade_take_share(slot, size_of::<T>() as u64, u64::from(urgent)) == 0 {
+        count::error(error::RECORD_SHARE_USED);
+        count_lost(slot);
+        return None;
+    }
     let Some(entry) = RECORDS.reserve::<T>(0) else {
         count::error(error::RECORD_RING_FULL);
         count_lost(slot);
@@ -123,8 +190,6 @@ pub fn lose(slot: u64, lane: Lane) {
 /// wake-up per exec; what is `urgent` wakes it.
 #[inline(always)]
 pub fn submit<T: 'static>(entry: RingBufEntry<T>, urgent: bool) {
-    let wake = urgent
-        // SAFETY: the map is a ring buffer.
-        || unsafe { bpf_ringbuf_query((&raw const RECORDS).cast_mut().cast(), BPF_RB_AVAIL_DATA) } > WAKE_ABOVE;
+    let wake = urgent || of_ring(BPF_RB_AVAIL_DATA) > WAKE_ABOVE.min(of_ring(BPF_RB_RING_SIZE) / WAKE_SHARE);
     entry.submit(u64::from(if wake { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }));
 }

@@ -150,7 +150,8 @@ pub extern "C" fn palisade_attempt(act: u64, target: u64, detail: u64) -> u64 {
         return 0;
     }
     let refused = agent.self_protection == u32::from(mode::ENFORCE);
-    if let Some((mut entry, header)) = record::reserve::<TamperRecord>(slot, kind::TAMPER, Lane::Tamper) {
+    if let Some((mut entry, header)) = record::reserve::<TamperRecord>(slot, kind::TAMPER, Lane::Tamper, true)
+    {
         let place = entry.as_mut_ptr();
         // SAFETY: the place is a whole reserved record.
         unsafe {

@@ -1,11 +1,14 @@
 //! The agent's configuration: read whole and checked before anything is touched.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail};
 use palisade_abi::codes::mode;
 use palisade_transport::{dial::Target, files::Files, name::Name};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::kernel::Sizes;
 
@@ -75,8 +78,10 @@ impl SelfProtection {
 pub struct Config {
     /// Name of the node in records; absent: the host's name.
     pub node: Option<String>,
-    /// Where the collector listens: `https://` with `tls`, or `http://` on loopback.
-    pub collector: String,
+    /// Where collectors listen: `https://` with `tls`, or `http://` on loopback. Those after the first are for when it cannot be
+    /// had.
+    #[serde(deserialize_with = "one_or_several")]
+    pub collector: Vec<String>,
     /// Certificates; the own one is for this node.
     pub tls: Option<Files>,
     /// Folder of profiles.
@@ -98,6 +103,24 @@ pub struct Config {
     pub self_probe_seconds: u64,
     /// Seconds to deliver what is left after SIGTERM.
     pub drain_seconds: u64,
+    /// Where root asks for the agent's status; "none": nowhere.
+    pub socket: PathBuf,
+    /// Where Prometheus asks; absent: nowhere. Whoever reaches it may read it.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// An address, or a list of them.
+fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected an address or a list of addresses")]
+    enum Addresses {
+        One(String),
+        Several(Vec<String>),
+    }
+    Ok(match Addresses::deserialize(deserializer)? {
+        Addresses::One(address) => vec![address],
+        Addresses::Several(addresses) => addresses,
+    })
 }
 
 /// Where container runtimes are asked. What is not there is skipped.
@@ -187,7 +210,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             node: None,
-            collector: "http://127.0.0.1:7443".to_owned(),
+            collector: vec!["http://127.0.0.1:7443".to_owned()],
             tls: None,
             profiles: PathBuf::from("/etc/palisade/profiles"),
             unidentified: Unidentified::Audit,
@@ -201,6 +224,8 @@ impl Default for Config {
             self_protection: SelfProtection::Enforce,
             self_probe_seconds: 10,
             drain_seconds: 10,
+            socket: "/run/palisade/agent.sock".into(),
+            metrics: None,
         }
     }
 }
@@ -220,7 +245,7 @@ impl Config {
             .context(
                 "the configuration is not valid; known fields are node, collector, tls, profiles, unidentified, \
              whenAgentAbsent, agentLeaseSeconds, runtimes, cgroups, queue, pins, maps, selfProtection, \
-                 selfProbeSeconds and drainSeconds",
+                 selfProbeSeconds, drainSeconds, socket and metrics",
             )
     }
 
@@ -228,7 +253,7 @@ impl Config {
     ///
     /// When the values cannot be used together or at all.
     pub fn validate(&self) -> Result<()> {
-        self.target()?;
+        self.targets()?;
         let MapSizes { slots, processes, rules, glob_bytes, volumes, volume_names, ring_bytes } = self.maps;
         for (name, value) in [
             ("slots", slots),
@@ -252,6 +277,9 @@ impl Config {
                 "pins: {} is no folder below a bpffs; write /sys/fs/bpf/palisade, or none",
                 self.pins.display()
             );
+        }
+        if self.socket().is_some_and(|socket| !socket.is_absolute()) {
+            bail!("socket: {} does not start with '/'; write a whole path, or none", self.socket.display());
         }
         if !(1..=3600).contains(&self.self_probe_seconds) {
             bail!("selfProbeSeconds: {} is not between 1 and 3600", self.self_probe_seconds);
@@ -292,9 +320,13 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// When the address and the certificates do not go together.
-    pub fn target(&self) -> Result<Target> {
-        Target::new(&self.collector, self.tls.clone()).context("collector")
+    /// When there is no address, or one and the certificates do not go together.
+    pub fn targets(&self) -> Result<Vec<Target>> {
+        if self.collector.is_empty() {
+            bail!("collector: the list is empty; write at least one address");
+        }
+        let target = |address| Target::new(address, self.tls.clone()).context("collector");
+        self.collector.iter().map(|address| target(address)).collect()
     }
 
     /// What the node is called in records: as its certificate says, as it is configured, or as the host calls itself.
@@ -311,6 +343,11 @@ impl Config {
     /// Where programs and maps are pinned; `None` when they are not to outlive the agent.
     pub fn pins(&self) -> Option<&Path> {
         (self.pins != Path::new("none")).then_some(&self.pins)
+    }
+
+    /// Where root asks for the agent's status.
+    pub fn socket(&self) -> Option<&Path> {
+        (self.socket != Path::new("none")).then_some(&self.socket)
     }
 
     /// What the maps are to hold.
@@ -343,6 +380,21 @@ mod tests {
     fn plaintext_beyond_this_machine_is_refused() {
         assert!(problem("collector: http://192.0.2.1:7443\n").contains("loopback"));
         assert!(problem("collector: https://192.0.2.1:7443\n").contains("name the certificates"));
+    }
+
+    #[test]
+    fn a_collector_is_an_address_or_a_list_of_them() {
+        let read = |text: &str| -> Config { marked_yaml::from_yaml(0, text).unwrap() };
+        let one = "http://127.0.0.1:1";
+        assert_eq!(read(&format!("collector: {one}\n")).collector, [one]);
+        assert_eq!(read(&format!("collector: [{one}, \"http://[::1]:2\"]\n")).targets().unwrap().len(), 2);
+        assert!(problem("collector: []\n").contains("at least one"), "{}", problem("collector: []\n"));
+        assert!(problem(&format!("collector: [{one}, http://192.0.2.1:1]\n")).contains("loopback"));
+        let wrong = problem("collector: {host: a}\n");
+        assert!(
+            wrong.contains("an address or a list of addresses") && wrong.contains("agent.yaml"),
+            "{wrong}"
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Accounting for what did not arrive: counted by container and cause, and reported until it is said.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use palisade_proto::v1;
 
@@ -38,6 +38,8 @@ struct Loss {
 #[derive(Default)]
 pub struct Losses {
     open: HashMap<(u64, Cause), Loss>,
+    /// All that ever were, by cause.
+    totals: BTreeMap<&'static str, u64>,
     /// The kernel's counter of each slot when it was last read, and when that was.
     seen: HashMap<u64, (u64, u64)>,
 }
@@ -56,6 +58,7 @@ impl Losses {
             let loss = self.open.entry((slot, Cause::AgentKilled)).or_default();
             loss.from = now;
             loss.count += count;
+            self.count(Cause::AgentKilled, count);
         }
     }
 
@@ -70,6 +73,16 @@ impl Losses {
             loss.from = time;
         }
         loss.count += 1;
+        self.count(cause, 1);
+    }
+
+    fn count(&mut self, cause: Cause, count: u64) {
+        *self.totals.entry(cause.as_str()).or_default() += count;
+    }
+
+    /// What was lost since the agent began, by cause.
+    pub fn totals(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.totals.iter().map(|(cause, count)| (*cause, *count))
     }
 
     /// Records that are lost and not yet reported.
@@ -92,6 +105,7 @@ impl Losses {
                 loss.from = since;
             }
             loss.count += new;
+            self.count(Cause::RingFull, new);
         }
     }
 
@@ -137,6 +151,8 @@ mod tests {
         ];
         assert_eq!(said, expected);
         losses.lost_in_kernel(1, 5, 70);
+        let totals: Vec<(&str, u64)> = losses.totals().collect();
+        assert_eq!(totals, [("own-queue-full", 1), ("queue-full", 2), ("ring-full", 5)]);
         // What the kernel lost before is among what went with an agent that was killed.
         losses.gone_with_the_agent(2, 4, 3, 75);
         losses.lost_in_kernel(2, 4, 77);

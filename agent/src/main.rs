@@ -12,6 +12,7 @@ mod processes;
 mod ready;
 mod records;
 mod sessions;
+mod status;
 mod uninstall;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -39,9 +40,9 @@ enum Command {
     ///
     /// Exit codes: 0 after SIGTERM or SIGINT, 1 when it cannot start.
     Run {
-        /// Where the collector listens, instead of the configured address
+        /// Where the collector listens, instead of the configured addresses; given again: another, for when it cannot be had
         #[arg(long)]
-        collector: Option<String>,
+        collector: Vec<String>,
         /// Name of the node in records, instead of the configured one
         #[arg(long, env = "PALISADE_NODE")]
         node: Option<String>,
@@ -61,6 +62,14 @@ enum Command {
     ///
     /// Exit codes: 0 it does, 1 it does not, or there is none.
     Ready,
+    /// Tell how the running agent is: whether it enforces, what it delivers, what is lost, and the balance of each container
+    ///
+    /// Exit codes: 0 it enforces, 1 it does not, or there is none.
+    Status {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Act as the agent's self-probe demands: execute a program, and say if that is refused
     #[command(hide = true)]
     SelfProbe {
@@ -117,7 +126,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
         if let Some(node) = node {
             config.node = Some(node.clone());
         }
-        if let Some(collector) = collector {
+        if !collector.is_empty() {
             config.collector.clone_from(collector);
         }
         if let Some(profiles) = profiles {
@@ -134,6 +143,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Run { .. } => agent::run(config).await.map(|()| ExitCode::SUCCESS),
             Command::Doctor { json } => Ok(doctor::run(&config, json).await),
             Command::Ready => ready::run(&config),
+            Command::Status { json } => status::run(&config, json),
             Command::SelfProbe { signal } => Ok(act(signal)),
             Command::Uninstall { keep_enforcing } => uninstall::run(&config, keep_enforcing),
         }

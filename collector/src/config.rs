@@ -6,11 +6,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use palisade_proto::batch;
 use palisade_transport::{files::Files, name::Name};
 use serde::Deserialize;
 
-/// Largest message that is accepted, in bytes.
-pub const LARGEST_MESSAGE: usize = 8 << 20;
+use crate::retention::Retention;
+
+/// Largest message that is accepted, in bytes: a batch, and what is around it.
+pub const LARGEST_MESSAGE: usize = batch::MOST_COMPRESSED + (4 << 10);
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
@@ -22,6 +25,7 @@ pub struct Config {
     pub store: PathBuf,
     /// A segment of the log is closed when it is larger than this.
     pub segment_bytes: u64,
+    pub retention: Retention,
 }
 
 impl Default for Config {
@@ -31,6 +35,7 @@ impl Default for Config {
             tls: None,
             store: PathBuf::from("/var/lib/palisade/store"),
             segment_bytes: 64 << 20,
+            retention: Retention::default(),
         }
     }
 }
@@ -47,7 +52,7 @@ impl Config {
             .with_context(|| format!("cannot read the configuration {}", path.display()))?;
         marked_yaml::from_yaml(0, &text)
             .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
-            .context("the configuration is not valid; known fields are listen, tls, store and segmentBytes")
+            .context("the configuration is not valid; known fields are listen, tls, store, segmentBytes and retention")
     }
 
     /// # Errors
@@ -71,6 +76,13 @@ impl Config {
         }
         if self.segment_bytes < 1 << 16 {
             bail!("segmentBytes: {} is too small; write at least 65536", self.segment_bytes);
+        }
+        if (1..self.segment_bytes.saturating_mul(2)).contains(&self.retention.bytes) {
+            bail!(
+                "retention.bytes: {} is less than two segments of {} (segmentBytes); write more, or 0 for no bound",
+                self.retention.bytes,
+                self.segment_bytes
+            );
         }
         Ok(())
     }

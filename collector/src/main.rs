@@ -8,9 +8,17 @@ mod ingest;
 mod log;
 mod query;
 mod refusals;
+mod retention;
 mod store;
+mod streams;
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
@@ -70,7 +78,7 @@ fn start(arguments: Arguments) -> Result<()> {
 }
 
 async fn serve(config: Config) -> Result<()> {
-    let store = Arc::new(Store::open(&config.store, config.segment_bytes)?);
+    let store = Arc::new(Store::open(&config.store, config.segment_bytes, config.retention)?);
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
@@ -81,6 +89,7 @@ async fn serve(config: Config) -> Result<()> {
         tls = config.tls.is_some(),
         "collecting"
     );
+    tokio::spawn(retain(Arc::clone(&store)));
     let refusals = Refusals::default();
     let own_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     tokio::spawn(refusals.clone().keep(Arc::clone(&store), own_name));
@@ -92,6 +101,10 @@ async fn serve(config: Config) -> Result<()> {
     .context("tls")?;
     let (stop, stopped) = watch::channel(false);
     let server = tonic::transport::Server::builder()
+        // A peer that is gone without a word is noticed.
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .max_concurrent_streams(MOST_CALLS)
         .add_service(
             DeliveryServer::new(Ingest::new(Arc::clone(&store), refusals.clone(), stopped.clone()))
                 .max_decoding_message_size(config::LARGEST_MESSAGE),
@@ -126,5 +139,29 @@ async fn serve(config: Config) -> Result<()> {
     }
 }
 
+/// How often it is looked for what is no longer kept.
+const LOOK_FOR_EXPIRED: Duration = Duration::from_secs(10);
+
+/// Removes what is no longer kept, for ever.
+async fn retain(store: Arc<Store>) {
+    let mut look = tokio::time::interval(LOOK_FOR_EXPIRED);
+    loop {
+        look.tick().await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+        let store = Arc::clone(&store);
+        match tokio::task::spawn_blocking(move || store.retain(now)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(error = format!("{error:#}"), "what is no longer to be kept stays");
+            }
+            Err(error) => tracing::error!(%error, "what is no longer to be kept stays"),
+        }
+    }
+}
+
+/// How often a connection must show that it is alive.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// Calls of one connection at a time.
+const MOST_CALLS: u32 = 32;
 /// How long connections may take to end.
-const STOP_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
+const STOP_DEADLINE: Duration = Duration::from_secs(5);

@@ -16,6 +16,8 @@ use tokio::sync::Notify;
 
 use crate::{log::Entry, store::Store};
 
+/// The boot in the name of the collector's own stream: an agent on the same machine has another.
+pub const OWN_BOOT: &str = "collector";
 /// How long equal refusals are gathered.
 const MOMENT: Duration = Duration::from_secs(1);
 /// Different refusals of one moment; what goes beyond counts as "others".
@@ -45,7 +47,6 @@ pub struct Refusals {
 impl Refusals {
     /// Notes one. `peer` is who the certificate is for; empty when it names nobody.
     pub fn note(&self, address: IpAddr, peer: &str, why: &str) {
-        tracing::warn!(%address, peer, why, "a peer is refused");
         let key = Key { address: Some(address), peer: cut(peer), why: cut(why) };
         let mut gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
         let full = gathered.counts.len() >= MOST_DIFFERENT && !gathered.counts.contains_key(&key);
@@ -72,6 +73,7 @@ impl Refusals {
                 .zip(position + 1..)
                 .map(|((key, count), sequence)| {
                     let address = key.address.map(|address| address.to_string()).unwrap_or_default();
+                    tracing::warn!(address, peer = key.peer, why = key.why, count, "refused");
                     let refusal = v1::Refusal { address, peer: key.peer, why: key.why, count };
                     let record = Record {
                         node: node.clone(),
@@ -87,8 +89,7 @@ impl Refusals {
             let count = records.len() as u64;
             let entry = Entry {
                 node: node.clone(),
-                // A boot of its own: an agent on the same machine has another stream.
-                boot: "collector".to_owned(),
+                boot: OWN_BOOT.to_owned(),
                 epoch,
                 first_position: position,
                 received: now(),
@@ -120,12 +121,12 @@ fn cut(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Place;
+    use crate::{retention::Retention, store::Place};
 
     #[tokio::test]
     async fn equal_refusals_are_one_record_with_a_count() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Arc::new(Store::open(folder.path(), 1 << 20).unwrap());
+        let store = Arc::new(Store::open(folder.path(), 1 << 20, Retention::default()).unwrap());
         let refusals = Refusals::default();
         let keeping = tokio::spawn(refusals.clone().keep(Arc::clone(&store), "hub".to_owned()));
         let address = IpAddr::from([192, 0, 2, 1]);

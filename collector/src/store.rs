@@ -16,7 +16,10 @@ use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::log::{self, Entry, Read};
+use crate::{
+    log::{self, Entry, Read},
+    retention::{Closed, Retention},
+};
 
 /// A place in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -27,14 +30,29 @@ pub struct Place {
     pub records: u64,
 }
 
+/// The file with what is known of streams, in the format of a segment whose entries have no records. Beside the log: what it knows
+/// may no longer be in there.
+const POSITIONS: &str = "positions.log";
+
 /// One run of one agent.
 pub type StreamName = (String, String, u64);
+
+/// What is known of a stream.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    /// The next position expected.
+    next: u64,
+    /// When its last batch came, nanoseconds since the Unix epoch.
+    received: u64,
+}
 
 struct Writer {
     file: File,
     end: Place,
-    /// Next position expected of each stream.
-    streams: HashMap<StreamName, u64>,
+    /// The segments before the one that is appended to.
+    closed: Vec<Closed>,
+    /// When the earliest and the latest entry of the one that is appended to came.
+    open: Option<(u64, u64)>,
     /// Set when the file may hold a part of an entry.
     dirty: bool,
 }
@@ -43,7 +61,10 @@ struct Writer {
 pub struct Store {
     folder: PathBuf,
     segment_bytes: u64,
+    retention: Retention,
     writer: Mutex<Writer>,
+    /// Apart from the writer, which waits for the disk.
+    streams: Mutex<HashMap<StreamName, Known>>,
     committed: watch::Sender<Place>,
     _lock: File,
 }
@@ -63,7 +84,7 @@ impl Store {
     /// # Errors
     ///
     /// When the folder cannot be written, another process has it open, or a segment was changed.
-    pub fn open(folder: &Path, segment_bytes: u64) -> Result<Self> {
+    pub fn open(folder: &Path, segment_bytes: u64, retention: Retention) -> Result<Self> {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make the store's folder {}", folder.display()))?;
         let lock_path = folder.join("lock");
@@ -81,15 +102,29 @@ impl Store {
             create_segment(folder, 0)?;
             segments.push(0);
         }
+        // One that was begun and never written to may follow the one with the unfinished write.
+        let last_used = segments.iter().rposition(|segment| !is_unused(folder, *segment)).unwrap_or(0);
         let mut end = Place::default();
-        let mut streams = HashMap::new();
+        let mut streams: HashMap<StreamName, Known> = HashMap::new();
+        let mut learn = |entry: Entry| {
+            let next = entry.first_position + entry.records.len() as u64;
+            let known = streams.entry((entry.node, entry.boot, entry.epoch)).or_default();
+            known.next = next.max(known.next);
+            known.received = entry.received.max(known.received);
+        };
+        read_positions(folder, &mut learn)?;
+        let mut closed = Vec::new();
+        let mut open = None;
         for (index, segment) in segments.iter().enumerate() {
-            let last = index + 1 == segments.len();
-            end = scan(folder, *segment, end.records, last, |entry| {
-                let next = entry.first_position + entry.records.len() as u64;
-                let known = streams.entry((entry.node, entry.boot, entry.epoch)).or_insert(0);
-                *known = next.max(*known);
+            open = None;
+            end = scan(folder, *segment, end.records, index >= last_used, |entry| {
+                open = Some(widened(open, entry.received));
+                learn(entry);
             })?;
+            if index + 1 < segments.len() {
+                let received = open.map_or(0, |(_, latest)| latest);
+                closed.push(Closed { number: *segment, bytes: end.offset, received });
+            }
         }
         let mut file = open_for_append(folder, end.segment)?;
         file.seek(SeekFrom::Start(end.offset))?;
@@ -97,7 +132,9 @@ impl Store {
         Ok(Self {
             folder: folder.to_owned(),
             segment_bytes,
-            writer: Mutex::new(Writer { file, end, streams, dirty: false }),
+            retention,
+            writer: Mutex::new(Writer { file, end, closed, open, dirty: false }),
+            streams: Mutex::new(streams),
             committed,
             _lock: lock,
         })
@@ -106,6 +143,11 @@ impl Store {
     fn writer(&self) -> MutexGuard<'_, Writer> {
         // A panic while appending leaves `dirty` set, which the next append handles.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn streams(&self) -> MutexGuard<'_, HashMap<StreamName, Known>> {
+        // Every change is complete before anything can panic.
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where the durable log ends.
@@ -120,7 +162,7 @@ impl Store {
 
     /// The next position expected of a stream.
     pub fn next_position(&self, stream: &StreamName) -> u64 {
-        self.writer().streams.get(stream).copied().unwrap_or(0)
+        self.streams().get(stream).map_or(0, |known| known.next)
     }
 
     /// Appends a batch durably. Records that the log already has are left out.
@@ -131,7 +173,7 @@ impl Store {
     pub fn append(&self, mut entry: Entry) -> Result<Appended> {
         let mut writer = self.writer();
         let stream = (entry.node.clone(), entry.boot.clone(), entry.epoch);
-        let expected = writer.streams.get(&stream).copied().unwrap_or(0);
+        let expected = self.streams().get(&stream).map_or(0, |known| known.next);
         let already = expected.saturating_sub(entry.first_position).min(entry.records.len() as u64);
         entry.records.drain(..already as usize);
         entry.first_position += already;
@@ -144,34 +186,129 @@ impl Store {
         if bytes.len() - log::ENTRY_HEAD > log::LARGEST_PAYLOAD {
             bail!("a batch of {} records is larger than an entry of the log may be", entry.records.len());
         }
-        self.write(&mut writer, &bytes)?;
-        writer.end.offset += bytes.len() as u64;
-        writer.end.records += entry.records.len() as u64;
-        writer.streams.insert(stream, next_position);
-        let end = writer.end;
-        drop(writer);
-        self.committed.send_replace(end);
+        self.write(&mut writer, &bytes, entry.records.len(), entry.received)?;
+        self.streams().insert(stream, Known { next: next_position, received: entry.received });
         Ok(Appended { next_position, hole })
     }
 
-    fn write(&self, writer: &mut Writer, bytes: &Bytes) -> Result<()> {
-        let place = || format!("the log in {}", self.folder.display());
-        if writer.dirty {
-            writer.file.set_len(writer.end.offset).with_context(|| format!("cannot cut back {}", place()))?;
-            writer.file.seek(SeekFrom::Start(writer.end.offset))?;
-            writer.dirty = false;
+    /// Removes what is older, or more, than is to be kept; `now` in nanoseconds since the Unix epoch. What was taken of each
+    /// stream stays known: the positions are written to a file of their own before the segments go.
+    ///
+    /// # Errors
+    ///
+    /// When the positions cannot be written. Nothing is removed then, but for one segment where the disk is full: else there
+    /// would never be room again.
+    pub fn retain(&self, now: u64) -> Result<()> {
+        let mut writer = self.writer();
+        let mut difficulty = None;
+        if writer.open.is_some_and(|(first, _)| self.retention.closes(first, now)) {
+            // Without it the segment is closed later.
+            difficulty = self.lengthen(&mut writer).err();
         }
+        let expired = self.retention.expired(&writer.closed, writer.end.offset, now);
+        let gone: Vec<Closed> = writer.closed.drain(..expired).collect();
+        drop(writer);
+        if let Some((first, rest)) = gone.split_first() {
+            let mut written = self.write_positions(now);
+            if let Err(error) = &written
+                && is_full(error)
+            {
+                self.remove(first);
+                written = self.write_positions(now);
+            }
+            match written {
+                Ok(()) => gone.iter().for_each(|segment| self.remove(segment)),
+                Err(error) => {
+                    // Tried again: what is not there any more is skipped.
+                    let mut writer = self.writer();
+                    let stay = if is_full(&error) { rest } else { &gone };
+                    writer.closed.splice(..0, stay.iter().copied());
+                    difficulty = Some(error);
+                }
+            }
+        }
+        difficulty.map_or(Ok(()), Err)
+    }
+
+    fn remove(&self, segment: &Closed) {
+        let path = segment_path(&self.folder, segment.number);
+        match std::fs::remove_file(&path) {
+            Ok(()) => tracing::info!(segment = %path.display(), bytes = segment.bytes, "no longer kept"),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::error!(segment = %path.display(), %error, "cannot be removed"),
+        }
+    }
+
+    /// Writes what is known of all streams, and forgets those of which nothing more is to be expected.
+    fn write_positions(&self, now: u64) -> Result<()> {
+        let mut streams = self.streams();
+        let all: Vec<(StreamName, u64)> =
+            streams.iter().map(|(name, known)| (name.clone(), known.received)).collect();
+        for name in self.retention.forgotten(&all, now) {
+            streams.remove(&name);
+        }
+        let entry = |((node, boot, epoch), known): (&StreamName, &Known)| Entry {
+            node: node.clone(),
+            boot: boot.clone(),
+            epoch: *epoch,
+            first_position: known.next,
+            received: known.received,
+            records: Vec::new(),
+        };
+        let mut bytes = log::MAGIC.to_vec();
+        for stream in streams.iter() {
+            bytes.extend(entry(stream).encode());
+        }
+        drop(streams);
+        let path = self.folder.join(POSITIONS);
+        replace(&path, &bytes).with_context(|| format!("cannot write {}", path.display()))?;
+        sync_folder(&self.folder)
+    }
+
+    /// Appends whole entries, with so many records, durably.
+    fn write(&self, writer: &mut Writer, bytes: &Bytes, records: usize, received: u64) -> Result<()> {
+        let place = || format!("the log in {}", self.folder.display());
+        self.cut_back(writer)?;
         if writer.end.offset >= self.segment_bytes {
-            let next = writer.end.segment + 1;
-            create_segment(&self.folder, next).with_context(|| format!("cannot lengthen {}", place()))?;
-            writer.file = open_for_append(&self.folder, next)?;
-            writer.file.seek(SeekFrom::End(0))?;
-            writer.end = Place { segment: next, offset: log::MAGIC.len() as u64, ..writer.end };
+            self.lengthen(writer)?;
         }
         writer.dirty = true;
         writer.file.write_all(bytes).with_context(|| format!("cannot write {}", place()))?;
         writer.file.sync_data().with_context(|| format!("cannot sync {}", place()))?;
         writer.dirty = false;
+        writer.end.offset += bytes.len() as u64;
+        writer.end.records += records as u64;
+        writer.open = Some(widened(writer.open, received));
+        self.committed.send_replace(writer.end);
+        Ok(())
+    }
+
+    /// Takes away what a write that failed may have left.
+    fn cut_back(&self, writer: &mut Writer) -> Result<()> {
+        if writer.dirty {
+            let place = || format!("cannot cut back the log in {}", self.folder.display());
+            writer.file.set_len(writer.end.offset).with_context(place)?;
+            writer.file.sync_data().with_context(place)?;
+            writer.file.seek(SeekFrom::Start(writer.end.offset))?;
+            writer.dirty = false;
+        }
+        Ok(())
+    }
+
+    /// Begins a new segment.
+    fn lengthen(&self, writer: &mut Writer) -> Result<()> {
+        self.cut_back(writer)?;
+        let next = writer.end.segment + 1;
+        create_segment(&self.folder, next)
+            .with_context(|| format!("cannot lengthen the log in {}", self.folder.display()))?;
+        let mut file = open_for_append(&self.folder, next)?;
+        file.seek(SeekFrom::End(0))?;
+        let received = writer.open.take().map_or(0, |(_, last)| last);
+        writer.closed.push(Closed { number: writer.end.segment, bytes: writer.end.offset, received });
+        writer.file = file;
+        writer.end = Place { segment: next, offset: log::MAGIC.len() as u64, ..writer.end };
+        // A reader that waits at the end of the one before goes on from here.
+        self.committed.send_replace(writer.end);
         Ok(())
     }
 
@@ -181,8 +318,9 @@ impl Store {
     ///
     /// When the segment cannot be read or was changed.
     pub fn read(&self, place: &mut Place) -> Result<Option<Entry>> {
-        let end = self.end();
         loop {
+            // Anew each time: what was the end may be gone by now.
+            let end = self.end();
             place.offset = place.offset.max(log::MAGIC.len() as u64);
             if (place.segment, place.offset) >= (end.segment, end.offset) {
                 return Ok(None);
@@ -190,7 +328,7 @@ impl Store {
             let path = segment_path(&self.folder, place.segment);
             let file = match File::open(&path) {
                 Ok(file) => file,
-                // Moved away by an operator, as the message about a damaged segment offers.
+                // No longer kept, or moved away by an operator, as the message about a damaged segment offers.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && place.segment < end.segment => {
                     *place = Place { segment: place.segment + 1, offset: log::MAGIC.len() as u64, ..*place };
                     continue;
@@ -247,11 +385,75 @@ fn segments(folder: &Path) -> Result<Vec<u64>> {
 
 fn create_segment(folder: &Path, number: u64) -> Result<()> {
     let path = segment_path(folder, number);
-    let mut file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
-    file.write_all(log::MAGIC)
-        .and_then(|()| file.sync_all())
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    replace(&path, log::MAGIC).with_context(|| format!("cannot write {}", path.display()))?;
+    sync_folder(folder)
+}
+
+/// Puts a file in its place whole, or not at all.
+fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let partial = path.with_extension("partial");
+    let written = File::create(&partial)
+        .and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_all()
+        })
+        .and_then(|()| std::fs::rename(&partial, path));
+    if written.is_err() {
+        let _never_made = std::fs::remove_file(&partial);
+    }
+    written
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).context("cannot sync the store's folder")
+}
+
+/// Whether nothing was ever appended to a segment.
+fn is_unused(folder: &Path, number: u64) -> bool {
+    let length = std::fs::metadata(segment_path(folder, number)).map_or(0, |found| found.len());
+    length <= log::MAGIC.len() as u64
+}
+
+fn widened(open: Option<(u64, u64)>, received: u64) -> (u64, u64) {
+    open.map_or((received, received), |(earliest, latest)| (earliest.min(received), latest.max(received)))
+}
+
+fn is_full(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::StorageFull)
+}
+
+/// Reads what is known of streams.
+fn read_positions(folder: &Path, take: &mut impl FnMut(Entry)) -> Result<()> {
+    let path = folder.join(POSITIONS);
+    let bytes: Bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes.into(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    let broken = |why: &dyn std::fmt::Display| {
+        anyhow::anyhow!(
+            "{}: {why}; the file was changed after it was written. Restore it, or move it away: what agents send again may \
+             then be stored twice",
+            path.display()
+        )
+    };
+    if !bytes.starts_with(log::MAGIC) {
+        return Err(broken(&log::FormatError::Magic));
+    }
+    let mut rest = bytes.slice(log::MAGIC.len()..);
+    loop {
+        match log::read(&rest) {
+            Ok(Read::Entry(entry, size)) => {
+                take(entry);
+                rest = rest.slice(size..);
+            }
+            Ok(Read::End) => return Ok(()),
+            Ok(Read::Torn) => return Err(broken(&"it is cut off")),
+            Err(error) => return Err(broken(&error)),
+        }
+    }
 }
 
 fn open_for_append(folder: &Path, number: u64) -> Result<File> {
@@ -314,6 +516,8 @@ fn scan(folder: &Path, number: u64, records: u64, last: bool, mut take: impl FnM
 mod tests {
     use super::*;
 
+    const ALL: Retention = Retention { bytes: 0, days: 0 };
+
     fn batch(first: u64, records: &[&'static str]) -> Entry {
         Entry {
             node: "n".to_owned(),
@@ -337,11 +541,11 @@ mod tests {
     #[test]
     fn what_is_sent_again_is_stored_once_also_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         assert_eq!(store.append(batch(0, &["a", "b"])).unwrap().next_position, 2);
         assert_eq!(store.append(batch(1, &["b", "c"])).unwrap().next_position, 3);
         drop(store);
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         assert_eq!(store.append(batch(0, &["a", "b", "c"])).unwrap().next_position, 3);
         assert_eq!(all(&store), ["a", "b", "c"]);
         assert_eq!(store.end().records, 3);
@@ -350,7 +554,7 @@ mod tests {
     #[test]
     fn a_torn_end_is_cut_off_and_a_changed_byte_is_refused_with_its_place() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         store.append(batch(0, &["a"])).unwrap();
         let whole = store.end().offset;
         store.append(batch(1, &["b"])).unwrap();
@@ -358,28 +562,28 @@ mod tests {
         let path = segment_path(folder.path(), 0);
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.set_len(whole + 5).unwrap();
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         assert_eq!(all(&store), ["a"]);
         drop(store);
         // In the last entry this is what a power cut leaves; before it, somebody's doing.
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         store.append(batch(1, &["b"])).unwrap();
         drop(store);
         file.write_all_at(b"X", whole - 1).unwrap();
-        let error = Store::open(folder.path(), 1 << 16).err().unwrap().to_string();
+        let error = Store::open(folder.path(), 1 << 16, ALL).err().unwrap().to_string();
         assert!(error.contains("segment-000000000000.log at byte 8"), "{error}");
     }
 
     #[test]
     fn a_damaged_last_entry_is_set_aside() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         store.append(batch(0, &["a"])).unwrap();
         let whole = store.end().offset;
         drop(store);
         let file = OpenOptions::new().write(true).open(segment_path(folder.path(), 0)).unwrap();
         file.set_len(whole + 4096).unwrap();
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         assert_eq!(all(&store), ["a"]);
         assert_eq!(store.append(batch(1, &["b"])).unwrap().next_position, 2);
         assert!(folder.path().join("segment-000000000000.torn").exists());
@@ -388,28 +592,131 @@ mod tests {
     #[test]
     fn an_empty_store_answers_with_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), 1 << 16).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         assert!(all(&store).is_empty());
     }
 
     #[test]
     fn segments_follow_each_other() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), 100).unwrap();
+        let store = Store::open(folder.path(), 100, ALL).unwrap();
         for position in 0..20 {
             store.append(batch(position, &["0123456789"])).unwrap();
         }
         assert!(segments(folder.path()).unwrap().len() > 3);
         assert_eq!(all(&store).len(), 20);
         drop(store);
-        assert_eq!(all(&Store::open(folder.path(), 100).unwrap()).len(), 20);
+        assert_eq!(all(&Store::open(folder.path(), 100, ALL).unwrap()).len(), 20);
+    }
+
+    #[test]
+    fn what_is_not_kept_is_still_not_taken_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Store::open(folder.path(), 200, Retention { bytes: 600, days: 0 }).unwrap();
+        let store = open();
+        let old = |store: &Store| store.next_position(&("old".to_owned(), "b".to_owned(), 1));
+        store.append(Entry { node: "old".to_owned(), ..batch(0, &["a", "b"]) }).unwrap();
+        for position in 0..40 {
+            store.append(batch(position, &["0123456789"])).unwrap();
+            store.retain(0).unwrap();
+        }
+        let kept = all(&store).len();
+        assert!((2..20).contains(&kept), "{kept}");
+        let bytes: u64 = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|file| file.unwrap().metadata().unwrap().len())
+            .sum();
+        assert!(bytes < 1000, "{bytes}");
+        assert_eq!(old(&store), 2);
+        drop(store);
+        let store = open();
+        assert_eq!(old(&store), 2, "after a restart, too");
+        assert_eq!(store.append(batch(39, &["0123456789", "new"])).unwrap().next_position, 41);
+        assert_eq!(all(&store).last().unwrap(), "new");
+        assert_eq!(all(&store).len(), kept + 1);
+    }
+
+    #[test]
+    fn what_is_too_old_goes_also_when_nothing_comes() {
+        let folder = tempfile::tempdir().unwrap();
+        let day = 24 * 3600 * 1_000_000_000;
+        let store = Store::open(folder.path(), 1 << 20, Retention { bytes: 0, days: 2 }).unwrap();
+        store.append(Entry { received: 10 * day, ..batch(0, &["a"]) }).unwrap();
+        store.retain(12 * day).unwrap();
+        assert_eq!(all(&store), ["a"]);
+        // A reader who stands in what goes away goes on behind it.
+        let mut place = Place::default();
+        store.read(&mut place).unwrap().unwrap();
+        store.append(Entry { received: 13 * day, ..batch(1, &["b"]) }).unwrap();
+        store.retain(13 * day).unwrap();
+        assert_eq!(all(&store), ["b"]);
+        let found = std::iter::from_fn(|| store.read(&mut place).unwrap()).flat_map(|entry| entry.records);
+        assert_eq!(found.collect::<Vec<_>>(), ["b"]);
+    }
+
+    #[test]
+    fn a_restart_does_not_make_fresh_segments_old() {
+        let folder = tempfile::tempdir().unwrap();
+        let day = 24 * 3600 * 1_000_000_000;
+        let open = || Store::open(folder.path(), 1 << 20, Retention { bytes: 0, days: 3 }).unwrap();
+        let store = open();
+        store.append(Entry { node: "old".to_owned(), received: 100 * day, ..batch(0, &["old"]) }).unwrap();
+        for number in 0..8 {
+            let now = (101 + number) * day + 2;
+            store.append(Entry { received: now, ..batch(number, &["x"]) }).unwrap();
+            store.retain(now).unwrap();
+        }
+        let kept = all(&store);
+        assert!(kept.len() >= 3 && !kept.contains(&Bytes::from_static(b"old")), "{kept:?}");
+        drop(store);
+        let store = open();
+        store.retain(108 * day + 3).unwrap();
+        assert_eq!(all(&store), kept);
+        assert_eq!(store.next_position(&("old".to_owned(), "b".to_owned(), 1)), 1);
+    }
+
+    #[test]
+    fn an_unfinished_write_before_a_segment_that_was_only_begun_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
+        store.append(batch(0, &["a"])).unwrap();
+        let whole = store.end().offset;
+        store.append(batch(1, &["b"])).unwrap();
+        drop(store);
+        OpenOptions::new()
+            .write(true)
+            .open(segment_path(folder.path(), 0))
+            .unwrap()
+            .set_len(whole + 5)
+            .unwrap();
+        create_segment(folder.path(), 1).unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
+        assert_eq!(store.append(batch(1, &["b"])).unwrap().next_position, 2);
+        assert_eq!(all(&store), ["a", "b"]);
+        drop(store);
+        assert_eq!(all(&Store::open(folder.path(), 1 << 16, ALL).unwrap()), ["a", "b"]);
+    }
+
+    #[test]
+    fn positions_that_were_changed_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
+        store.append(batch(0, &["a"])).unwrap();
+        store.write_positions(0).unwrap();
+        drop(store);
+        let path = folder.path().join(POSITIONS);
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = Store::open(folder.path(), 1 << 16, ALL).err().unwrap().to_string();
+        assert!(error.contains(POSITIONS) && error.contains("move it away"), "{error}");
     }
 
     #[test]
     fn a_second_collector_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let _first = Store::open(folder.path(), 1 << 16).unwrap();
-        let error = Store::open(folder.path(), 1 << 16).err().unwrap().to_string();
+        let _first = Store::open(folder.path(), 1 << 16, ALL).unwrap();
+        let error = Store::open(folder.path(), 1 << 16, ALL).err().unwrap().to_string();
         assert!(error.contains("another collector"), "{error}");
     }
 }

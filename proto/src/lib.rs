@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod batch;
+
 use std::sync::LazyLock;
 
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};

@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use k8s_cri::v1::NamespaceMode;
 use palisade_abi::codes::{origin, reason, session, verdict};
 use palisade_profile::{
     document,
@@ -33,12 +34,13 @@ use crate::{
 };
 
 pub struct Options {
-    /// Containers, each under a profile of its own.
-    pub containers: usize,
-    /// Acts of one kind on files of one origin with one outcome, in one container and session.
+    /// Acts of one kind on files of one origin with one verdict, over all containers.
     pub per_cell: usize,
     pub seed: Option<u64>,
 }
+
+/// Most containers, each under a profile of its own, until every verdict of every origin has come up often enough.
+const MOST_CONTAINERS: usize = 48;
 
 /// Where containers see the volume, and the folder through which they are told what to do.
 const VOLUME: &str = "/vol";
@@ -61,28 +63,29 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
     let runtime = Runtime::connect(cri);
     let mut node = Node::start(cri).await?;
     let mut random = Random::new(options.seed);
-    let profiles: Vec<Drawn> =
-        (0..options.containers).map(|number| Drawn::new(number, &mut random)).collect::<Result<_>>()?;
-    for drawn in &profiles {
-        node.write_profile(&format!("{}.yaml", drawn.app), &drawn.text)?;
-    }
     let tier = node.start_agent(&AgentOptions::default()).await?;
     println!("tier: {tier}");
-    let volume = tempfile::tempdir()?;
-    let mut stage = Stage {
-        node: &node,
-        runtime: &runtime,
-        volume: volume.path(),
-        full: tier == "full",
-        tally: Tally::default(),
-    };
-    for drawn in &profiles {
-        let name = format!("{}, {} rules, mode {}", drawn.app, drawn.rules, drawn.mode);
-        report.case(&name, stage.compare(drawn, options, &mut random)).await;
+    let full = tier == "full";
+    let plans = draw(options.per_cell, full, &mut random)?;
+    for plan in &plans {
+        node.write_profile(&format!("{}.yaml", plan.drawn.app), &plan.drawn.text)?;
     }
+    let volume = tempfile::tempdir()?;
+    let mut stage =
+        Stage { node: &node, runtime: &runtime, volume: volume.path(), full, tally: Tally::default() };
+    for plan in &plans {
+        let Drawn { app, rules, mode, .. } = &plan.drawn;
+        report.case(&format!("{app}, {rules} rules, mode {mode}"), stage.compare(plan)).await;
+    }
+    let _never_made = fs::remove_dir_all(HOST_FOLDER);
     let tally = std::mem::take(&mut stage.tally);
     println!("{}", tally.table());
-    report.case("every verdict of every origin is among them", async { tally.is_whole() }).await;
+    let kinds = if full { Act::ALL.len() } else { 1 };
+    report
+        .case("every origin has every verdict, in equal shares", async {
+            tally.is_equal(options.per_cell * kinds)
+        })
+        .await;
     report.case("the agent stops cleanly", async { node.stop_agent() }).await;
     if report.failed() > 0 {
         println!("--- the agent's log\n{}", node.log("agent"));
@@ -148,6 +151,63 @@ impl Drawn {
     }
 }
 
+/// What is done under one profile.
+struct Plan {
+    drawn: Drawn,
+    /// By those who enter, and by the workload.
+    acts: [Vec<Case>; 2],
+}
+
+/// The verdicts that files of an origin can have in any mode: nothing allows what is unknown.
+fn verdicts(origin: u8) -> &'static [u8] {
+    if origin == origin::UNKNOWN {
+        &[verdict::AUDITED, verdict::DENIED]
+    } else {
+        &[verdict::ALLOWED, verdict::AUDITED, verdict::DENIED]
+    }
+}
+
+/// Draws profiles and acts until there are `per_cell` of each kind, origin and verdict, and no more than that.
+fn draw(per_cell: usize, full: bool, random: &mut Random) -> Result<Vec<Plan>> {
+    let kinds = if full { &Act::ALL[..] } else { &[Act::Exec] };
+    let mut missing: BTreeMap<(Act, u8, u8), usize> = BTreeMap::new();
+    for &kind in kinds {
+        for place in PLACES {
+            for &verdict in verdicts(place.origin) {
+                missing.insert((kind, place.origin, verdict), per_cell);
+            }
+        }
+    }
+    let mut plans = Vec::new();
+    while missing.values().any(|&count| count > 0) {
+        ensure!(
+            plans.len() < MOST_CONTAINERS,
+            "{MOST_CONTAINERS} containers are too few for {per_cell} of each"
+        );
+        let drawn = Drawn::new(plans.len(), random)?;
+        let acts = [session::ENTERED, session::WORKLOAD].map(|session| {
+            let mut all = cases(&drawn, session, full);
+            random.shuffle(&mut all);
+            all.retain(|case| {
+                let cell = (case.act, case.origin, case.expected.verdict);
+                // One that must not be, as of what is unknown and allowed, is carried out, and fails the shares.
+                let missing = missing.entry(cell).or_insert(1);
+                if !case.odd {
+                    // Some are left for other profiles.
+                    if *missing == 0 || random.happens(70) {
+                        return false;
+                    }
+                    *missing -= 1;
+                }
+                true
+            });
+            all
+        });
+        plans.push(Plan { drawn, acts });
+    }
+    Ok(plans)
+}
+
 /// A folder with the same tree of files in each place, and the origin of what is there.
 struct Place {
     origin: u8,
@@ -159,11 +219,25 @@ struct Place {
     mark: &'static str,
 }
 
+/// On the host's root filesystem, which a privileged container that sees the host's processes reaches.
+const HOST_FOLDER: &str = "/var/tmp/palisade-differential";
+/// Where the container mounts a filesystem that nobody told the agent about.
+const MOUNTED: &str = "/srv/mounted";
+/// What that shows: a folder in memory.
+const MOUNTED_LAYER: &str = "/dev/layer";
+
 const PLACES: &[Place] = &[
     Place { origin: origin::IMAGE, folder: "/usr/libexec/tree", named: "/usr/libexec/tree", mark: "" },
     Place { origin: origin::DRIFT, folder: "/srv/tree", named: "/srv/tree", mark: "" },
     Place { origin: origin::MEMORY, folder: "/dev/tree", named: "/tree", mark: "" },
     Place { origin: origin::VOLUME, folder: "/vol/tree", named: "/vol/tree", mark: ":/vol:" },
+    Place {
+        origin: origin::HOST,
+        folder: "/proc/1/root/var/tmp/palisade-differential/tree",
+        named: "/var/tmp/palisade-differential/tree",
+        mark: "",
+    },
+    Place { origin: origin::UNKNOWN, folder: "/srv/mounted/tree", named: "/tree", mark: "" },
 ];
 const NAMES: [&str; 3] = ["one", "two", "three"];
 
@@ -253,12 +327,15 @@ struct Case {
     path: String,
     origin: u8,
     expected: Decision,
+    /// At the bounds of what is judged: beside the shares.
+    odd: bool,
 }
 
-fn cases(drawn: &Drawn, session: u8, options: &Options, full: bool, random: &mut Random) -> Vec<Case> {
+/// Every act on every file.
+fn cases(drawn: &Drawn, session: u8, full: bool) -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
     let caller = drawn.callers[usize::from(session == session::WORKLOAD)];
-    let mut add = |path: String, canonical: String, origin, failure| {
+    let mut add = |path: String, canonical: String, origin, failure, odd| {
         for act in Act::ALL {
             let id = format!("{}-{session}-{}", drawn.app, all.len());
             let arguments = format!("{}\0{FIRST_ARGUMENT}\0{id}\0", called(&path));
@@ -278,7 +355,7 @@ fn cases(drawn: &Drawn, session: u8, options: &Options, full: bool, random: &mut
             };
             // Without LSM programs only what is executed is judged.
             if full || act == Act::Exec {
-                all.push(Case { id, act, path: path.clone(), origin, expected });
+                all.push(Case { id, act, path: path.clone(), origin, expected, odd });
             }
         }
     };
@@ -292,21 +369,15 @@ fn cases(drawn: &Drawn, session: u8, options: &Options, full: bool, random: &mut
                         format!("{}{}{below}", place.mark, place.named),
                         place.origin,
                         0,
+                        false,
                     );
                 }
             }
         }
     }
     for (path, failure) in odd_paths() {
-        add(path.clone(), path, origin::DRIFT, failure);
+        add(path.clone(), path, origin::DRIFT, failure, true);
     }
-    random.shuffle(&mut all);
-    let mut taken: BTreeMap<(Act, u8, u8), usize> = BTreeMap::new();
-    all.retain(|case| {
-        let count = taken.entry((case.act, case.origin, case.expected.verdict)).or_default();
-        *count += 1;
-        *count <= options.per_cell
-    });
     all
 }
 
@@ -319,23 +390,26 @@ struct Stage<'a> {
 }
 
 impl Stage<'_> {
-    async fn compare(&mut self, drawn: &Drawn, options: &Options, random: &mut Random) -> Result<()> {
+    async fn compare(&mut self, plan: &Plan) -> Result<()> {
         let begun = Instant::now();
-        let pod = self.runtime.pod(&format!("pod-{}", drawn.app), &drawn.app, "").await?;
+        let Plan { drawn, acts: [entered, workload] } = plan;
+        let pod = self
+            .runtime
+            .pod_with(&format!("pod-{}", drawn.app), &drawn.app, "", NamespaceMode::Node, &[])
+            .await?;
         let desk = tempfile::tempdir()?;
         let gate = Gate::new(&desk.path().join("gate"))?;
         let (list, out) = (format!("{DESK}/workload"), format!("{DESK}/workload.out"));
         let place = format!("{DESK}/gate");
         let command = ["/usr/bin/workload", "after", &place, drawn.callers[1], "batch", &list, &out];
         let mounts = [(desk.path(), DESK), (self.volume, VOLUME)];
-        let spec = Spec { name: "c", command: &command, mounts: &mounts, ..Spec::default() };
+        let spec =
+            Spec { name: "c", command: &command, mounts: &mounts, privileged: true, ..Spec::default() };
         let container = self.runtime.create(&pod, &spec).await?;
         self.runtime.start(&container).await?;
         events::in_mode(self.node, &container, drawn.mode).await?;
-        let entered = cases(drawn, session::ENTERED, options, self.full, random);
-        let workload = cases(drawn, session::WORKLOAD, options, self.full, random);
-        write_list(&desk.path().join("entered"), &entered, true)?;
-        write_list(&desk.path().join("workload"), &workload, false)?;
+        write_list(&desk.path().join("entered"), entered, true)?;
+        write_list(&desk.path().join("workload"), workload, false)?;
         let ended = self
             .runtime
             .exec(
@@ -349,10 +423,10 @@ impl Stage<'_> {
         ensure!(code == 0, "the workload ended with {code}");
         let outcomes =
             [outcomes(&desk.path().join("entered.out"))?, outcomes(&desk.path().join("workload.out"))?];
-        let records = self.records(&container, &entered, &workload).await?;
+        let records = self.records(&container, entered, workload).await?;
         self.runtime.remove_pod(&pod).await?;
         let mut different = Vec::new();
-        for (cases, outcomes) in [(&entered, &outcomes[0]), (&workload, &outcomes[1])] {
+        for (cases, outcomes) in [(entered, &outcomes[0]), (workload, &outcomes[1])] {
             ensure!(cases.len() == outcomes.len(), "{} outcomes of {} acts", outcomes.len(), cases.len());
             for case in cases {
                 self.tally.count(case);
@@ -447,13 +521,15 @@ fn write_list(file: &Path, cases: &[Case], make: bool) -> Result<()> {
                 let all = NAMES
                     .iter()
                     .flat_map(|a| NAMES.iter().flat_map(move |b| NAMES.map(|c| format!("{a}/{b}/{c}"))));
-                all.map(|below| format!("{}/{below}", place.folder))
+                let folder = place.folder.replace(MOUNTED, MOUNTED_LAYER);
+                all.map(move |below| format!("{folder}/{below}"))
             })
             .collect();
         paths.extend(odd_paths().map(|(path, _)| path));
         for path in paths {
             let _ = writeln!(text, "make {path}");
         }
+        let _ = writeln!(text, "overlay {MOUNTED} {MOUNTED_LAYER}:/dev/tree");
     }
     for case in cases {
         let _ = writeln!(text, "{} {} {}", case.act.word(), case.id, case.path);
@@ -477,6 +553,9 @@ struct Tally(BTreeMap<(u8, u8), usize>);
 
 impl Tally {
     fn count(&mut self, case: &Case) {
+        if case.odd {
+            return;
+        }
         *self.0.entry((case.origin, case.expected.verdict)).or_default() += 1;
     }
 
@@ -495,16 +574,17 @@ impl Tally {
         text
     }
 
-    /// No verdict of an origin is rare: at least a fifth of an equal share.
-    fn is_whole(&self) -> Result<()> {
-        let all: usize = self.0.values().sum();
-        let share = all / (PLACES.len() * 3 * 5);
+    fn is_equal(&self, share: usize) -> Result<()> {
+        for (of, verdict) in self.0.keys() {
+            let name = origin::name(*of);
+            ensure!(verdicts(*of).contains(verdict), "{name:?} must never be {:?}", verdict::name(*verdict));
+        }
         for place in PLACES {
-            for code in [verdict::ALLOWED, verdict::AUDITED, verdict::DENIED] {
+            for &code in verdicts(place.origin) {
                 let count = self.0.get(&(place.origin, code)).copied().unwrap_or(0);
                 ensure!(
-                    count >= share.max(1),
-                    "{count} of {all} are {:?} of {:?}",
+                    count == share,
+                    "{count} and not {share} are {:?} of {:?}",
                     verdict::name(code),
                     origin::name(place.origin)
                 );

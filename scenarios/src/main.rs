@@ -28,8 +28,10 @@ mod generator;
 mod limits;
 mod members;
 mod node;
+mod noisy;
 mod outlives;
 mod overlay;
+mod peers;
 mod pinned;
 mod planted;
 mod races;
@@ -67,11 +69,8 @@ enum Command {
     Code,
     /// What the kernel decides and what `profile` says, on profiles and files drawn at random: no difference
     Differential {
-        /// Containers, each under a profile of its own
-        #[arg(long, default_value_t = 8)]
-        containers: usize,
-        /// Acts of one kind, origin and verdict in one container and session
-        #[arg(long, default_value_t = 10)]
+        /// Acts of one kind, origin and verdict, over all containers
+        #[arg(long, default_value_t = 40)]
         per_cell: usize,
         /// Repeat what an earlier run drew
         #[arg(long)]
@@ -98,6 +97,10 @@ enum Command {
     Overlay,
     /// Set-user-id programs: recorded, and refused where the profile says so
     Elevation,
+    /// A container that floods the ring, and one beside it that loses nothing by that
+    Noisy,
+    /// Peers of the collector that are broken or hostile; needs no container runtime
+    Peers,
     /// Delivery under mutual TLS, with certificates that `palisade pki` made
     Tls,
     /// Rules that ask for a file's SHA-256
@@ -261,8 +264,8 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
     runtime.block_on(async {
         match arguments.command {
             Command::Code => code::run(&cri).await,
-            Command::Differential { containers, per_cell, seed } => {
-                differential::run(&cri, &differential::Options { containers, per_cell, seed }).await
+            Command::Differential { per_cell, seed } => {
+                differential::run(&cri, &differential::Options { per_cell, seed }).await
             }
             Command::Switches { changes, containers, seed } => {
                 switches::run(&cri, &switches::Options { changes, containers, seed }).await
@@ -272,6 +275,8 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Overlay => overlay::run(&cri).await,
             Command::Pinned => pinned::run(&cri).await,
             Command::Apps { only } => apps::run(&cri, &only).await,
+            Command::Noisy => noisy::run(&cri).await,
+            Command::Peers => peers::run(&cri).await,
             Command::Tls => tls::run(&cri).await,
             Command::Conditions => conditions::run(&cri).await,
             Command::Who => who::run(&cri).await,

@@ -8,8 +8,9 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tokio::net::TcpStream;
 
 use crate::cri::{until, until_within};
@@ -199,10 +200,11 @@ impl Node {
         std::fs::write(
             &config,
             format!(
-                "node: test-node\ncollector: {}\nprofiles: {}\npins: {}\n{runtime}{tls}",
+                "node: test-node\ncollector: {}\nprofiles: {}\npins: {}\nsocket: {}\n{runtime}{tls}",
                 self.collector_uri(),
                 folder.join("profiles").display(),
                 pins.display(),
+                folder.join("agent.sock").display(),
             ),
         )?;
         let log = std::fs::File::create(folder.join("agent.log"))?;
@@ -227,6 +229,19 @@ impl Node {
             .with_context(|| format!("cannot start {}", program.display()))?;
         self.agent = Some(agent);
         Ok(())
+    }
+
+    /// What the agent says of itself.
+    pub fn status(&self) -> Result<Value> {
+        let output = Command::new("palisade-agent")
+            .arg("--config")
+            .arg(self.folder.path().join("agent.yaml"))
+            .args(["status", "--json"])
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start palisade-agent")?;
+        ensure!(!output.stdout.is_empty(), "no status: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(serde_json::from_slice(&output.stdout)?)
     }
 
     /// The folders of the sets that are pinned.

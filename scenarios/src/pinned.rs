@@ -22,7 +22,8 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     let mut report = Report::new();
     let runtime = Runtime::connect(cri);
     let mut node = Node::start(cri).await?;
-    node.start_agent(&AgentOptions::default()).await?;
+    // Else an entrypoint may begin before the runtime has said what its container is.
+    node.start_agent(&AgentOptions { unidentified: Some("hold"), ..AgentOptions::default() }).await?;
     let pod = runtime.pod("pod-pinned", "pinned", "").await?;
     let stage = Stage { node: &node, runtime: &runtime, pod: &pod };
     let digest = stage.digest().await?;

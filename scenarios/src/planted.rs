@@ -13,17 +13,19 @@ use crate::{
     code, conditions,
     cri::Runtime,
     node::{AgentOptions, Node},
+    noisy,
     report::Report,
     who,
 };
 
 /// Enough to notice each bug of the exec's verdict; the first failure ends a trial.
 const TRIAL: &[&str] = &["third", "script", "copy", "drop-in", "memfd", "deep"];
-/// How bugs are called that are about other code than what is executed, about sessions, and about conditions: what they break is
-/// tried first.
+/// How bugs are called that are about other code than what is executed, about sessions, about conditions, and about the ring: what
+/// they break is tried first.
 const OF_CODE: &str = "plant-code-";
 const OF_SESSIONS: &str = "plant-sessions-";
 const OF_CONDITIONS: &str = "plant-conditions-";
+const OF_RING: &str = "plant-ring-";
 /// Programs without a bug.
 const CONTROL: &str = "control";
 
@@ -70,16 +72,21 @@ async fn trial(cri: &Path, objects: Option<&Path>) -> Result<u32> {
     let (mode, label) = if objects.is_some() { ("enforce", "enforce") } else { ("audit", "audit") };
     let text = profile("enforce", mode) + code::EXECUTABLES + who::TOOL_RULE + conditions::TRIAL_RULES;
     node.write_profile("enforce.yaml", &text)?;
+    let bug =
+        objects.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let of_ring = bug.starts_with(OF_RING) || bug == CONTROL;
     let options = AgentOptions {
         program: objects.map(|_| PathBuf::from("palisade-agent-test")),
         objects: objects.map(Path::to_owned),
+        settings: if of_ring { noisy::SMALL_RING } else { "" },
         ..AgentOptions::default()
     };
     node.start_agent(&options).await?;
     let pod = runtime.pod("pod-trial", "enforce", "").await?;
     let mut report = Report::quiet();
-    let bug =
-        objects.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    if of_ring {
+        noisy::trial(&node, &runtime, &mut report).await;
+    }
     if bug.starts_with(OF_CODE) || bug == CONTROL {
         code::trial(&node, &runtime, &pod, label, &mut report).await;
     }

@@ -10,6 +10,7 @@
 pub mod accept;
 pub mod dial;
 pub mod files;
+pub mod http;
 pub mod name;
 pub mod pki;
 mod stream;

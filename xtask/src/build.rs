@@ -62,6 +62,7 @@ const BUGS: &[&str] = &[
     "plant-code-memory-allowed",
     "plant-code-trace-allowed",
     "plant-code-executables-unprotected",
+    "plant-ring-unshared",
 ];
 
 /// Builds an agent that loads its objects from a folder, and objects with one bug each. Returns both.

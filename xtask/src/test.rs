@@ -266,6 +266,7 @@ const VERDICTS: &[&str] =
 /// The last two stop the containerd that the others use.
 const NODE: &[&str] = &[
     "tampering",
+    "noisy",
     "limits --containers 500 --profiles 100 --executions 100 --memory 64",
     "members",
     "engines",
@@ -359,6 +360,8 @@ fn native(binaries: &Path, tally: &mut Tally) {
             &["palisade-scenarios", "who"][..],
             &["palisade-scenarios", "pinned"],
             &["palisade-scenarios", "conditions"],
+            &["palisade-scenarios", "noisy"],
+            &["palisade-scenarios", "peers"],
             &["palisade-scenarios", "tls"],
             &["palisade-scenarios", "switches"],
             &["palisade-scenarios", "races", "--count", "10000"],

@@ -185,6 +185,7 @@ impl Agent {
     }
 
     fn push(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
+        self.verdicts.count(&event);
         let id = self.processes.session_id((stamp.session.pid, stamp.session.start));
         let session = Some(self.sessions.reference(slot, &stamp.session, id));
         self.pass(slot, Outgoing { header: Some(stamp.header), session, event, urgent });

@@ -5,6 +5,7 @@ mod admitted;
 mod adopt;
 pub mod digests;
 mod flow;
+mod health;
 mod held;
 mod lifecycle;
 pub mod links;
@@ -37,6 +38,7 @@ use tokio::{
 
 use self::{
     flow::{HeldExec, Waiting},
+    health::{Inquiry, Socket, Verdicts},
     others::{InForce, Others},
     self_probe::SelfProbe,
 };
@@ -48,7 +50,7 @@ use crate::{
         identify::{self, Questions, Sources},
         nri,
     },
-    delivery::{self, Credit, Queue},
+    delivery::{self, Credit, Link, Queue},
     kernel::{self, Kernel},
     losses::Losses,
     policies::{Profiles, Revisions},
@@ -77,6 +79,9 @@ pub struct Agent {
     processes: Processes,
     losses: Losses,
     queue: Arc<Queue>,
+    link: Arc<Link>,
+    verdicts: Verdicts,
+    begun: Instant,
     sessions: Sessions,
     questions: Questions,
     /// Slots by the runtime's id of the container.
@@ -130,6 +135,7 @@ struct Inputs {
     questions: mpsc::Receiver<nri::Question>,
     events: mpsc::Receiver<RuntimeEvent>,
     credits: mpsc::UnboundedReceiver<Credit>,
+    inquiries: mpsc::Receiver<Inquiry>,
 }
 
 /// Runs until SIGTERM or SIGINT, then drains.
@@ -162,9 +168,19 @@ pub async fn run(config: Config) -> Result<()> {
         boot: source.boot.clone(),
         epoch: source.started,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        // Said anew with each stream.
+        first_position: 0,
+        next_position: 0,
     };
+    let link = Arc::new(Link::default());
     let (acknowledged, credits) = mpsc::unbounded_channel();
-    let delivery = tokio::spawn(delivery::deliver(config.target()?, hello, Arc::clone(&queue), acknowledged));
+    let delivery = tokio::spawn(delivery::deliver(
+        config.targets()?,
+        hello,
+        Arc::clone(&queue),
+        Arc::clone(&link),
+        acknowledged,
+    ));
     let (identified, identities) = mpsc::channel(64);
     let (asked, questions) = mpsc::channel(16);
     let (told, events) = mpsc::channel(256);
@@ -186,6 +202,9 @@ pub async fn run(config: Config) -> Result<()> {
         sessions: Sessions::default(),
         losses: Losses::default(),
         queue,
+        link,
+        verdicts: Verdicts::default(),
+        begun: Instant::now(),
         questions: Questions::new(sources, identified),
         slots: HashMap::new(),
         expected: HashMap::new(),
@@ -267,7 +286,19 @@ pub async fn run(config: Config) -> Result<()> {
              on the agent are not stopped"
         );
     }
-    let mut inputs = Inputs { identities, questions, events, credits };
+    let (inquire, inquiries) = mpsc::channel(4);
+    if let Some(address) = config.metrics {
+        health::serve_metrics(address, inquire.clone()).await?;
+    }
+    let _socket = config.socket().and_then(|path| {
+        let opened = Socket::open(path, inquire);
+        opened
+            .inspect_err(|error| {
+                tracing::warn!(socket = %path.display(), error = format!("{error:#}"), "nobody can ask for the agent's status");
+            })
+            .ok()
+    });
+    let mut inputs = Inputs { identities, questions, events, credits, inquiries };
     let result = agent.work(&mut inputs).await;
     for task in speaking {
         task.abort();
@@ -315,6 +346,7 @@ impl Agent {
                         bail!("enforcement does not work; another set of programs must be loaded: start the agent again");
                     }
                 }
+                Some(inquiry) = inputs.inquiries.recv() => drop(inquiry.send(self.status())),
                 _ = scan.tick() => { self.find_running(); self.look_for_more_mounts(); self.prune(); }
                 // What is left of a full ring, after everything else had its turn.
                 () = tokio::task::yield_now(), if self.more => self.take_records(),

@@ -1,42 +1,59 @@
-//! Streaming the queue to the collector, for ever: connects, resumes where the collector says, tries again.
+//! Streaming the queue to a collector, for ever: connects, goes on where the collector says, tries again or elsewhere.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, Result, bail};
-use palisade_proto::v1::{
-    AgentMessage, Batch, CollectorMessage, Hello, agent_message, collector_message,
-    delivery_client::DeliveryClient,
+use palisade_proto::{
+    batch,
+    v1::{
+        AgentMessage, CollectorMessage, Hello, NotTaken, agent_message, collector_message,
+        delivery_client::DeliveryClient,
+    },
 };
 use palisade_transport::{dial::Target, files::Files};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{Credit, Queue};
+use super::{Credit, Link, Queue, refused::replacement};
 
 const MOST_RECORDS: usize = 2048;
 const MOST_BYTES: usize = 1 << 20;
-/// Batches that may be on their way without an acknowledgement.
+/// Batches that may be on their way without an answer.
 const WINDOW: usize = 4;
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a collector may take to say where to go on.
+const WELCOME_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a collector may take to answer: longer than a disk ever stalls.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 /// How often to look whether the certificates have been replaced: a stream may last for longer than one is valid.
 const LOOK_AT_CERTIFICATES: Duration = Duration::from_secs(5);
 
-/// Empties the queue until the task is dropped.
+/// Empties the queue into one of `targets`, which must not be none, until the task is dropped. Those after the first are for when it
+/// cannot be had.
 /// What is acknowledged goes to `acknowledged`, which never waits.
 pub async fn deliver(
-    target: Target,
+    targets: Vec<Target>,
     hello: Hello,
     queue: Arc<Queue>,
+    link: Arc<Link>,
     acknowledged: mpsc::UnboundedSender<Credit>,
 ) {
     let mut wait = FIRST_WAIT;
     let mut said = String::new();
+    let mut at = 0;
     loop {
+        let target = &targets[at % targets.len()];
         let mut progress = false;
-        let result = stream(&target, &hello, &queue, &acknowledged, &mut progress).await;
+        let result = stream(target, &hello, &queue, &link, &acknowledged, &mut progress).await;
+        // The first one whenever it can be had.
+        at = if progress { 0 } else { at + 1 };
         if progress {
             wait = FIRST_WAIT;
         }
@@ -44,14 +61,107 @@ pub async fn deliver(
             Ok(()) => "the collector ended the stream".to_owned(),
             Err(error) => format!("{error:#}"),
         };
+        link.is_down(message.clone());
         if message != said {
             tracing::warn!(%target, waiting = queue.counts().0, "records wait: {message}");
             said = message;
         }
-        // Jitter, so that a fleet does not come back in step.
-        let jitter = u64::from(std::process::id()).wrapping_mul(2_654_435_761) % 100;
-        tokio::time::sleep(wait + wait * jitter as u32 / 200).await;
+        tokio::time::sleep(jittered(wait)).await;
         wait = (wait * 2).min(LONGEST_WAIT);
+    }
+}
+
+/// Up to half as long again, so that a fleet does not come back in step.
+fn jittered(wait: Duration) -> Duration {
+    wait + wait.mul_f64(fastrand::f64() / 2.0)
+}
+
+/// A batch that is on its way.
+struct Sent {
+    first: u64,
+    count: u64,
+}
+
+/// What is on its way to a collector, and what comes next.
+struct Progress {
+    /// The next position to send.
+    next: u64,
+    /// Where the collector will be once it has taken everything that is on its way.
+    collector: u64,
+    sent: VecDeque<Sent>,
+    window: usize,
+    most_bytes: usize,
+    most_records: usize,
+    /// Fewer while what is wrong with a batch is looked for, and up to which position.
+    fewer: Option<(usize, u64)>,
+    /// The answer that stopped the stream, and the batch. Nothing is sent until the rest is answered, which is not taken either.
+    stopped: Option<(NotTaken, Sent)>,
+}
+
+/// What to do next after an answer.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    GoOn,
+    /// The collector cannot take anything now.
+    Wait(Duration),
+    /// It will never take this record.
+    GiveUp(u64),
+}
+
+impl Progress {
+    fn limit(&self) -> usize {
+        self.fewer.map_or(self.most_records, |(limit, _)| limit)
+    }
+
+    fn may_send(&self) -> bool {
+        self.stopped.is_none() && self.sent.len() < self.window
+    }
+
+    /// Records of `first..first + count` are on their way; returns how many positions before them were given up.
+    fn sends(&mut self, first: u64, count: usize) -> u64 {
+        let given_up = first - self.collector;
+        self.sent.push_back(Sent { first, count: count as u64 });
+        self.next = first + count as u64;
+        self.collector = self.next;
+        given_up
+    }
+
+    fn acknowledged(&mut self, next: u64) -> Result<()> {
+        let sent = self.sent.pop_front().context("the collector acknowledges what was not sent")?;
+        if self.stopped.is_some() || next < sent.first + sent.count {
+            bail!(
+                "the collector acknowledges position {next} for a batch that ends at {}",
+                sent.first + sent.count
+            );
+        }
+        self.fewer = self.fewer.filter(|(_, until)| next < *until);
+        Ok(())
+    }
+
+    fn not_taken(&mut self, answer: NotTaken) -> Result<()> {
+        let sent = self.sent.pop_front().context("the collector refuses what was not sent")?;
+        self.stopped.get_or_insert((answer, sent));
+        Ok(())
+    }
+
+    /// What to do, once everything that was sent is answered.
+    fn after_answers(&mut self) -> Next {
+        if !self.sent.is_empty() {
+            return Next::GoOn;
+        }
+        let Some((answer, sent)) = self.stopped.take() else { return Next::GoOn };
+        self.collector = answer.next_position;
+        self.next = answer.next_position.max(sent.first);
+        if !answer.never {
+            return Next::Wait(Duration::from_millis(answer.wait_ms.into()).min(LONGEST_WAIT));
+        }
+        if sent.count > 1 {
+            // Halved until the record is found that it is about; the others get through.
+            self.fewer = Some(((sent.count / 2) as usize, sent.first + sent.count));
+            return Next::GoOn;
+        }
+        self.next = sent.first + 1;
+        Next::GiveUp(sent.first)
     }
 }
 
@@ -59,6 +169,7 @@ async fn stream(
     target: &Target,
     hello: &Hello,
     queue: &Queue,
+    link: &Link,
     acknowledged: &mpsc::UnboundedSender<Credit>,
     progress: &mut bool,
 ) -> Result<()> {
@@ -75,45 +186,97 @@ async fn stream(
         .with_context(|| format!("cannot reach the collector at {target}"))?;
     let (sender, receiver) = mpsc::channel(WINDOW);
     let message = |message| AgentMessage { message: Some(message) };
-    sender.send(message(agent_message::Message::Hello(hello.clone()))).await?;
-    let mut answers = DeliveryClient::new(channel)
-        .stream(ReceiverStream::new(receiver))
-        .await
-        .context("the collector refuses the stream")?
-        .into_inner();
-    let collector_message::Message::Welcome(welcome) = answer(&mut answers).await? else {
-        bail!("the collector did not say where to go on");
+    let (first_position, next_position) = queue.positions();
+    let own = Hello { first_position, next_position, ..hello.clone() };
+    sender.send(message(agent_message::Message::Hello(own))).await?;
+    let greet = async {
+        let mut answers = DeliveryClient::new(channel)
+            .stream(ReceiverStream::new(receiver))
+            .await
+            .context("the collector refuses the stream")?
+            .into_inner();
+        match answer(&mut answers).await? {
+            collector_message::Message::Welcome(welcome) => Ok((answers, welcome)),
+            _ => bail!("the collector did not say where to go on"),
+        }
     };
+    let greeted = tokio::time::timeout(WELCOME_DEADLINE, greet).await;
+    let (mut answers, welcome) = greeted.context("the collector does not say where to go on")??;
     tracing::info!(%target, next_position = welcome.next_position, "delivering");
+    link.is_up(target.to_string());
     let tell = |gained: Vec<Credit>| {
         for credit in gained {
             let _the_agent_stops = acknowledged.send(credit);
         }
     };
     tell(queue.acknowledge(welcome.next_position));
-    let mut next = welcome.next_position;
-    let mut outstanding = 0;
+    let mut delivery = Progress {
+        next: welcome.next_position,
+        collector: welcome.next_position,
+        sent: VecDeque::new(),
+        window: WINDOW.min(welcome.window as usize).max(1),
+        most_bytes: MOST_BYTES.min(welcome.most_bytes as usize),
+        most_records: MOST_RECORDS.min(welcome.most_records as usize).max(1),
+        fewer: None,
+        stopped: None,
+    };
     let mut look = tokio::time::interval(LOOK_AT_CERTIFICATES);
+    let mut answered = Instant::now();
+    // When to go on, after the collector could not take anything.
+    let mut pause = Instant::now();
+    let mut said = String::new();
     loop {
-        while outstanding < WINDOW {
-            let (first_position, records) = queue.batch(next, MOST_RECORDS, MOST_BYTES);
+        while delivery.may_send() && pause <= Instant::now() {
+            let (first, records) = queue.batch(delivery.next, delivery.limit(), delivery.most_bytes);
             if records.is_empty() {
                 break;
             }
-            next = first_position + records.len() as u64;
-            outstanding += 1;
-            sender.send(message(agent_message::Message::Batch(Batch { first_position, records }))).await?;
+            if delivery.sent.is_empty() {
+                answered = Instant::now();
+            }
+            let mut batch = batch::pack(first, &records)?;
+            batch.given_up = delivery.sends(first, records.len());
+            sender.send(message(agent_message::Message::Batch(batch))).await?;
         }
         tokio::select! {
-            answer = answer(&mut answers) => match answer? {
-                collector_message::Message::Acknowledgement(acknowledgement) => {
-                    *progress = true;
-                    tell(queue.acknowledge(acknowledgement.next_position));
-                    outstanding -= 1;
+            answer = answer(&mut answers) => {
+                answered = Instant::now();
+                match answer? {
+                    collector_message::Message::Acknowledgement(acknowledgement) => {
+                        *progress = true;
+                        link.is_up(target.to_string());
+                        delivery.acknowledged(acknowledgement.next_position)?;
+                        tell(queue.acknowledge(acknowledgement.next_position));
+                    }
+                    collector_message::Message::NotTaken(answer) => {
+                        *progress = true;
+                        if answer.why != said {
+                            tracing::warn!(%target, waiting = queue.counts().0, "the collector does not take a batch: {}", answer.why);
+                            said.clone_from(&answer.why);
+                        }
+                        delivery.not_taken(answer)?;
+                    }
+                    collector_message::Message::Welcome(_) => bail!("the collector said welcome twice"),
                 }
-                collector_message::Message::Welcome(_) => bail!("the collector said welcome twice"),
-            },
-            () = queue.filled(), if outstanding < WINDOW => {}
+                match delivery.after_answers() {
+                    Next::GoOn => {}
+                    Next::Wait(wait) => {
+                        link.is_stuck(&said);
+                        pause = Instant::now() + jittered(wait);
+                    }
+                    Next::GiveUp(position) => {
+                        tracing::error!(%target, position, "the collector will never take a record; a gap record counts it: {said}");
+                        let now =
+                            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+                        queue.give_up(position, |record, credit| replacement(record, credit, hello, now));
+                    }
+                }
+            }
+            () = queue.filled(), if delivery.may_send() && pause <= Instant::now() => {}
+            () = tokio::time::sleep_until(pause), if pause > Instant::now() => {}
+            () = tokio::time::sleep_until(answered + ANSWER_DEADLINE), if !delivery.sent.is_empty() => {
+                bail!("the collector has not answered for {} s", ANSWER_DEADLINE.as_secs());
+            }
             // What cannot be read this moment is being replaced.
             _ = look.tick() => if target.files().and_then(|files| files.fingerprint().ok()).is_some_and(|now| Some(now) != certificates) {
                 *progress = true;
@@ -130,4 +293,80 @@ async fn answer(answers: &mut Streaming<CollectorMessage>) -> Result<collector_m
         .map_err(|status| anyhow::anyhow!("{}", status.message()).context("the collector ended the stream"))?
         .and_then(|message| message.message)
         .context("the collector closed the stream")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress() -> Progress {
+        Progress {
+            next: 10,
+            collector: 10,
+            sent: VecDeque::new(),
+            window: 4,
+            most_bytes: MOST_BYTES,
+            most_records: 8,
+            fewer: None,
+            stopped: None,
+        }
+    }
+
+    fn refusal(next_position: u64, never: bool) -> NotTaken {
+        NotTaken { next_position, why: String::new(), never, wait_ms: 700 }
+    }
+
+    #[test]
+    fn what_the_collector_cannot_take_now_is_sent_again_after_a_while() {
+        let mut delivery = progress();
+        assert_eq!(delivery.sends(10, 4), 0);
+        assert_eq!(delivery.sends(14, 4), 0);
+        delivery.acknowledged(14).unwrap();
+        assert_eq!(delivery.sends(18, 4), 0);
+        delivery.not_taken(refusal(14, false)).unwrap();
+        assert_eq!(delivery.after_answers(), Next::GoOn, "one batch is not answered yet");
+        assert!(!delivery.may_send());
+        delivery.not_taken(refusal(14, false)).unwrap();
+        assert_eq!(delivery.after_answers(), Next::Wait(Duration::from_millis(700)));
+        assert!(delivery.may_send() && delivery.next == 14);
+        assert_eq!(delivery.sends(14, 8), 0);
+    }
+
+    #[test]
+    fn the_one_record_that_is_never_taken_is_found_and_the_others_get_through() {
+        let mut delivery = progress();
+        let poison = 15;
+        let (mut at, mut stored, mut given_up, mut batches) = (10_u64, Vec::new(), Vec::new(), 0);
+        while at < 26 {
+            let count = delivery.limit().min((26 - delivery.next) as usize);
+            let first = delivery.next;
+            let before = delivery.sends(first, count);
+            assert_eq!(first, at + before);
+            batches += 1;
+            let range = first..first + count as u64;
+            if range.contains(&poison) {
+                delivery.not_taken(refusal(at, true)).unwrap();
+            } else {
+                at = range.end;
+                stored.extend(range);
+                delivery.acknowledged(at).unwrap();
+            }
+            if let Next::GiveUp(position) = delivery.after_answers() {
+                given_up.push(position);
+            }
+        }
+        assert_eq!(given_up, [poison]);
+        assert_eq!(stored, (10..26).filter(|position| *position != poison).collect::<Vec<_>>());
+        assert!(batches < 12, "{batches}");
+        assert_eq!(delivery.limit(), 8, "whole batches again");
+    }
+
+    #[test]
+    fn an_answer_to_nothing_ends_the_stream() {
+        assert!(progress().acknowledged(10).is_err());
+        assert!(progress().not_taken(refusal(10, true)).is_err());
+        let mut delivery = progress();
+        delivery.sends(10, 4);
+        assert!(delivery.acknowledged(12).is_err(), "a part of a batch");
+    }
 }

@@ -578,6 +578,7 @@ fn load(
         .map_max_entries("NAMES", slots)
         .map_max_entries("ACCOUNTS", slots * ACCOUNTS_PER_SLOT)
         .map_max_entries("SLOT_LANES", slots)
+        .map_max_entries("RING_SHARES", slots)
         .map_max_entries("SLOT_POLICIES", slots)
         .map_max_entries("ROOTS", slots + 1)
         .map_max_entries("ROOT_SLOTS", slots)
