@@ -41,6 +41,8 @@ pub struct Options {
 
 /// Most containers, each under a profile of its own, until every verdict of every origin has come up often enough.
 const MOST_CONTAINERS: usize = 48;
+/// So many at least have a part in every kind of act.
+const VARIED: usize = 8;
 
 /// Where containers see the volume, and the folder through which they are told what to do.
 const VOLUME: &str = "/vol";
@@ -193,8 +195,8 @@ fn draw(per_cell: usize, full: bool, random: &mut Random) -> Result<Vec<Plan>> {
                 // One that must not be, as of what is unknown and allowed, is carried out, and fails the shares.
                 let missing = missing.entry(cell).or_insert(1);
                 if !case.odd {
-                    // Some are left for other profiles.
-                    if *missing == 0 || random.happens(70) {
+                    // Some are left for other profiles, as long as there are many.
+                    if *missing == 0 || (plans.len() < VARIED && random.happens(70)) {
                         return false;
                     }
                     *missing -= 1;
