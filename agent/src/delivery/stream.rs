@@ -128,11 +128,9 @@ impl Progress {
 
     fn acknowledged(&mut self, next: u64) -> Result<()> {
         let sent = self.sent.pop_front().context("the collector acknowledges what was not sent")?;
-        if self.stopped.is_some() || next < sent.first + sent.count {
-            bail!(
-                "the collector acknowledges position {next} for a batch that ends at {}",
-                sent.first + sent.count
-            );
+        let end = sent.first + sent.count;
+        if self.stopped.is_some() || next != end {
+            bail!("the collector acknowledges position {next} for a batch that ends at {end}");
         }
         self.fewer = self.fewer.filter(|(_, until)| next < *until);
         Ok(())
@@ -140,6 +138,14 @@ impl Progress {
 
     fn not_taken(&mut self, answer: NotTaken) -> Result<()> {
         let sent = self.sent.pop_front().context("the collector refuses what was not sent")?;
+        if answer.next_position > sent.first {
+            // Else what lies between would never be sent.
+            bail!(
+                "the collector refuses a batch that begins at {}, and asks for {}",
+                sent.first,
+                answer.next_position
+            );
+        }
         self.stopped.get_or_insert((answer, sent));
         Ok(())
     }
@@ -151,7 +157,7 @@ impl Progress {
         }
         let Some((answer, sent)) = self.stopped.take() else { return Next::GoOn };
         self.collector = answer.next_position;
-        self.next = answer.next_position.max(sent.first);
+        self.next = answer.next_position;
         if !answer.never {
             return Next::Wait(Duration::from_millis(answer.wait_ms.into()).min(LONGEST_WAIT));
         }
@@ -203,6 +209,9 @@ async fn stream(
     let greeted = tokio::time::timeout(WELCOME_DEADLINE, greet).await;
     let (mut answers, welcome) = greeted.context("the collector does not say where to go on")??;
     tracing::info!(%target, next_position = welcome.next_position, "delivering");
+    if welcome.next_position > next_position {
+        bail!("the collector asks for position {}, and {next_position} is the next", welcome.next_position);
+    }
     link.is_up(target.to_string());
     let tell = |gained: Vec<Credit>| {
         for credit in gained {
@@ -368,5 +377,11 @@ mod tests {
         let mut delivery = progress();
         delivery.sends(10, 4);
         assert!(delivery.acknowledged(12).is_err(), "a part of a batch");
+        let mut delivery = progress();
+        delivery.sends(10, 4);
+        assert!(delivery.acknowledged(15).is_err(), "what was never sent");
+        let mut delivery = progress();
+        delivery.sends(10, 4);
+        assert!(delivery.not_taken(refusal(11, false)).is_err(), "what would be left out");
     }
 }
