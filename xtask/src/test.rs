@@ -23,7 +23,7 @@ pub struct Options {
     /// Only these rings
     #[arg(long)]
     ring: Vec<Ring>,
-    /// More of what takes long: 200 containers in each cell of the starts instead of 20, and the attacks on every kernel
+    /// More of what takes long: 200 containers in each cell of the starts instead of 12, and the attacks on every kernel
     #[arg(long)]
     full: bool,
 }
@@ -282,7 +282,7 @@ const SERVICES: &[&str] = &["apps"];
 
 fn scenarios(full: bool) -> Result<Vec<Boot>> {
     let other = build::another_abi()?;
-    let count = if full { "200" } else { "20" };
+    let count = if full { "200" } else { "12" };
     let boot = |name, list: &[&str]| {
         // Each prints its counts, and the machine ends with a failure if one failed.
         let mut script = "code=0".to_owned();
