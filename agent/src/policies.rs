@@ -6,7 +6,9 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result};
@@ -24,6 +26,8 @@ pub struct Profiles {
     folder: PathBuf,
     /// Last content of each file.
     seen: Files,
+    /// What the files looked like when they were read last; empty when they must be read again.
+    stamps: Stamps,
     /// Last good profiles of each file.
     good: BTreeMap<PathBuf, Vec<Profile>>,
     /// What is wrong with files that are not in force as they stand.
@@ -37,6 +41,7 @@ impl Profiles {
         Self {
             folder: folder.to_owned(),
             seen: Files::new(),
+            stamps: Stamps::new(),
             good: BTreeMap::new(),
             faulty: BTreeMap::new(),
             unreadable: None,
@@ -49,20 +54,26 @@ impl Profiles {
     ///
     /// When it cannot be listed. A file with a fault is reported and adds nothing.
     pub fn load(&mut self) -> Result<()> {
-        let files = read_folder(&self.folder).with_context(|| {
+        let (files, stamps) = read_folder(&self.folder).with_context(|| {
             format!(
                 "the profiles in {} cannot be read; name the folder under profiles:",
                 self.folder.display()
             )
         })?;
+        self.stamps = stamps;
         self.take(files);
         Ok(())
     }
 
-    /// Reads the directory again; returns whether the profiles in force may have changed.
+    /// Reads the directory again if it looks different; returns whether the profiles in force may have changed.
     pub fn refresh(&mut self) -> bool {
+        if !self.stamps.is_empty() && look(&self.folder).is_ok_and(|now| now == self.stamps) {
+            self.unreadable = None;
+            return false;
+        }
         match read_folder(&self.folder) {
-            Ok(files) => {
+            Ok((files, stamps)) => {
+                self.stamps = stamps;
                 self.unreadable = None;
                 files != self.seen && self.take(files)
             }
@@ -171,17 +182,58 @@ impl Profiles {
 type Files = BTreeMap<PathBuf, Result<Vec<u8>, String>>;
 
 /// All files of the folder that are named as profiles. A file that is listed and cannot be read is not gone.
-fn read_folder(folder: &Path) -> std::io::Result<Files> {
-    let mut files = Files::new();
+/// What tells without reading it that a file may be another, or have other content: a thousand files that are read each second cost
+/// as much as a hundred executions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    /// When it was changed last, nanoseconds since the Unix epoch. Unlike the time of its last modification nobody sets it.
+    changed: i128,
+}
+
+/// `None` for what cannot be looked at.
+type Stamps = BTreeMap<PathBuf, Option<Stamp>>;
+
+/// A file may be changed once more in the same tick of the file system's clock.
+const TICK: i128 = 2_000_000_000;
+
+/// Looks at the profiles, without reading them.
+fn look(folder: &Path) -> std::io::Result<Stamps> {
+    let mut stamps = Stamps::new();
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         let is_yaml = path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
-        if is_yaml && !path.is_dir() {
-            let content = std::fs::read(&path).map_err(|error| error.to_string());
-            files.insert(path, content);
+        if !is_yaml {
+            continue;
         }
+        // Of what a symbolic link leads to.
+        let found = std::fs::metadata(&path).ok();
+        if found.as_ref().is_some_and(std::fs::Metadata::is_dir) {
+            continue;
+        }
+        let stamp = found.map(|found| Stamp {
+            device: found.dev(),
+            inode: found.ino(),
+            size: found.size(),
+            changed: i128::from(found.ctime()) * 1_000_000_000 + i128::from(found.ctime_nsec()),
+        });
+        stamps.insert(path, stamp);
     }
-    Ok(files)
+    Ok(stamps)
+}
+
+/// Reads the profiles. The stamps are those from before, and none when one does not tell whether its file was read to the end.
+fn read_folder(folder: &Path) -> std::io::Result<(Files, Stamps)> {
+    let stamps = look(folder)?;
+    let files = stamps
+        .keys()
+        .map(|path| (path.clone(), std::fs::read(path).map_err(|error| error.to_string())))
+        .collect();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos().cast_signed());
+    let settled = stamps.values().all(|stamp| stamp.is_some_and(|stamp| stamp.changed + TICK < now));
+    Ok((files, if settled { stamps } else { Stamps::new() }))
 }
 
 /// A revision in the kernel.
@@ -336,6 +388,27 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         assert!(profiles.refresh());
         assert_eq!(profiles.policy_for(&ContainerFacts::default()), None);
+    }
+
+    #[test]
+    fn what_was_read_is_read_again_when_it_has_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.yaml");
+        let mut profiles = Profiles::new(folder.path());
+        std::fs::write(&path, GOOD).unwrap();
+        assert!(profiles.refresh());
+        // Of the same size, and at once: the clock of the file system may not tell.
+        std::fs::write(&path, GOOD.replace("/bin/a", "/bin/b")).unwrap();
+        assert!(profiles.refresh());
+        let begun = std::time::Instant::now();
+        while profiles.stamps.is_empty() {
+            assert!(begun.elapsed().as_secs() < 20, "it is read each time, for ever");
+            assert!(!profiles.refresh());
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert!(!profiles.refresh());
+        std::fs::write(&path, GOOD).unwrap();
+        assert!(profiles.refresh());
     }
 
     #[test]
