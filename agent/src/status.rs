@@ -87,7 +87,10 @@ pub fn run(config: &Config, json: bool) -> Result<ExitCode> {
 }
 
 fn ask(socket: &Path) -> Result<Status> {
-    let mut stream = UnixStream::connect(socket)?;
+    let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied => anyhow::anyhow!("only root may ask; run this as root"),
+        _ => error.into(),
+    })?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;

@@ -69,15 +69,6 @@ pub struct Store {
     _lock: File,
 }
 
-/// What became of a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Appended {
-    /// Next position expected.
-    pub next_position: u64,
-    /// Records that were missing before the batch: the agent had them acknowledged by a store that is gone.
-    pub hole: u64,
-}
-
 impl Store {
     /// Opens the log in `folder`, makes it if there is none, and cuts off what a crash left unfinished.
     ///
@@ -170,7 +161,7 @@ impl Store {
     /// # Errors
     ///
     /// When the disk is full or fails; nothing of the batch counts then, and a later call may succeed.
-    pub fn append(&self, mut entry: Entry) -> Result<Appended> {
+    pub fn append(&self, mut entry: Entry) -> Result<()> {
         let mut writer = self.writer();
         let stream = (entry.node.clone(), entry.boot.clone(), entry.epoch);
         let expected = self.streams().get(&stream).map_or(0, |known| known.next);
@@ -178,9 +169,8 @@ impl Store {
         entry.records.drain(..already as usize);
         entry.first_position += already;
         if entry.records.is_empty() {
-            return Ok(Appended { next_position: expected, hole: 0 });
+            return Ok(());
         }
-        let hole = entry.first_position.saturating_sub(expected);
         let next_position = entry.first_position + entry.records.len() as u64;
         let bytes = entry.encode();
         if bytes.len() - log::ENTRY_HEAD > log::LARGEST_PAYLOAD {
@@ -188,7 +178,7 @@ impl Store {
         }
         self.write(&mut writer, &bytes, entry.records.len(), entry.received)?;
         self.streams().insert(stream, Known { next: next_position, received: entry.received });
-        Ok(Appended { next_position, hole })
+        Ok(())
     }
 
     /// Removes what is older, or more, than is to be kept; `now` in nanoseconds since the Unix epoch. What was taken of each
@@ -529,6 +519,10 @@ mod tests {
         }
     }
 
+    fn stream() -> StreamName {
+        ("n".to_owned(), "b".to_owned(), 1)
+    }
+
     fn all(store: &Store) -> Vec<Bytes> {
         let mut place = Place::default();
         let mut found = Vec::new();
@@ -542,11 +536,14 @@ mod tests {
     fn what_is_sent_again_is_stored_once_also_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
-        assert_eq!(store.append(batch(0, &["a", "b"])).unwrap().next_position, 2);
-        assert_eq!(store.append(batch(1, &["b", "c"])).unwrap().next_position, 3);
+        store.append(batch(0, &["a", "b"])).unwrap();
+        assert_eq!(store.next_position(&stream()), 2);
+        store.append(batch(1, &["b", "c"])).unwrap();
+        assert_eq!(store.next_position(&stream()), 3);
         drop(store);
         let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
-        assert_eq!(store.append(batch(0, &["a", "b", "c"])).unwrap().next_position, 3);
+        store.append(batch(0, &["a", "b", "c"])).unwrap();
+        assert_eq!(store.next_position(&stream()), 3);
         assert_eq!(all(&store), ["a", "b", "c"]);
         assert_eq!(store.end().records, 3);
     }
@@ -585,7 +582,8 @@ mod tests {
         file.set_len(whole + 4096).unwrap();
         let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
         assert_eq!(all(&store), ["a"]);
-        assert_eq!(store.append(batch(1, &["b"])).unwrap().next_position, 2);
+        store.append(batch(1, &["b"])).unwrap();
+        assert_eq!(store.next_position(&stream()), 2);
         assert!(folder.path().join("segment-000000000000.torn").exists());
     }
 
@@ -631,7 +629,8 @@ mod tests {
         drop(store);
         let store = open();
         assert_eq!(old(&store), 2, "after a restart, too");
-        assert_eq!(store.append(batch(39, &["0123456789", "new"])).unwrap().next_position, 41);
+        store.append(batch(39, &["0123456789", "new"])).unwrap();
+        assert_eq!(store.next_position(&stream()), 41);
         assert_eq!(all(&store).last().unwrap(), "new");
         assert_eq!(all(&store).len(), kept + 1);
     }
@@ -691,7 +690,8 @@ mod tests {
             .unwrap();
         create_segment(folder.path(), 1).unwrap();
         let store = Store::open(folder.path(), 1 << 16, ALL).unwrap();
-        assert_eq!(store.append(batch(1, &["b"])).unwrap().next_position, 2);
+        store.append(batch(1, &["b"])).unwrap();
+        assert_eq!(store.next_position(&stream()), 2);
         assert_eq!(all(&store), ["a", "b"]);
         drop(store);
         assert_eq!(all(&Store::open(folder.path(), 1 << 16, ALL).unwrap()), ["a", "b"]);
