@@ -46,7 +46,7 @@ pub struct SetMeta {
 /// Version of what says how many records a set has made and what became of them: [`SetMeta`], [`Account`], [`Slot`], [`LANES`]
 /// and the names of slots. An agent counts the records of a set whose [`crate::ABI_VERSION`] it cannot read, as long as this
 /// is its own; so these types change only for a reason that is worth losing that.
-pub const LEDGER_VERSION: u32 = 1;
+pub const LEDGER_VERSION: u32 = 2;
 
 /// What became of a slot's records that the kernel numbered: written by the agent, so that the next one knows what this
 /// one took with it when it was killed.
@@ -54,10 +54,12 @@ pub const LEDGER_VERSION: u32 = 1;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Account {
-    /// Records that the collector has acknowledged.
+    /// Records that were written to the spool, and those that gap records in it count.
+    pub spooled: u64,
+    /// Of them what a collector has acknowledged.
     pub delivered: u64,
-    /// Records that gap records have counted, which the collector has acknowledged.
-    pub reported: u64,
+    /// What a collector has acknowledged without it having been in the spool.
+    pub from_memory: u64,
     /// Records that the kernel numbered, once the slot is gone; 0 before.
     pub made: u64,
 }
@@ -407,7 +409,7 @@ macro_rules! sizes {
 sizes! {
     Settings = 40,
     SetMeta = 48,
-    Account = 24,
+    Account = 32,
     AgentState = 48,
     AdmittedKey = 24,
     Slot = 48,

@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -10,7 +11,10 @@ use palisade_abi::codes::mode;
 use palisade_transport::{dial::Target, files::Files, name::Name};
 use serde::{Deserialize, Deserializer};
 
-use crate::kernel::Sizes;
+use crate::{delivery::Limits, kernel::Sizes};
+
+/// With less than this a file of tables has room for nothing else.
+const SMALLEST_SPOOL: u64 = 8 << 20;
 
 /// What happens to what a container executes before it is identified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -94,6 +98,7 @@ pub struct Config {
     /// Where the unified cgroup hierarchy is mounted; absent: found in /proc/mounts.
     pub cgroups: Option<PathBuf>,
     pub queue: Queue,
+    pub spool: Spool,
     /// Folder on the host's bpffs in which enforcement outlives the agent; "none": it ends with the agent.
     pub pins: PathBuf,
     pub maps: MapSizes,
@@ -139,11 +144,23 @@ pub struct Runtimes {
     pub storage: Vec<PathBuf>,
 }
 
-/// Bounds of what waits for the collector.
+/// Bounds of what waits for the disk, or for the collector where there is none.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Queue {
     pub bytes: usize,
+}
+
+/// Where records wait for the collector, and how many.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Spool {
+    /// Folder on the node's disk; "none": they wait in memory, and an agent that is killed takes them with it.
+    pub path: PathBuf,
+    /// Of the file.
+    pub bytes: u64,
+    /// How long they wait at most, of the time that an agent runs; 0: for ever.
+    pub days: u32,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -192,6 +209,12 @@ impl Default for Queue {
     }
 }
 
+impl Default for Spool {
+    fn default() -> Self {
+        Self { path: "/var/lib/palisade/spool".into(), bytes: 1 << 30, days: 7 }
+    }
+}
+
 impl Default for MapSizes {
     fn default() -> Self {
         Self {
@@ -219,6 +242,7 @@ impl Default for Config {
             runtimes: Runtimes::default(),
             cgroups: None,
             queue: Queue::default(),
+            spool: Spool::default(),
             maps: MapSizes::default(),
             pins: "/sys/fs/bpf/palisade".into(),
             self_protection: SelfProtection::Enforce,
@@ -244,7 +268,7 @@ impl Config {
             .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
             .context(
                 "the configuration is not valid; known fields are node, collector, tls, profiles, unidentified, \
-             whenAgentAbsent, agentLeaseSeconds, runtimes, cgroups, queue, pins, maps, selfProtection, \
+             whenAgentAbsent, agentLeaseSeconds, runtimes, cgroups, queue, spool, pins, maps, selfProtection, \
                  selfProbeSeconds, drainSeconds, socket and metrics",
             )
     }
@@ -287,6 +311,18 @@ impl Config {
         if self.queue.bytes < 1 << 16 {
             bail!("queue.bytes: {} is too small; write at least 65536", self.queue.bytes);
         }
+        if !self.spool.path.is_absolute() && self.spool.path != Path::new("none") {
+            bail!(
+                "spool.path: {} does not start with '/'; write a whole path, or none",
+                self.spool.path.display()
+            );
+        }
+        if !(SMALLEST_SPOOL..=1 << 40).contains(&self.spool.bytes) {
+            bail!(
+                "spool.bytes: {} is not between {SMALLEST_SPOOL} and 1099511627776; write none under spool.path to have none",
+                self.spool.bytes
+            );
+        }
         if !(2..=3600).contains(&self.agent_lease_seconds) {
             bail!("agentLeaseSeconds: {} is not between 2 and 3600", self.agent_lease_seconds);
         }
@@ -314,6 +350,17 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// Where records wait, and how many.
+    pub fn limits(&self) -> Limits {
+        let days = u64::from(self.spool.days);
+        Limits {
+            memory: self.queue.bytes,
+            folder: (self.spool.path != Path::new("none")).then(|| self.spool.path.clone()),
+            disk: self.spool.bytes,
+            age: (days > 0).then(|| Duration::from_secs(days * 24 * 3600)),
+        }
     }
 
     /// Where records go.

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use palisade_proto::v1;
 
+use crate::delivery::Full;
+
 /// Why records are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Cause {
@@ -11,6 +13,8 @@ enum Cause {
     QueueFull,
     Undecodable,
     AgentKilled,
+    SpoolLost,
+    DiskFull,
     /// What the agent says itself, and the kernel has not numbered.
     OwnQueueFull,
 }
@@ -22,6 +26,8 @@ impl Cause {
             Self::QueueFull => "queue-full",
             Self::Undecodable => "undecodable",
             Self::AgentKilled => "agent-killed",
+            Self::SpoolLost => "spool-lost",
+            Self::DiskFull => "spool-full",
             Self::OwnQueueFull => "own-queue-full",
         }
     }
@@ -45,9 +51,24 @@ pub struct Losses {
 }
 
 impl Losses {
-    /// The queue had no room for a record, which the kernel has numbered or not.
-    pub fn turned_away(&mut self, slot: u64, numbered: bool, time: u64) {
-        self.one(slot, if numbered { Cause::QueueFull } else { Cause::OwnQueueFull }, time);
+    /// There was no room for a record, which the kernel has numbered or not.
+    pub fn turned_away(&mut self, slot: u64, numbered: bool, why: Full, time: u64) {
+        let cause = match why {
+            _ if !numbered => Cause::OwnQueueFull,
+            Full::Memory => Cause::QueueFull,
+            Full::Disk => Cause::DiskFull,
+        };
+        self.one(slot, cause, time);
+    }
+
+    /// The spool had `count` records of a slot, and is damaged or gone.
+    pub fn gone_with_the_spool(&mut self, slot: u64, count: u64, now: u64) {
+        if count > 0 {
+            let loss = self.open.entry((slot, Cause::SpoolLost)).or_default();
+            loss.from = now;
+            loss.count += count;
+            self.count(Cause::SpoolLost, count);
+        }
     }
 
     /// An agent before this one was killed with `count` records of a slot on their way, at the latest at `now`. Of the
@@ -134,9 +155,9 @@ mod tests {
         let mut losses = Losses::default();
         losses.lost_in_kernel(1, 0, 10);
         losses.lost_in_kernel(1, 5, 20);
-        losses.turned_away(1, true, 30);
-        losses.turned_away(1, true, 40);
-        losses.turned_away(1, false, 45);
+        losses.turned_away(1, true, Full::Memory, 30);
+        losses.turned_away(1, true, Full::Memory, 40);
+        losses.turned_away(1, false, Full::Disk, 45);
         losses.report(50, |_, _, _| false);
         let mut said = Vec::new();
         losses.report(60, |slot, gap, numbered| {

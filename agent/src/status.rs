@@ -39,14 +39,20 @@ pub struct Delivery {
     /// Why there is none, or why it takes nothing; empty otherwise.
     pub problem: String,
     pub waiting_records: u64,
-    pub waiting_bytes: u64,
-    pub most_bytes: u64,
+    /// On the node's disk; 0 of 0 when there is no spool.
+    pub spool_bytes: u64,
+    pub most_spool_bytes: u64,
+    /// Why nothing can be written there; empty otherwise.
+    pub spool_problem: String,
+    /// Before they are on the disk, or while they cannot be.
+    pub memory_bytes: u64,
+    pub most_memory_bytes: u64,
     /// How long the first of them has waited.
     pub oldest_seconds: f64,
     pub acknowledged: u64,
 }
 
-/// The balance of a container that runs: `made` is the sum of the other three.
+/// The balance of a container that runs: `made` is the sum of the other four.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ContainerStatus {
     pub slot: u64,
@@ -61,7 +67,9 @@ pub struct ContainerStatus {
     pub delivered: u64,
     /// Gap records count them, which the collector has.
     pub lost: u64,
-    /// In the ring, in the agent, or on the way; or lost and not yet said.
+    /// On the node's disk, or in memory while there is none, and not yet acknowledged; gap records and what they count among them.
+    pub spooled: u64,
+    /// In the ring or in the agent; or lost and not yet said.
     pub on_the_way: u64,
 }
 
@@ -122,8 +130,11 @@ fn table(status: &Status) -> String {
         collector,
         problem,
         waiting_records,
-        waiting_bytes,
-        most_bytes,
+        spool_bytes,
+        most_spool_bytes,
+        spool_problem,
+        memory_bytes,
+        most_memory_bytes,
         oldest_seconds,
         acknowledged,
     } = delivery;
@@ -133,11 +144,14 @@ fn table(status: &Status) -> String {
         None => format!("NONE: {problem}"),
     };
     row("collector", &collector);
-    let share = waiting_bytes * 100 / (*most_bytes).max(1);
-    row(
-        "waiting",
-        &format!("{waiting_records} records, {share} % of the queue, the oldest for {oldest_seconds:.1} s"),
-    );
+    row("waiting", &format!("{waiting_records} records, the oldest for {oldest_seconds:.1} s"));
+    let share = |bytes: &u64, most: &u64| bytes * 100 / (*most).max(1);
+    let spool = match spool_problem.as_str() {
+        "" => format!("{} % of its bytes", share(spool_bytes, most_spool_bytes)),
+        problem => format!("TAKES NOTHING, records wait in memory: {problem}"),
+    };
+    row("spool", &spool);
+    row("memory", &format!("{} % of the queue", share(memory_bytes, most_memory_bytes)));
     row("delivered", &format!("{acknowledged} records"));
     row("lost", &counts(lost));
     for (kind, counted) in verdicts {
@@ -145,8 +159,9 @@ fn table(status: &Status) -> String {
     }
     row("errors", &counts(errors));
     if !containers.is_empty() {
-        let heads = ["NAMESPACE", "POD", "CONTAINER", "MODE", "MADE", "DELIVERED", "LOST", "ON THE WAY"];
-        let rows: Vec<[String; 8]> = containers
+        let heads =
+            ["NAMESPACE", "POD", "CONTAINER", "MODE", "MADE", "DELIVERED", "SPOOLED", "LOST", "ON THE WAY"];
+        let rows: Vec<[String; 9]> = containers
             .iter()
             .map(|container| {
                 let name = if container.name.is_empty() { &container.id } else { &container.name };
@@ -158,6 +173,7 @@ fn table(status: &Status) -> String {
                     container.mode.clone(),
                     number(container.made),
                     number(container.delivered),
+                    number(container.spooled),
                     number(container.lost),
                     number(container.on_the_way),
                 ]
@@ -246,8 +262,17 @@ pub fn metrics(status: &Status) -> String {
         "Records that wait for the collector.",
         &one(delivery.waiting_records as f64),
     );
-    metric("waiting_bytes", "gauge", "Their bytes.", &one(delivery.waiting_bytes as f64));
-    metric("waiting_bytes_limit", "gauge", "Most bytes that may wait.", &one(delivery.most_bytes as f64));
+    for (name, bytes, most) in [
+        ("spool", delivery.spool_bytes, delivery.most_spool_bytes),
+        ("memory", delivery.memory_bytes, delivery.most_memory_bytes),
+    ] {
+        let help = format!("Their bytes in the {name}.");
+        metric(&format!("{name}_bytes"), "gauge", &help, &one(bytes as f64));
+        let help = format!("Most bytes that may wait in the {name}.");
+        metric(&format!("{name}_bytes_limit"), "gauge", &help, &one(most as f64));
+    }
+    let works = delivery.most_spool_bytes > 0 && delivery.spool_problem.is_empty();
+    metric("spool_works", "gauge", "Whether the spool takes records.", &one(f64::from(works)));
     metric(
         "waiting_oldest_seconds",
         "gauge",
@@ -300,8 +325,11 @@ mod tests {
                 collector: Some("https://collector.example:7443/".to_owned()),
                 problem: String::new(),
                 waiting_records: 12,
-                waiting_bytes: 1 << 20,
-                most_bytes: 16 << 20,
+                spool_bytes: 1 << 20,
+                most_spool_bytes: 16 << 20,
+                spool_problem: String::new(),
+                memory_bytes: 0,
+                most_memory_bytes: 1 << 20,
                 oldest_seconds: 0.25,
                 acknowledged: 4000,
             },
@@ -316,7 +344,8 @@ mod tests {
                 made: 100,
                 delivered: 90,
                 lost: 4,
-                on_the_way: 6,
+                spooled: 2,
+                on_the_way: 4,
                 ..ContainerStatus::default()
             }],
         }
@@ -329,17 +358,22 @@ mod tests {
             text.contains("agent      0.1.0 on worker-1, full tier, up 3 h 1 min\nenforces   yes\n"),
             "{text}"
         );
-        assert!(text.contains("waiting    12 records, 6 % of the queue, the oldest for 0.2 s"), "{text}");
+        assert!(text.contains("waiting    12 records, the oldest for 0.2 s\nspool      6 % of its bytes\nmemory     0 % of the queue\n"), "{text}");
         assert!(text.contains("exec       denied 3\nerrors     none\n"), "{text}");
-        assert!(text.contains("shop       web-1  ngi[31mnx  enforce  100   90         4     6\n"), "{text}");
+        assert!(
+            text.contains("shop       web-1  ngi[31mnx  enforce  100   90         2        4     4\n"),
+            "{text}"
+        );
         let problem = "the store takes nothing: disk full".to_owned();
-        let full = Delivery { problem, ..status().delivery };
+        let spool_problem = "disk full".to_owned();
+        let full = Delivery { problem, spool_problem, ..status().delivery };
         let stuck = Status { enforces: false, delivery: full.clone(), ..status() };
         let text = table(&stuck);
         assert!(
             text.contains("enforces   NO: ") && text.contains("which takes nothing: the store"),
             "{text}"
         );
+        assert!(text.contains("spool      TAKES NOTHING, records wait in memory: disk full"), "{text}");
         let text = table(&Status { delivery: Delivery { collector: None, ..full }, ..status() });
         assert!(text.contains("collector  NONE: the store takes nothing"), "{text}");
     }
@@ -352,6 +386,8 @@ mod tests {
             "palisade_enforces 1",
             "palisade_collector_connected 1",
             "palisade_waiting_oldest_seconds 0.25",
+            "palisade_spool_bytes_limit 16777216",
+            "palisade_spool_works 1",
             "palisade_records_lost_total{cause=\"ring-full\"} 44",
             "palisade_verdicts_total{kind=\"exec\",verdict=\"denied\"} 3",
             "# TYPE palisade_kernel_errors_total counter",

@@ -178,7 +178,7 @@ impl DaemonSet {
             }
             std::fs::write(config.join(name), text)?;
         }
-        for name in ["profiles", "store", "scratch"] {
+        for name in ["profiles", "store", "spool", "scratch"] {
             std::fs::create_dir(folder.path().join(name))?;
         }
         std::fs::write(folder.path().join("profiles/guarded.yaml"), profile("guarded", "enforce"))?;
@@ -193,8 +193,10 @@ impl DaemonSet {
             .as_array()
             .and_then(|volumes| volumes.iter().find(|volume| volume["name"] == name))
             .with_context(|| format!("no volume {name}"))?;
-        // The store is the test's, so that nothing is left on the node.
-        if let Some(path) = volume["hostPath"]["path"].as_str().filter(|_| name != "store") {
+        // Store and spool are the test's, so that nothing is left on the node.
+        if let Some(path) =
+            volume["hostPath"]["path"].as_str().filter(|_| !["store", "spool"].contains(&name))
+        {
             if volume["hostPath"]["type"] == "DirectoryOrCreate" {
                 std::fs::create_dir_all(path)?;
             }

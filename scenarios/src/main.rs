@@ -12,6 +12,7 @@ mod claims;
 mod code;
 mod conditions;
 mod containerd;
+mod counters;
 mod cri;
 mod daemonset;
 mod demo;
@@ -34,10 +35,12 @@ mod overlay;
 mod peers;
 mod pinned;
 mod planted;
+mod proxy;
 mod races;
 mod random;
 mod report;
 mod smoke;
+mod soak;
 mod starts;
 mod switches;
 mod tampering;
@@ -210,6 +213,14 @@ enum Command {
     },
     /// Wrong configuration, no rights, no BTF, full disks, a collector that goes away: what is said, and how soon
     Faults,
+    /// Delivery while everything fails that can; at the end the records of each container add up to what the kernel has numbered
+    Soak {
+        #[arg(long, default_value_t = 8)]
+        minutes: u64,
+        /// What is drawn is the same again
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// The exec scenario must fail against programs with a planted bug
     Planted {
         /// Folder with one folder of objects per bug
@@ -300,6 +311,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Volumes { here } => volumes::run(&cri, here).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,
+            Command::Soak { minutes, seed } => soak::run(&cri, &soak::Options { minutes, seed }).await,
             Command::Planted { objects } => planted::run(&cri, &objects).await,
             Command::Demo => demo::run(&cri).await,
             Command::BenchStart { count, repeats } => bench_start::run(&cri, count, repeats).await,

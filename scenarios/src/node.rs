@@ -47,6 +47,8 @@ pub struct Node {
     cri: PathBuf,
     /// Folder of certificates that `palisade pki` made; without one there is no TLS.
     pub tls: Option<PathBuf>,
+    /// What is between agent and collector, if anything is.
+    pub proxy: Option<SocketAddr>,
 }
 
 /// How to start the agent.
@@ -103,7 +105,8 @@ impl Node {
         // Free at this moment; nothing else on a test node opens ports.
         let collector_address =
             TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?.local_addr()?;
-        Ok(Self { folder, collector_address, collector: None, agent: None, cri: cri.to_owned(), tls: None })
+        let cri = cri.to_owned();
+        Ok(Self { folder, collector_address, collector: None, agent: None, cri, tls: None, proxy: None })
     }
 
     /// Starts the collector on what is in the store.
@@ -143,9 +146,9 @@ impl Node {
         )
     }
 
-    /// Where agents and readers find the collector.
-    fn collector_uri(&self) -> String {
-        format!("{}://{}", if self.tls.is_some() { "https" } else { "http" }, self.collector_address)
+    /// How agents and readers find the collector at an address.
+    fn uri(&self, address: SocketAddr) -> String {
+        format!("{}://{address}", if self.tls.is_some() { "https" } else { "http" })
     }
 
     /// Kills the collector with SIGKILL.
@@ -200,11 +203,12 @@ impl Node {
         std::fs::write(
             &config,
             format!(
-                "node: test-node\ncollector: {}\nprofiles: {}\npins: {}\nsocket: {}\n{runtime}{tls}",
-                self.collector_uri(),
+                "node: test-node\ncollector: {}\nprofiles: {}\npins: {}\nsocket: {}\nspool: {{path: {}}}\n{runtime}{tls}",
+                self.uri(self.proxy.unwrap_or(self.collector_address)),
                 folder.join("profiles").display(),
                 pins.display(),
                 folder.join("agent.sock").display(),
+                folder.join("spool").display(),
             ),
         )?;
         let log = std::fs::File::create(folder.join("agent.log"))?;
@@ -365,6 +369,22 @@ impl Node {
 
     /// Runs `palisade` against this collector and returns what it prints.
     pub fn palisade(&self, arguments: &[&str]) -> Result<String> {
+        let output =
+            self.palisade_command(arguments, Stdio::piped()).output().context("cannot start palisade")?;
+        if !output.status.success() {
+            bail!("palisade {arguments:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// The same for what is too much to be held: it goes to `output`.
+    pub fn palisade_into(&self, arguments: &[&str], output: Stdio) -> Result<()> {
+        let status = self.palisade_command(arguments, output).status().context("cannot start palisade")?;
+        ensure!(status.success(), "palisade {arguments:?} failed");
+        Ok(())
+    }
+
+    fn palisade_command(&self, arguments: &[&str], output: Stdio) -> Command {
         let mut command = Command::new("palisade");
         command.args(arguments);
         if let Some(folder) = &self.tls {
@@ -372,15 +392,8 @@ impl Node {
             command.arg("--certificate").arg(folder.join("reader-ana.pem"));
             command.arg("--key").arg(folder.join("reader-ana-key.pem"));
         }
-        let output = command
-            .args(["--collector", &self.collector_uri()])
-            .stdin(Stdio::null())
-            .output()
-            .context("cannot start palisade")?;
-        if !output.status.success() {
-            bail!("palisade {arguments:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        command.args(["--collector", &self.uri(self.collector_address)]).stdin(Stdio::null()).stdout(output);
+        command
     }
 }
 

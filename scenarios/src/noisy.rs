@@ -64,8 +64,10 @@ async fn status(node: &Node, runtime: &Runtime) -> Result<()> {
     events::exactly_one(node, &nonce).await?;
     let status = until("everything of the container is delivered", async || {
         let status = node.status()?;
-        let of =
-            |own: &Value| own["id"] == container && own["on_the_way"] == 0 && own["made"].as_u64() > Some(3);
+        let of = |own: &Value| {
+            let waits = own["on_the_way"] != 0 || own["spooled"] != 0;
+            own["id"] == container && !waits && own["made"].as_u64() > Some(3)
+        };
         let settled = status["containers"].as_array().is_some_and(|all| all.iter().any(of));
         Ok(settled.then_some(status))
     })

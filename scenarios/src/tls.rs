@@ -50,12 +50,12 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
 }
 
 /// A folder with an authority and what it has signed.
-struct Site {
-    folder: tempfile::TempDir,
+pub struct Site {
+    pub folder: tempfile::TempDir,
 }
 
 impl Site {
-    fn new(node: &str) -> Result<Self> {
+    pub fn new(node: &str) -> Result<Self> {
         let site = Self { folder: tempfile::tempdir()? };
         site.pki(&["init"])?;
         site.pki(&["collector", "127.0.0.1"])?;
@@ -64,7 +64,8 @@ impl Site {
         Ok(site)
     }
 
-    fn pki(&self, words: &[&str]) -> Result<()> {
+    /// Runs `palisade pki` on the folder.
+    pub fn pki(&self, words: &[&str]) -> Result<()> {
         let output = Command::new("palisade")
             .arg("pki")
             .args(&words[..1])

@@ -17,7 +17,7 @@ pub struct Options {
     seconds: u64,
 }
 
-const TARGETS: &[&str] = &["ring_record", "profile", "log_segment", "nri_frames", "batch"];
+const TARGETS: &[&str] = &["ring_record", "profile", "log_segment", "nri_frames", "batch", "spool_row"];
 /// How long each target runs as a part of the tests.
 const RING_SECONDS: u64 = 15;
 

@@ -6,7 +6,10 @@ use anyhow::Result;
 use palisade_abi::{maps::PROBE_SLOT, record::Header};
 use palisade_profile::document::VolumeName;
 
-use super::Agent;
+use super::{
+    Agent,
+    accounts::{Accounted, settle},
+};
 use crate::{
     containers::{
         Container,
@@ -103,9 +106,11 @@ impl Agent {
         }
         let now = self.source.now();
         for (slot, (made, lost)) in made {
-            let account = accounts.get(&slot).copied().unwrap_or_default();
             let here = in_ring.get(&slot).copied().unwrap_or(0);
-            let missing = made.saturating_sub(account.delivered + account.reported + here);
+            let Accounted { settled, lost: spooled } =
+                settle(&mut self.kernel.maps.ledger, &self.queue, self.kernel.meta.epoch, slot);
+            let missing = made.saturating_sub(settled + here);
+            let spooled = spooled.min(missing);
             if missing > 0 {
                 tracing::warn!(
                     slot,
@@ -113,7 +118,8 @@ impl Agent {
                     "records went with the agent before this one; a gap record counts them"
                 );
             }
-            self.losses.gone_with_the_agent(slot, missing, lost, now);
+            self.losses.gone_with_the_spool(slot, spooled, now);
+            self.losses.gone_with_the_agent(slot, missing - spooled, lost, now);
         }
         self.report_losses();
     }

@@ -244,12 +244,12 @@ impl Agent {
         let credit = Credit {
             epoch: self.kernel.meta.epoch,
             slot,
-            delivered: u64::from(header.is_some()),
-            reported: 0,
+            delivered: i64::from(header.is_some()),
+            ..Credit::default()
         };
-        if self.queue.push(bytes, urgent, credit).is_err() {
+        if let Err(why) = self.queue.push(bytes, urgent, credit) {
             let time = header.map_or_else(|| self.source.now(), |header| self.source.wall(header.time));
-            self.losses.turned_away(slot, header.is_some(), time);
+            self.losses.turned_away(slot, header.is_some(), why, time);
         }
     }
 

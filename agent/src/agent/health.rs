@@ -1,7 +1,7 @@
 //! Answers whoever asks how the agent is.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     net::SocketAddr,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::Agent;
-use crate::delivery::refused;
+use crate::delivery::{Tally, refused};
 use crate::status::{ContainerStatus, Delivery, Status, metrics};
 
 /// Somebody asks, and waits.
@@ -122,15 +122,17 @@ impl Verdicts {
 impl Agent {
     pub(super) fn status(&self) -> Status {
         let ledger = &self.kernel.maps.ledger;
-        let accounts: HashMap<_, _> = ledger.accounts().into_iter().collect();
         let mut containers: Vec<ContainerStatus> = self
             .containers
             .iter()
             .filter(|(slot, _)| **slot != PROBE_SLOT)
             .map(|(slot, container)| {
-                let account = accounts.get(slot).copied().unwrap_or_default();
+                let account = ledger.account(*slot);
                 let made = ledger.records_made(*slot);
-                let settled = account.delivered + account.reported;
+                let Tally { booked, waiting } = self.queue.tally((self.kernel.meta.epoch, *slot));
+                let settled = account.spooled + account.from_memory;
+                let lost = booked.reported.saturating_sub(waiting.reported);
+                let spooled = waiting.sum();
                 let facts =
                     container.identity.as_ref().map(|identity| identity.facts.clone()).unwrap_or_default();
                 ContainerStatus {
@@ -142,8 +144,9 @@ impl Agent {
                     mode: container.mode.to_owned(),
                     revision: container.revision.clone(),
                     made,
-                    delivered: account.delivered,
-                    lost: account.reported,
+                    delivered: settled.saturating_sub(lost + spooled),
+                    lost,
+                    spooled,
                     on_the_way: made.saturating_sub(settled),
                 }
             })
@@ -167,11 +170,14 @@ impl Agent {
             delivery: Delivery {
                 collector: link.collector,
                 problem: link.problem,
-                waiting_records: waiting.records as u64,
-                waiting_bytes: waiting.bytes as u64,
-                most_bytes: waiting.limit as u64,
+                waiting_records: waiting.records,
+                spool_bytes: waiting.disk_bytes,
+                most_spool_bytes: waiting.most_disk_bytes,
+                spool_problem: waiting.problem,
+                memory_bytes: waiting.memory_bytes,
+                most_memory_bytes: waiting.most_memory_bytes,
                 oldest_seconds: waiting.oldest.as_secs_f64(),
-                acknowledged: self.queue.counts().1,
+                acknowledged: waiting.acknowledged,
             },
             lost,
             verdicts: self

@@ -377,12 +377,15 @@ impl Agent {
         self.waiting.remove(&slot);
         let made = self.kernel.maps.ledger.records_made(slot);
         self.tell_coverage(slot, "ended", made);
-        self.kernel.maps.ledger.close_account(slot, made);
+        let settled = self.kernel.maps.ledger.book(slot, |account| account.made = made);
         self.questions.forget(slot);
         self.pending.remove(&slot);
         self.awaiting_mounts.remove(&slot);
         self.revisions.release(&mut self.kernel.maps, slot);
         self.kernel.maps.remove_slot(slot);
+        if settled {
+            self.queue.settle((self.kernel.meta.epoch, slot));
+        }
         self.losses.forget(slot);
         self.admit_no_more(slot);
         if let Some(container) = self.containers.remove(&slot)

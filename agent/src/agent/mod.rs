@@ -1,6 +1,7 @@
 //! The agent at work: one task that owns the kernel's maps, the containers, the profiles and the process table,
 //! and takes one event after the other.
 
+mod accounts;
 mod admitted;
 mod adopt;
 pub mod digests;
@@ -29,7 +30,6 @@ use palisade_abi::{
     maps::AgentState,
     record::{ControlRecord, decode_control},
 };
-use palisade_proto::v1;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -50,7 +50,7 @@ use crate::{
         identify::{self, Questions, Sources},
         nri,
     },
-    delivery::{self, Credit, Link, Queue},
+    delivery::{self, Link, News, Queue, Run},
     kernel::{self, Kernel},
     losses::Losses,
     policies::{Profiles, Revisions},
@@ -134,7 +134,7 @@ struct Inputs {
     identities: mpsc::Receiver<(u64, Identity)>,
     questions: mpsc::Receiver<nri::Question>,
     events: mpsc::Receiver<RuntimeEvent>,
-    credits: mpsc::UnboundedReceiver<Credit>,
+    news: mpsc::UnboundedReceiver<News>,
     inquiries: mpsc::Receiver<Inquiry>,
 }
 
@@ -162,25 +162,22 @@ pub async fn run(config: Config) -> Result<()> {
             "no container runtime is there yet; containers stay unidentified. If it has another socket, name it under runtimes:"
         );
     }
-    let queue = Arc::new(Queue::new(config.queue.bytes));
-    let hello = v1::Hello {
+    let (tell, news) = mpsc::unbounded_channel();
+    let own = Run {
+        number: 0,
         node: source.node.clone(),
         boot: source.boot.clone(),
-        epoch: source.started,
-        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-        // Said anew with each stream.
-        first_position: 0,
-        next_position: 0,
+        started: source.started,
+        first: 0,
     };
+    let queue = Arc::new(Queue::open(config.limits(), own, tell));
+    let keeper = {
+        let queue = Arc::clone(&queue);
+        std::thread::Builder::new().name("spool".to_owned()).spawn(move || queue.keep())
+    };
+    let keeper = keeper.context("cannot start a thread for the spool")?;
     let link = Arc::new(Link::default());
-    let (acknowledged, credits) = mpsc::unbounded_channel();
-    let delivery = tokio::spawn(delivery::deliver(
-        config.targets()?,
-        hello,
-        Arc::clone(&queue),
-        Arc::clone(&link),
-        acknowledged,
-    ));
+    let delivery = tokio::spawn(delivery::deliver(config.targets()?, Arc::clone(&queue), Arc::clone(&link)));
     let (identified, identities) = mpsc::channel(64);
     let (asked, questions) = mpsc::channel(16);
     let (told, events) = mpsc::channel(256);
@@ -298,13 +295,21 @@ pub async fn run(config: Config) -> Result<()> {
             })
             .ok()
     });
-    let mut inputs = Inputs { identities, questions, events, credits, inquiries };
+    agent.forget_unknown_slots();
+    let mut inputs = Inputs { identities, questions, events, news, inquiries };
     let result = agent.work(&mut inputs).await;
     for task in speaking {
         task.abort();
     }
     agent.drain(Duration::from_secs(config.drain_seconds), &mut inputs).await;
     delivery.abort();
+    agent.queue.close();
+    if keeper.join().is_err() {
+        tracing::error!("the thread of the spool has failed; what it had not written is lost");
+    }
+    while let Ok(news) = inputs.news.try_recv() {
+        agent.learn(news);
+    }
     result
 }
 
@@ -336,7 +341,7 @@ impl Agent {
                     self.identify(slot, identity);
                 }
                 Some(event) = inputs.events.recv() => self.runtime_event(event),
-                Some(credit) = inputs.credits.recv() => self.credit(credit),
+                Some(news) = inputs.news.recv() => self.learn(news),
                 ready = self.kernel.records.readable() => { ready?; self.take_records(); }
                 _ = ring.tick() => { self.look_for_mounts(); self.take_records(); self.probe_self(); }
                 _ = housekeeping.tick() => {
@@ -456,6 +461,12 @@ impl Agent {
             }
             self.tell_coverage(slot, "agent-stopped", made);
         }
+        let deadline = if self.queue.outlives_the_agent() && self.link.state().collector.is_none() {
+            // The next agent delivers it.
+            Duration::ZERO
+        } else {
+            deadline
+        };
         let emptied = async {
             loop {
                 self.report_losses();
@@ -466,22 +477,22 @@ impl Agent {
                             break;
                         }
                     }
-                    Some(credit) = inputs.credits.recv() => self.credit(credit),
+                    Some(news) = inputs.news.recv() => self.learn(news),
                 }
             }
         };
         let in_time = tokio::time::timeout(deadline, emptied).await.is_ok();
-        while let Ok(credit) = inputs.credits.try_recv() {
-            self.credit(credit);
-        }
-        if !in_time {
+        let waiting = self.queue.waiting();
+        if !in_time && self.queue.outlives_the_agent() && self.losses.unsaid() == 0 {
+            tracing::info!(records = waiting.records, "the next agent delivers these");
+        } else if !in_time {
             tracing::error!(
-                records = self.queue.counts().0,
+                records = waiting.records,
                 uncounted = self.losses.unsaid(),
                 "the collector did not take these in time; they are lost"
             );
         }
-        tracing::info!(delivered = self.queue.counts().1, processes = self.processes.len(), "stopped");
+        tracing::info!(delivered = waiting.acknowledged, processes = self.processes.len(), "stopped");
     }
 }
 

@@ -10,11 +10,11 @@ use std::{
 use palisade_abi::{codes::verdict, maps::PROBE_SLOT, record::decode};
 use palisade_proto::v1::{self, record::Event};
 
-use super::{Agent, flow::SMALLEST_RECORD};
+use super::{Agent, accounts::settle, flow::SMALLEST_RECORD};
 use crate::{
     containers::{Container, cgroups},
-    delivery::Credit,
-    kernel::{OldSet, Whole},
+    delivery::{Credit, Queue},
+    kernel::{Ledger, OldSet, Whole},
     processes::Processes,
     records::{Made, Source, make},
 };
@@ -43,9 +43,31 @@ pub(super) struct Leaving {
 }
 
 impl Leaving {
-    fn new(set: OldSet) -> Self {
-        let accounted = accounts(&set).into_iter().map(|(slot, _, settled)| (slot, settled)).collect();
+    fn new(mut set: OldSet, queue: &Queue) -> Self {
+        let epoch = set.meta.epoch;
+        let slots: Vec<u64> = made(&set).into_keys().collect();
+        let accounted = slots
+            .into_iter()
+            .map(|slot| (slot, settle(set.ledger_mut(), queue, epoch, slot).settled))
+            .collect();
         Self { set, accounted, read: false }
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.set.meta.epoch
+    }
+
+    pub(super) fn ledger_mut(&mut self) -> &mut Ledger {
+        self.set.ledger_mut()
+    }
+}
+
+impl Others {
+    pub(super) fn sets(&self) -> Vec<&OldSet> {
+        match self {
+            Self::InForce(others) => others.sets.iter().collect(),
+            Self::Leaving(sets) => sets.iter().map(|leaving| &leaving.set).collect(),
+        }
     }
 }
 
@@ -106,8 +128,9 @@ impl Agent {
                     Ok(()) => {
                         tracing::info!(step = "the old programs are out of force", "upgrade");
                         // Read at the next tick: a program that ran when it was detached has ended by then.
-                        self.others =
-                            Some(Others::Leaving(others.sets.into_iter().map(Leaving::new).collect()));
+                        self.others = Some(Others::Leaving(
+                            others.sets.into_iter().map(|set| Leaving::new(set, &self.queue)).collect(),
+                        ));
                     }
                     Err(error) => {
                         tracing::error!(error = format!("{error:#}"), "older programs stay in force");
@@ -124,11 +147,14 @@ impl Agent {
                 }
                 self.queue.flush();
                 // What is not acknowledged is counted by the next agent, should this one be killed: it needs the accounts.
-                let open: Vec<Leaving> =
-                    sets.into_iter().filter(|leaving| !is_balanced(&leaving.set)).collect();
+                let (done, open): (Vec<Leaving>, Vec<Leaving>) =
+                    sets.into_iter().partition(|leaving| is_balanced(&leaving.set));
                 let names: Vec<String> = open.iter().map(|leaving| leaving.set.name.clone()).collect();
                 if let Err(error) = self.kernel.forget_others(&names) {
                     tracing::error!(error = format!("{error:#}"), "the maps of older programs stay");
+                }
+                for set in done.iter().map(|leaving| &leaving.set) {
+                    made(set).into_keys().for_each(|slot| self.queue.settle((set.meta.epoch, slot)));
                 }
                 if open.is_empty() {
                     tracing::info!(step = "the old maps are gone", "upgrade");
@@ -167,18 +193,6 @@ impl Agent {
         }
     }
 
-    /// Books what the collector has acknowledged.
-    pub(super) fn credit(&mut self, credit: Credit) {
-        let Credit { epoch, slot, delivered, reported } = credit;
-        if epoch == self.kernel.meta.epoch {
-            self.kernel.maps.ledger.credit(slot, delivered, reported);
-        } else if let Some(Others::Leaving(sets)) = &mut self.others
-            && let Some(leaving) = sets.iter_mut().find(|leaving| leaving.set.meta.epoch == epoch)
-        {
-            leaving.set.ledger_mut().credit(slot, delivered, reported);
-        }
-    }
-
     /// Delivers what is left in the ring of a set that makes no records any more.
     fn deliver_for(&mut self, leaving: &mut Leaving) {
         let Leaving { set, accounted, .. } = leaving;
@@ -198,7 +212,8 @@ impl Agent {
             let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
             let bytes = source.encode(slot, Some(&header), None, container.encoded(), event);
-            if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 1, reported: 0 }).is_ok() {
+            if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 1, ..Credit::default() }).is_ok()
+            {
                 *accounted.entry(slot).or_default() += 1;
             }
         }
@@ -210,7 +225,7 @@ impl Agent {
         let Leaving { set, accounted, .. } = leaving;
         let epoch = set.meta.epoch;
         let source = Source::new(self.source.node.clone(), self.source.boot.clone(), &set.meta);
-        for (slot, made, _) in accounts(set) {
+        for (slot, made) in made(set) {
             let accounted = accounted.entry(slot).or_default();
             let count = made.saturating_sub(*accounted);
             if count == 0 {
@@ -223,7 +238,8 @@ impl Agent {
             let container = self.containers.get(&slot).unwrap_or(&gone);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
             // Without room it is tried again.
-            if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 0, reported: count }).is_ok() {
+            let reported = i64::try_from(count).unwrap_or(i64::MAX);
+            if self.queue.push(bytes, true, Credit { epoch, slot, reported, ..Credit::default() }).is_ok() {
                 *accounted += count;
                 tracing::info!(set = set.name, slot, missing = count, "records of an older set are missing");
             }
@@ -252,25 +268,23 @@ impl Agent {
     }
 }
 
-/// Every slot of a set with what was numbered in it, and what of that is delivered or reported.
-fn accounts(set: &OldSet) -> Vec<(u64, u64, u64)> {
+/// Every slot of a set with what was numbered in it.
+fn made(set: &OldSet) -> HashMap<u64, u64> {
     let ledger = set.ledger();
-    let booked: HashMap<_, _> = ledger.accounts().into_iter().collect();
-    let mut made: HashMap<u64, u64> = booked.iter().map(|(slot, account)| (*slot, account.made)).collect();
+    let mut made: HashMap<u64, u64> =
+        ledger.accounts().into_iter().map(|(slot, account)| (slot, account.made)).collect();
     for (slot, _) in ledger.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
         made.insert(slot, ledger.last_numbers(slot).iter().map(|(_, last)| last).sum());
     }
-    made.into_iter()
-        .map(|(slot, made)| {
-            let account = booked.get(&slot).copied().unwrap_or_default();
-            (slot, made, account.delivered + account.reported)
-        })
-        .collect()
+    made
 }
 
-/// Whether everything that a set has numbered is delivered or reported.
+/// Whether everything that a set has numbered is in the spool or delivered, or counted there.
 fn is_balanced(set: &OldSet) -> bool {
-    accounts(set).into_iter().all(|(_, made, settled)| settled >= made)
+    made(set).into_iter().all(|(slot, made)| {
+        let account = set.ledger().account(slot);
+        account.spooled + account.from_memory >= made
+    })
 }
 
 /// A container that is gone, as far as the set knows it.

@@ -95,7 +95,8 @@ impl Agent {
         losses.report(now, |slot, gap, reported| {
             let container = containers.get(&slot).unwrap_or(unknown);
             let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
-            queue.push(bytes, true, Credit { epoch, slot, delivered: 0, reported }).is_ok()
+            let reported = i64::try_from(reported).unwrap_or(i64::MAX);
+            queue.push(bytes, true, Credit { epoch, slot, reported, ..Credit::default() }).is_ok()
         });
         queue.flush();
     }

@@ -1,82 +1,242 @@
-//! What waits for the collector.
+//! What waits for the collector: let in by the agent, kept by the spool ([`super::keeper`]), taken by the stream.
 //!
-//! A record takes its position when it is let in, so positions have no holes, whatever is turned away. Telemetry
-//! is turned away before denials are.
+//! A record takes its position when it is let in, so positions have no holes, whatever is turned away. Telemetry is turned away
+//! before denials are, and of one container as soon as it has as much here as is left for all others: what was recorded first
+//! stays, and nobody can push out what others have done, nor the traces of his own beginnings.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    sync::{Mutex, MutexGuard, PoisonError},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
+    path::PathBuf,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
+use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use palisade_proto::batch::{MOST_OF_RECORD, taken_by};
-use tokio::sync::Notify;
+use palisade_proto::{
+    batch::{self, MOST_OF_RECORD, taken_by},
+    v1::Batch,
+};
+use tokio::sync::{Notify, mpsc};
 
-/// The queue has no room; the caller counts the record as lost.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Full;
+use super::{
+    row::{Credit, Row},
+    spool::{Booked, Content, Run, SlotOf, Spool, add, payload_of},
+};
+
+/// Why a record was not let in; the caller counts it as lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    Memory,
+    Disk,
+}
 
 /// Overhead that is counted for each record.
 const OVERHEAD: usize = 64;
-/// The share of the queue that only urgent records may use, as a divisor.
-const RESERVED_SHARE: usize = 8;
+/// The share of the room that only urgent records may use, as a divisor.
+const RESERVED_SHARE: u64 = 8;
+/// Rows that are read for one batch.
+const MOST_ROWS: usize = 256;
 
-/// What the account of a slot gains when a record is acknowledged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Credit {
-    /// The set of programs that numbered it.
-    pub epoch: u64,
-    pub slot: u64,
-    /// 1 for a record that the kernel has numbered.
-    pub delivered: u64,
-    /// How many numbered records a gap record counts.
-    pub reported: u64,
+/// What the agent learns of records that it has let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News {
+    /// They are on the node's disk.
+    Spooled(Credit),
+    /// They were, and the collector has them.
+    Delivered(Credit),
+    /// They were not, and the collector has them.
+    DeliveredFromMemory(Credit),
+    /// They are lost.
+    Lost(Credit),
+}
+
+/// Where records wait, and how many.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bytes in memory.
+    pub memory: usize,
+    /// Folder of the spool; absent: everything is in memory only.
+    pub folder: Option<PathBuf>,
+    /// Bytes on disk.
+    pub disk: u64,
+    /// How long records are kept, of the time that the spool is in use.
+    pub age: Option<Duration>,
 }
 
 /// What waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Waiting {
-    pub records: usize,
-    pub bytes: usize,
-    /// Most bytes that may.
-    pub limit: usize,
+    pub records: u64,
+    /// In memory, of how many.
+    pub memory_bytes: u64,
+    pub most_memory_bytes: u64,
+    /// On disk, of how many.
+    pub disk_bytes: u64,
+    pub most_disk_bytes: u64,
     /// How long the first has waited.
     pub oldest: Duration,
     /// Records that no collector would take, so far.
     pub given_up: u64,
+    /// Records that were acknowledged, so far.
+    pub acknowledged: u64,
+    /// Why nothing is written to the disk; empty when it is.
+    pub problem: String,
 }
 
-struct Entry {
-    record: Bytes,
-    credit: Credit,
-    since: Instant,
+/// What is known of the records of a slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Taken in, ever.
+    pub booked: Booked,
+    /// Of them what no collector has yet.
+    pub waiting: Booked,
+}
+
+pub(super) struct Entry {
+    pub record: Bytes,
+    pub credit: Credit,
 }
 
 #[derive(Default)]
-struct State {
-    records: VecDeque<Entry>,
-    bytes: usize,
-    /// Position of the first record.
-    first: u64,
-    acknowledged: u64,
-    given_up: u64,
+pub(super) struct State {
+    /// Earlier runs that have something left, the oldest first, and this one.
+    pub runs: VecDeque<Run>,
+    /// The position of the next record that is let in.
+    pub next: u64,
+    /// Let in, and not yet in a row.
+    pub staged: VecDeque<Entry>,
+    pub staged_since: Option<Instant>,
+    /// Bytes of what is staged, or being made a row of, and how many each slot has of them.
+    pub memory: u64,
+    pub memory_of: HashMap<SlotOf, u64>,
+    /// Rows that are not on disk.
+    pub kept: BTreeMap<u64, Row>,
+    pub kept_bytes: u64,
+    /// Rows on disk.
+    pub disk_records: u64,
+    pub disk_bytes: u64,
+    /// Of all rows: what each slot has of them, and what it ever had.
+    pub waiting: HashMap<SlotOf, Credit>,
+    pub booked: HashMap<SlotOf, Booked>,
+    /// When the spool had been in use for how long.
+    pub lived: (Duration, Option<Instant>),
+    /// Somebody waits for what is staged.
+    pub flush: bool,
+    /// Runs that have got on since the spool was told, and since when.
+    pub moved: HashSet<u64>,
+    pub moved_since: Option<Instant>,
+    pub ended: Vec<u64>,
+    pub settled: Vec<SlotOf>,
+    pub rebased: Vec<(SlotOf, u64)>,
+    /// The run of which old rows are to go.
+    pub shed: Option<u64>,
+    /// Whether the spool was ever open.
+    pub opened: bool,
+    /// Whether rows are in a spool that is not open any more.
+    pub blind: bool,
+    /// Rows on disk that something else has taken the place of.
+    pub hidden: BTreeSet<(u64, u64)>,
+    pub problem: String,
+    pub retry: Option<Instant>,
+    pub acknowledged: u64,
+    pub given_up: u64,
+    pub closing: bool,
+    pub closed: bool,
+}
+
+impl State {
+    pub(super) fn own(&self) -> &Run {
+        &self.runs[self.runs.len() - 1]
+    }
+
+    /// How long the spool has been in use, milliseconds.
+    pub(super) fn lived(&self) -> u64 {
+        let (before, since) = self.lived;
+        let now = before + since.map_or(Duration::ZERO, |since| since.elapsed());
+        u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn book(&mut self, row: &Row) {
+        for credit in &row.credits {
+            add(&mut self.waiting, credit);
+            self.booked.entry((credit.epoch, credit.slot)).or_default().add(credit);
+        }
+    }
+
+    /// A row is not here any more.
+    pub(super) fn took(&mut self, row: &Row) {
+        for Credit { epoch, slot, delivered, reported, bytes } in &row.credits {
+            let key = (*epoch, *slot);
+            let Some(waiting) = self.waiting.get_mut(&key) else { continue };
+            waiting.delivered -= delivered;
+            waiting.reported -= reported;
+            waiting.bytes = waiting.bytes.saturating_sub(*bytes);
+            if waiting.bytes == 0 {
+                self.waiting.remove(&key);
+            }
+        }
+    }
+
+    /// Whether everything is acknowledged.
+    fn is_empty(&self) -> bool {
+        self.runs.len() == 1 && self.own().first == self.next
+    }
 }
 
 /// Records between the agent and the collector.
 pub struct Queue {
-    state: Mutex<State>,
-    limit: usize,
-    filled: Notify,
-    emptied: Notify,
+    pub(super) state: Mutex<State>,
+    pub(super) spool: RwLock<Option<Spool>>,
+    pub(super) limits: Limits,
+    pub(super) work: Condvar,
+    pub(super) filled: Notify,
+    pub(super) emptied: Notify,
+    pub(super) shed: Notify,
+    pub(super) news: mpsc::UnboundedSender<News>,
+}
+
+/// A run as the stream sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    pub run: Run,
+    /// Whether it still grows; else nobody knows what it had only in memory.
+    pub own: bool,
+    pub next: u64,
 }
 
 impl Queue {
-    pub fn new(limit: usize) -> Self {
-        Self { state: Mutex::default(), limit, filled: Notify::new(), emptied: Notify::new() }
+    /// Opens the spool, and begins a new run. What is wrong with the disk is said, and tried again.
+    pub fn open(limits: Limits, run: Run, news: mpsc::UnboundedSender<News>) -> Self {
+        let mut state = State { lived: (Duration::ZERO, Some(Instant::now())), ..State::default() };
+        let spool = limits.folder.as_ref().and_then(|folder| match Spool::open(folder, &run.node) {
+            Ok((spool, content)) => {
+                state.learn(content);
+                Some(spool)
+            }
+            Err(error) => {
+                state.fails(&error);
+                state.retry = Some(Instant::now());
+                None
+            }
+        });
+        // Unique also when the clock was set back.
+        let number = state.runs.iter().map(|run| run.number + 1).max().unwrap_or(0).max(run.started);
+        state.moved.insert(number);
+        state.runs.push_back(Run { number, first: 0, ..run });
+        Self {
+            state: Mutex::new(state),
+            spool: RwLock::new(spool),
+            limits,
+            work: Condvar::new(),
+            filled: Notify::new(),
+            emptied: Notify::new(),
+            shed: Notify::new(),
+            news,
+        }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // Every change below is complete before anything can panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -88,40 +248,101 @@ impl Queue {
     /// When there is no room for it, or it is larger than a record may be.
     pub fn push(&self, record: Bytes, urgent: bool, credit: Credit) -> Result<(), Full> {
         if record.len() > MOST_OF_RECORD {
-            return Err(Full);
+            return Err(Full::Memory);
         }
         let mut state = self.state();
-        let limit = if urgent { self.limit } else { self.limit - self.limit / RESERVED_SHARE };
-        let size = record.len() + OVERHEAD;
-        if state.bytes + size > limit {
-            return Err(Full);
+        let size = (record.len() + OVERHEAD) as u64;
+        let key = (credit.epoch, credit.slot);
+        // The agent's own words are of no container.
+        let shared = credit.slot != 0;
+        let fits = |used: u64, own: u64, limit: u64| {
+            let free = limit.saturating_sub(used);
+            let reserved = if urgent { 0 } else { limit / RESERVED_SHARE };
+            let share = if urgent { free.saturating_mul(2) } else { free };
+            size + reserved <= free && (!shared || own + size <= share)
+        };
+        let own = state.memory_of.get(&key).copied().unwrap_or(0);
+        if !fits(state.memory + state.kept_bytes, own, self.limits.memory as u64) {
+            return Err(Full::Memory);
         }
-        state.bytes += size;
-        state.records.push_back(Entry { record, credit, since: Instant::now() });
+        let own = state.waiting.get(&key).map_or(0, |waiting| waiting.bytes);
+        if self.limits.folder.is_some() && !fits(state.disk_bytes, own, payload_of(self.limits.disk)) {
+            return Err(Full::Disk);
+        }
+        state.memory += size;
+        *state.memory_of.entry(key).or_default() += size;
+        state.staged_since.get_or_insert_with(Instant::now);
+        state.staged.push_back(Entry { record, credit: Credit { bytes: size, ..credit } });
+        state.next += 1;
         Ok(())
     }
 
-    /// Tells the stream that there is something to send.
+    /// Has everything sent that was let in.
     pub fn flush(&self) {
-        self.filled.notify_one();
+        let mut state = self.state();
+        if !state.staged.is_empty() {
+            state.flush = true;
+            drop(state);
+            self.work.notify_one();
+        }
     }
 
-    /// Waits until there may be something at `position`.
+    /// Waits until there may be something to send.
     pub async fn filled(&self) {
         self.filled.notified().await;
     }
 
-    /// Records from `position` on, up to `most` of them and together up to `bytes` in a batch, with the position of the first.
-    pub fn batch(&self, position: u64, most: usize, bytes: usize) -> (u64, Vec<Bytes>) {
+    /// The run whose turn it is.
+    pub fn sequence(&self) -> Sequence {
         let state = self.state();
-        let position = position.max(state.first);
-        let skip = (position - state.first) as usize;
+        let run = state.runs[0].clone();
+        Sequence { own: state.runs.len() == 1, next: state.next, run }
+    }
+
+    /// A batch of `run` with the first records from `position` on, up to `most` of them and together up to `bytes`.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be read at this moment.
+    pub fn batch(&self, run: u64, position: u64, most: usize, bytes: usize) -> Result<Option<Batch>> {
+        let given_up = self.state().runs.iter().find(|known| known.number == run).map_or(0, |run| run.first);
+        let position = position.max(given_up);
+        let mut rows: Vec<(u64, Row)> = Vec::new();
+        let (mut at, mut records, mut taken) = (position, 0, 0);
+        while rows.len() < MOST_ROWS {
+            let Some((first, row)) = self.row(run, at)? else { break };
+            records += row.count as usize;
+            taken += row.size as usize;
+            if !rows.is_empty() && (first != at || records > most || taken > bytes) {
+                break;
+            }
+            at = first + u64::from(row.count);
+            rows.push((first, row));
+        }
+        let Some((first, row)) = rows.first() else { return Ok(None) };
+        let first_position = position.max(*first);
+        let as_batch = |first_position, row: &Row| Batch {
+            first_position,
+            compressed: row.compressed.clone(),
+            count: row.count,
+            size: row.size,
+            given_up: 0,
+        };
+        if rows.len() == 1
+            && *first == first_position
+            && row.count as usize <= most
+            && row.size as usize <= bytes
+        {
+            return Ok(Some(as_batch(first_position, row)));
+        }
+        let mut all = Vec::new();
+        for (first, row) in &rows {
+            all.extend(batch::unpack(&as_batch(*first, row)).context("a batch in the spool is damaged")?);
+        }
         let mut taken = 0;
-        let records = state
-            .records
-            .iter()
-            .map(|entry| &entry.record)
-            .skip(skip)
+        let some: Vec<Bytes> = all
+            .into_iter()
+            .skip((first_position - first) as usize)
             .take(most)
             .take_while(|record| {
                 let size = taken_by(record.len());
@@ -129,78 +350,206 @@ impl Queue {
                 taken += size;
                 fits
             })
-            .cloned()
             .collect();
-        (position, records)
+        Ok(Some(batch::pack(first_position, &some)?))
     }
 
-    /// Forgets every record before `next`, and returns what the accounts gain by it, one entry a slot.
-    pub fn acknowledge(&self, next: u64) -> Vec<Credit> {
-        let mut state = self.state();
-        let mut gained: HashMap<(u64, u64), Credit> = HashMap::new();
-        while state.first < next {
-            let Some(Entry { record, credit, .. }) = state.records.pop_front() else { break };
-            let Credit { epoch, slot, delivered, reported } = credit;
-            if delivered + reported > 0 {
-                let nothing = Credit { epoch, slot, ..Credit::default() };
-                let sum = gained.entry((epoch, slot)).or_insert(nothing);
-                sum.delivered += delivered;
-                sum.reported += reported;
+    /// The row that `position` is in, or the next one.
+    fn row(&self, run: u64, position: u64) -> Result<Option<(u64, Row)>> {
+        let spool = self.spool.read().unwrap_or_else(PoisonError::into_inner);
+        // First what is in memory: what goes to the disk meanwhile is found there.
+        let in_memory = {
+            let state = self.state();
+            anyhow::ensure!(
+                spool.is_some() || !state.blind,
+                "what is in the spool cannot be read: {}",
+                state.problem
+            );
+            let before = state.kept.range(..=position).next_back();
+            before
+                .filter(|(first, row)| **first + u64::from(row.count) > position)
+                .or_else(|| state.kept.range(position..).next())
+                .filter(|_| run == state.own().number)
+                .map(|(first, row)| (*first, row.clone()))
+        };
+        let mut at = position;
+        let on_disk = loop {
+            let found = spool.as_ref().map_or(Ok(None), |spool| spool.row(run, at))?;
+            match found {
+                Some((first, row)) if self.state().hidden.contains(&(run, first)) => {
+                    at = first + u64::from(row.count);
+                }
+                other => break other,
             }
-            state.bytes -= record.len() + OVERHEAD;
-            state.first += 1;
-            state.acknowledged += 1;
-        }
-        if state.records.is_empty() {
-            drop(state);
-            self.emptied.notify_waiters();
-        }
-        gained.into_values().collect()
+        };
+        Ok([on_disk, in_memory].into_iter().flatten().min_by_key(|(first, _)| *first))
     }
 
-    /// Takes out the record at `position`, which must be the first: it is never delivered. What `replacement` makes of it comes
-    /// last, whatever room there is; the account counts it then as reported.
-    pub fn give_up(&self, position: u64, replacement: impl FnOnce(&Bytes, Credit) -> Option<Bytes>) {
+    /// Every record of `run` before `next` is at a collector.
+    pub fn acknowledge(&self, run: u64, next: u64) {
         let mut state = self.state();
-        if state.first != position {
+        let Some(index) = state.runs.iter().position(|known| known.number == run) else { return };
+        let own = index + 1 == state.runs.len();
+        let next = if own { next.min(state.next) } else { next };
+        if next <= state.runs[index].first {
             return;
         }
-        let Some(Entry { record, credit, since }) = state.records.pop_front() else { return };
-        state.first += 1;
-        state.bytes -= record.len() + OVERHEAD;
-        state.given_up += 1;
-        if let Some(replacement) = replacement(&record, credit) {
-            let reported = credit.delivered + credit.reported;
-            state.bytes += replacement.len() + OVERHEAD;
-            let credit = Credit { delivered: 0, reported, ..credit };
-            state.records.push_back(Entry { record: replacement, credit, since });
+        state.acknowledged += next - state.runs[index].first;
+        state.runs[index].first = next;
+        state.moved.insert(run);
+        state.moved_since.get_or_insert_with(Instant::now);
+        while own
+            && let Some(entry) = state.kept.first_entry()
+            && *entry.key() + u64::from(entry.get().count) <= next
+        {
+            let row = entry.remove();
+            state.kept_bytes -= row.length() as u64;
+            state.took(&row);
+            for credit in row.credits {
+                self.tell(News::DeliveredFromMemory(credit));
+            }
         }
-        if state.records.is_empty() {
-            drop(state);
+        self.tell_if_empty(&state);
+    }
+
+    /// A run that does not grow has nothing left.
+    pub fn finish(&self, run: u64) {
+        let mut state = self.state();
+        if state.runs.len() > 1 && state.runs[0].number == run {
+            state.runs.pop_front();
+            state.ended.push(run);
+            state.moved.remove(&run);
+            state.moved_since.get_or_insert_with(Instant::now);
+        }
+        self.tell_if_empty(&state);
+    }
+
+    fn tell_if_empty(&self, state: &State) {
+        if state.is_empty() {
             self.emptied.notify_waiters();
         }
     }
 
-    /// The position of the first record that waits, and the next that will be given.
-    pub fn positions(&self) -> (u64, u64) {
-        let state = self.state();
-        (state.first, state.first + state.records.len() as u64)
+    pub(super) fn tell(&self, news: News) {
+        let _the_agent_stops = self.news.send(news);
     }
 
-    /// Records that wait, and records acknowledged so far.
-    pub fn counts(&self) -> (usize, u64) {
+    /// The record at `position` of `run`, which must be the first that is left.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    pub fn first_record(&self, run: u64, position: u64) -> Result<Option<Bytes>> {
+        let batch = self.batch(run, position, 1, usize::MAX)?;
+        let Some(batch) = batch.filter(|batch| batch.first_position == position) else { return Ok(None) };
+        Ok(batch::unpack(&batch)?.into_iter().next())
+    }
+
+    /// Takes out the record at `position` of `run`, which must be the first: it is never delivered. `replacement` comes last,
+    /// whatever room there is, and counts it.
+    pub fn give_up(&self, run: u64, position: u64, replacement: Option<(Bytes, Credit)>) {
+        let mut state = self.state();
+        let Some(index) = state.runs.iter().position(|known| known.number == run) else { return };
+        if state.runs[index].first != position {
+            return;
+        }
+        state.runs[index].first = position + 1;
+        state.moved.insert(run);
+        state.given_up += 1;
+        if let Some((record, credit)) = replacement {
+            state.add(record, credit);
+        }
+        state.flush = true;
+        drop(state);
+        self.work.notify_one();
+    }
+
+    /// Has everything of `run` dropped and counted that is too old, and waits for that.
+    pub async fn without_old(&self, run: u64) {
+        if self.limits.age.is_none() {
+            return;
+        }
+        loop {
+            let done = self.shed.notified();
+            tokio::pin!(done);
+            done.as_mut().enable();
+            {
+                let mut state = self.state();
+                if state.closed || !state.problem.is_empty() {
+                    return;
+                }
+                state.shed = Some(run);
+            }
+            self.work.notify_one();
+            done.await;
+            if self.state().shed.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// A slot needs no account any more.
+    pub fn settle(&self, slot: SlotOf) {
+        let mut state = self.state();
+        state.booked.remove(&slot);
+        state.settled.push(slot);
+        state.moved_since.get_or_insert_with(Instant::now);
+    }
+
+    /// What was taken in of a slot is `sum`, whatever the spool says.
+    pub fn rebase(&self, slot: SlotOf, sum: u64) {
+        let mut state = self.state();
+        state.booked.insert(slot, Booked { delivered: sum, reported: 0 });
+        state.rebased.push((slot, sum));
+        state.moved_since.get_or_insert_with(Instant::now);
+    }
+
+    /// Forgets accounts of slots that `known` does not know.
+    pub fn settle_all_but(&self, known: &HashSet<SlotOf>) {
+        let unknown: Vec<SlotOf> =
+            self.state().booked.keys().filter(|slot| !known.contains(slot)).copied().collect();
+        for slot in unknown {
+            self.settle(slot);
+        }
+    }
+
+    /// What was ever taken in of each slot, as far as the spool knows: records that were only in memory before this run are
+    /// not among them.
+    pub fn booked(&self, slot: SlotOf) -> Option<u64> {
+        self.state().booked.get(&slot).map(|booked| booked.sum())
+    }
+
+    /// Whether the spool can be read, or was never meant to be there.
+    pub fn knows(&self) -> bool {
+        self.limits.folder.is_none() || self.state().opened
+    }
+
+    pub fn tally(&self, slot: SlotOf) -> Tally {
         let state = self.state();
-        (state.records.len(), state.acknowledged)
+        let waiting = state.waiting.get(&slot).map_or(Booked::default(), |waiting| Booked {
+            delivered: waiting.delivered.max(0).unsigned_abs(),
+            reported: waiting.reported.max(0).unsigned_abs(),
+        });
+        Tally { booked: state.booked.get(&slot).copied().unwrap_or_default(), waiting }
     }
 
     pub fn waiting(&self) -> Waiting {
+        let sequence = self.sequence();
+        let first = self.row(sequence.run.number, sequence.run.first).ok().flatten();
         let state = self.state();
+        let kept: u64 = state.kept.values().map(|row| u64::from(row.count)).sum();
+        let staged = state.staged_since.map_or(Duration::ZERO, |since| since.elapsed());
+        let oldest = first.map(|(_, row)| Duration::from_millis(state.lived().saturating_sub(row.lived)));
         Waiting {
-            records: state.records.len(),
-            bytes: state.bytes,
-            limit: self.limit,
+            records: state.disk_records + kept + state.staged.len() as u64,
+            memory_bytes: state.memory + state.kept_bytes,
+            most_memory_bytes: self.limits.memory as u64,
+            disk_bytes: state.disk_bytes,
+            most_disk_bytes: if self.limits.folder.is_some() { payload_of(self.limits.disk) } else { 0 },
+            oldest: oldest.unwrap_or(staged),
             given_up: state.given_up,
-            oldest: state.records.front().map_or(Duration::ZERO, |first| first.since.elapsed()),
+            acknowledged: state.acknowledged,
+            problem: state.problem.clone(),
         }
     }
 
@@ -208,64 +557,64 @@ impl Queue {
     pub async fn drained(&self) {
         loop {
             let emptied = self.emptied.notified();
-            if self.counts().0 == 0 {
+            tokio::pin!(emptied);
+            emptied.as_mut().enable();
+            if self.state().is_empty() {
                 return;
             }
             emptied.await;
         }
     }
+
+    /// Whether what is not acknowledged outlives the agent.
+    pub fn outlives_the_agent(&self) -> bool {
+        self.limits.folder.is_some() && self.state().problem.is_empty()
+    }
+
+    /// Has everything written that is here. Nothing may be let in any more.
+    pub fn close(&self) {
+        self.state().closing = true;
+        self.work.notify_one();
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn telemetry_is_turned_away_before_denials() {
-        let queue = Queue::new(8000);
-        let record = Bytes::from(vec![0; 936]);
-        while queue.push(record.clone(), false, Credit::default()).is_ok() {}
-        assert_eq!(queue.counts().0, 7);
-        assert_eq!(queue.push(record.clone(), true, Credit::default()), Ok(()));
-        assert_eq!(queue.push(record, true, Credit::default()), Err(Full));
+impl State {
+    /// Stages a record that the agent has not let in.
+    pub(super) fn add(&mut self, record: Bytes, credit: Credit) {
+        let size = (record.len() + OVERHEAD) as u64;
+        self.memory += size;
+        *self.memory_of.entry((credit.epoch, credit.slot)).or_default() += size;
+        self.staged_since.get_or_insert_with(Instant::now);
+        self.staged.push_back(Entry { record, credit: Credit { bytes: size, ..credit } });
+        self.next += 1;
     }
 
-    #[test]
-    fn what_is_given_up_is_counted_by_what_comes_in_its_place() {
-        let queue = Queue::new(1 << 20);
-        let credit = Credit { epoch: 1, slot: 5, delivered: 1, reported: 0 };
-        for text in ["a", "b"] {
-            queue.push(Bytes::from_static(text.as_bytes()), false, credit).unwrap();
+    /// Takes over what a spool holds, beside what is known already.
+    pub(super) fn learn(&mut self, content: Content) {
+        let Content { runs, booked, waiting, records, bytes, lived } = content;
+        for run in runs.into_iter().rev() {
+            self.runs.push_front(run);
         }
-        queue.give_up(1, |_, _| panic!("it is not the first"));
-        queue.give_up(0, |record, of| {
-            assert_eq!((record.as_ref(), of), (&b"a"[..], credit));
-            Some(Bytes::from_static(b"gap"))
-        });
-        assert_eq!(queue.positions(), (1, 3));
-        assert_eq!(queue.batch(0, 9, 99), (1, vec![Bytes::from_static(b"b"), Bytes::from_static(b"gap")]));
-        assert_eq!(queue.acknowledge(3), [Credit { epoch: 1, slot: 5, delivered: 1, reported: 1 }]);
-        queue.give_up(3, |_, _| panic!("nothing is there"));
-        assert_eq!(queue.waiting().given_up, 1);
-        let large = Bytes::from(vec![0; MOST_OF_RECORD + 1]);
-        assert_eq!(queue.push(large, true, credit), Err(Full), "no collector would take it");
+        for (slot, found) in booked {
+            let known = self.booked.entry(slot).or_default();
+            known.delivered += found.delivered;
+            known.reported += found.reported;
+        }
+        for credit in waiting.values() {
+            add(&mut self.waiting, credit);
+        }
+        self.disk_records = records;
+        self.disk_bytes = bytes;
+        self.lived = (Duration::from_millis(lived), Some(Instant::now()));
+        self.opened = true;
     }
 
-    #[test]
-    fn positions_follow_acknowledgements() {
-        let queue = Queue::new(1 << 20);
-        for text in ["a", "b", "c"] {
-            let credit = Credit { epoch: 1, slot: 5, delivered: 1, reported: 0 };
-            queue.push(Bytes::from_static(text.as_bytes()), false, credit).unwrap();
+    /// Nothing can be written to the spool.
+    pub(super) fn fails(&mut self, error: &anyhow::Error) {
+        let problem = format!("{error:#}");
+        if problem != self.problem {
+            tracing::error!("records wait in memory only: {problem}");
+            self.problem = problem;
         }
-        assert_eq!(queue.acknowledge(1), [Credit { epoch: 1, slot: 5, delivered: 1, reported: 0 }]);
-        assert_eq!(queue.batch(0, 10, 100), (1, vec![Bytes::from_static(b"b"), Bytes::from_static(b"c")]));
-        assert_eq!(queue.batch(2, 10, 100).1.len(), 1);
-        assert_eq!(queue.acknowledge(9), [Credit { epoch: 1, slot: 5, delivered: 2, reported: 0 }]);
-        assert_eq!(queue.counts(), (0, 3));
-        let waiting = queue.waiting();
-        assert_eq!((waiting.records, waiting.bytes, waiting.oldest), (0, 0, Duration::ZERO));
-        queue.push(Bytes::from_static(b"d"), false, Credit::default()).unwrap();
-        assert_eq!(queue.batch(3, 10, 100), (3, vec![Bytes::from_static(b"d")]));
     }
 }

@@ -7,19 +7,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use palisade_proto::{
-    batch,
-    v1::{
-        AgentMessage, CollectorMessage, Hello, NotTaken, agent_message, collector_message,
-        delivery_client::DeliveryClient,
-    },
+use palisade_proto::v1::{
+    AgentMessage, Batch, CollectorMessage, Hello, NotTaken, agent_message, collector_message,
+    delivery_client::DeliveryClient,
 };
 use palisade_transport::{dial::Target, files::Files};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{Credit, Link, Queue, refused::replacement};
+use super::{Link, Queue, queue::Sequence, refused::replacement};
 
 const MOST_RECORDS: usize = 2048;
 const MOST_BYTES: usize = 1 << 20;
@@ -37,33 +34,27 @@ const LOOK_AT_CERTIFICATES: Duration = Duration::from_secs(5);
 
 /// Empties the queue into one of `targets`, which must not be none, until the task is dropped. Those after the first are for when it
 /// cannot be had.
-/// What is acknowledged goes to `acknowledged`, which never waits.
-pub async fn deliver(
-    targets: Vec<Target>,
-    hello: Hello,
-    queue: Arc<Queue>,
-    link: Arc<Link>,
-    acknowledged: mpsc::UnboundedSender<Credit>,
-) {
+pub async fn deliver(targets: Vec<Target>, queue: Arc<Queue>, link: Arc<Link>) {
     let mut wait = FIRST_WAIT;
     let mut said = String::new();
     let mut at = 0;
     loop {
         let target = &targets[at % targets.len()];
         let mut progress = false;
-        let result = stream(target, &hello, &queue, &link, &acknowledged, &mut progress).await;
+        let result = stream(target, &queue, &link, &mut progress).await;
         // The first one whenever it can be had.
         at = if progress { 0 } else { at + 1 };
         if progress {
             wait = FIRST_WAIT;
         }
         let message = match result {
-            Ok(()) => "the collector ended the stream".to_owned(),
+            // Another run has its turn.
+            Ok(()) => continue,
             Err(error) => format!("{error:#}"),
         };
         link.is_down(message.clone());
         if message != said {
-            tracing::warn!(%target, waiting = queue.counts().0, "records wait: {message}");
+            tracing::warn!(%target, waiting = queue.waiting().records, "records wait: {message}");
             said = message;
         }
         tokio::time::sleep(jittered(wait)).await;
@@ -171,14 +162,8 @@ impl Progress {
     }
 }
 
-async fn stream(
-    target: &Target,
-    hello: &Hello,
-    queue: &Queue,
-    link: &Link,
-    acknowledged: &mpsc::UnboundedSender<Credit>,
-    progress: &mut bool,
-) -> Result<()> {
+/// Streams one run: until its last record is acknowledged if it is an earlier one, or until one has to go before it.
+async fn stream(target: &Target, queue: &Arc<Queue>, link: &Link, progress: &mut bool) -> Result<()> {
     let certificates = target.files().map(Files::fingerprint).transpose()?;
     let channel = target
         .connect(|endpoint| {
@@ -192,9 +177,18 @@ async fn stream(
         .with_context(|| format!("cannot reach the collector at {target}"))?;
     let (sender, receiver) = mpsc::channel(WINDOW);
     let message = |message| AgentMessage { message: Some(message) };
-    let (first_position, next_position) = queue.positions();
-    let own = Hello { first_position, next_position, ..hello.clone() };
-    sender.send(message(agent_message::Message::Hello(own))).await?;
+    let Sequence { run, own, next } = queue.sequence();
+    let hello = Hello {
+        node: run.node,
+        boot: run.boot,
+        epoch: run.started,
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        first_position: run.first,
+        // What an earlier run had only in memory nobody knows any more.
+        next_position: if own { next } else { u64::MAX },
+    };
+    let (run, next_position) = (run.number, hello.next_position);
+    sender.send(message(agent_message::Message::Hello(hello.clone()))).await?;
     let greet = async {
         let mut answers = DeliveryClient::new(channel)
             .stream(ReceiverStream::new(receiver))
@@ -213,12 +207,8 @@ async fn stream(
         bail!("the collector asks for position {}, and {next_position} is the next", welcome.next_position);
     }
     link.is_up(target.to_string());
-    let tell = |gained: Vec<Credit>| {
-        for credit in gained {
-            let _the_agent_stops = acknowledged.send(credit);
-        }
-    };
-    tell(queue.acknowledge(welcome.next_position));
+    queue.acknowledge(run, welcome.next_position);
+    queue.without_old(run).await;
     let mut delivery = Progress {
         next: welcome.next_position,
         collector: welcome.next_position,
@@ -236,16 +226,21 @@ async fn stream(
     let mut said = String::new();
     loop {
         while delivery.may_send() && pause <= Instant::now() {
-            let (first, records) = queue.batch(delivery.next, delivery.limit(), delivery.most_bytes);
-            if records.is_empty() {
-                break;
-            }
+            let Some(mut batch) = read(queue, run, &delivery).await? else { break };
             if delivery.sent.is_empty() {
                 answered = Instant::now();
             }
-            let mut batch = batch::pack(first, &records)?;
-            batch.given_up = delivery.sends(first, records.len());
+            batch.given_up = delivery.sends(batch.first_position, batch.count as usize);
             sender.send(message(agent_message::Message::Batch(batch))).await?;
+        }
+        if delivery.sent.is_empty() && delivery.may_send() && pause <= Instant::now() {
+            if !own {
+                queue.finish(run);
+                return Ok(());
+            }
+            if queue.sequence().run.number != run {
+                return Ok(());
+            }
         }
         tokio::select! {
             answer = answer(&mut answers) => {
@@ -255,12 +250,12 @@ async fn stream(
                         *progress = true;
                         link.is_up(target.to_string());
                         delivery.acknowledged(acknowledgement.next_position)?;
-                        tell(queue.acknowledge(acknowledgement.next_position));
+                        queue.acknowledge(run, acknowledgement.next_position);
                     }
                     collector_message::Message::NotTaken(answer) => {
                         *progress = true;
                         if answer.why != said {
-                            tracing::warn!(%target, waiting = queue.counts().0, "the collector does not take a batch: {}", answer.why);
+                            tracing::warn!(%target, waiting = queue.waiting().records, "the collector does not take a batch: {}", answer.why);
                             said.clone_from(&answer.why);
                         }
                         delivery.not_taken(answer)?;
@@ -277,7 +272,8 @@ async fn stream(
                         tracing::error!(%target, position, "the collector will never take a record; a gap record counts it: {said}");
                         let now =
                             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-                        queue.give_up(position, |record, credit| replacement(record, credit, hello, now));
+                        let record = queue.first_record(run, position)?;
+                        queue.give_up(run, position, record.and_then(|record| replacement(&record, &hello, now)));
                     }
                 }
             }
@@ -293,6 +289,13 @@ async fn stream(
             },
         }
     }
+}
+
+/// The next batch of a run.
+async fn read(queue: &Arc<Queue>, run: u64, delivery: &Progress) -> Result<Option<Batch>> {
+    let (next, most, bytes) = (delivery.next, delivery.limit(), delivery.most_bytes);
+    let queue = Arc::clone(queue);
+    tokio::task::spawn_blocking(move || queue.batch(run, next, most, bytes)).await?
 }
 
 async fn answer(answers: &mut Streaming<CollectorMessage>) -> Result<collector_message::Message> {

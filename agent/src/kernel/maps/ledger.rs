@@ -119,29 +119,22 @@ impl Ledger {
         values.iter().enumerate().flat_map(of_processor).collect()
     }
 
+    /// The account of a slot.
+    pub fn account(&self, slot: u64) -> Account {
+        self.accounts.get(&slot, 0).unwrap_or_default()
+    }
+
     /// Slots whose account is not balanced or not closed.
     pub fn accounts(&self) -> Vec<(u64, Account)> {
         self.accounts.iter().filter_map(Result::ok).collect()
     }
 
-    /// Notes how many records a slot had made in all; what is delivered and reported adds up to that in the end.
-    pub fn close_account(&mut self, slot: u64, made: u64) {
-        let account = Account { made, ..self.accounts.get(&slot, 0).unwrap_or_default() };
-        self.balance(slot, account);
-    }
-
-    /// Notes that the collector has taken records of a slot, and gap records that count others.
-    pub fn credit(&mut self, slot: u64, delivered: u64, reported: u64) {
-        let mut account = self.accounts.get(&slot, 0).unwrap_or_default();
-        account.delivered += delivered;
-        account.reported += reported;
-        self.balance(slot, account);
-    }
-
-    fn balance(&mut self, slot: u64, account: Account) {
-        if account == Account::default()
-            || (account.made != 0 && account.delivered + account.reported >= account.made)
-        {
+    /// Changes the account of a slot. One that is closed and balanced is forgotten; returns whether it was.
+    pub fn book(&mut self, slot: u64, change: impl FnOnce(&mut Account)) -> bool {
+        let mut account = self.account(slot);
+        change(&mut account);
+        let balanced = account.made != 0 && account.spooled + account.from_memory >= account.made;
+        if balanced || account == Account::default() {
             let _may_never_have_been_written = self.accounts.remove(&slot);
         } else if let Err(error) = self.accounts.insert(slot, account, BPF_ANY) {
             tracing::warn!(
@@ -150,6 +143,7 @@ impl Ledger {
                 "no room for the account of a slot; if the agent is killed now, its records are not counted"
             );
         }
+        balanced
     }
 
     /// Records that were numbered in a slot so far.
