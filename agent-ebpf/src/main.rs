@@ -15,6 +15,8 @@ mod containers;
 mod context;
 mod count;
 mod exec;
+#[cfg(feature = "generator")]
+mod generate;
 mod judge;
 mod kernel;
 mod maps;
@@ -262,6 +264,13 @@ pub fn cgroup_rmdir(ctx: RawTracePointContext) -> i32 {
 pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
     containers::task_attached(ctx.arg(0), ctx.arg(2));
     0
+}
+
+/// Never attached: a benchmark runs it. Slot, processes, first process id.
+#[cfg(feature = "generator")]
+#[raw_tracepoint(tracepoint = "sys_enter")]
+pub fn generate_records(ctx: RawTracePointContext) -> i32 {
+    generate::generate(ctx.arg(0), ctx.arg(1), ctx.arg(2))
 }
 
 /// Never attached: the agent runs it on demand (`BPF_PROG_TEST_RUN`) from a thread whose root directory is the

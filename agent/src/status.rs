@@ -50,6 +50,9 @@ pub struct Delivery {
     /// How long the first of them has waited.
     pub oldest_seconds: f64,
     pub acknowledged: u64,
+    /// Batches that were sent, again or not, and their bytes on the wire.
+    pub sent_batches: u64,
+    pub sent_bytes: u64,
 }
 
 /// The balance of a container that runs: `made` is the sum of the other four.
@@ -137,6 +140,8 @@ fn table(status: &Status) -> String {
         most_memory_bytes,
         oldest_seconds,
         acknowledged,
+        sent_batches,
+        sent_bytes,
     } = delivery;
     let collector = match collector {
         Some(collector) if problem.is_empty() => collector.clone(),
@@ -152,7 +157,7 @@ fn table(status: &Status) -> String {
     };
     row("spool", &spool);
     row("memory", &format!("{} % of the queue", share(memory_bytes, most_memory_bytes)));
-    row("delivered", &format!("{acknowledged} records"));
+    row("delivered", &format!("{acknowledged} records, in {sent_batches} batches of {sent_bytes} bytes"));
     row("lost", &counts(lost));
     for (kind, counted) in verdicts {
         row(kind, &counts(counted));
@@ -285,6 +290,8 @@ pub fn metrics(status: &Status) -> String {
         "Records that the collector has.",
         &one(delivery.acknowledged as f64),
     );
+    metric("sent_bytes_total", "counter", "Bytes of batches on the wire.", &one(delivery.sent_bytes as f64));
+    metric("sent_batches_total", "counter", "Batches on the wire.", &one(delivery.sent_batches as f64));
     metric(
         "records_lost_total",
         "counter",
@@ -332,6 +339,8 @@ mod tests {
                 most_memory_bytes: 1 << 20,
                 oldest_seconds: 0.25,
                 acknowledged: 4000,
+                sent_batches: 20,
+                sent_bytes: 40_000,
             },
             lost: counted("ring-full", 44),
             verdicts: BTreeMap::from([("exec".to_owned(), counted("denied", 3))]),

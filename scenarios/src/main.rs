@@ -6,6 +6,7 @@
 mod apps;
 mod attacks;
 mod bench;
+mod bench_delivery;
 mod bench_mmap;
 mod bench_start;
 mod claims;
@@ -249,6 +250,22 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         profiles: usize,
     },
+    /// Records from the ring to the collector's disk, as many as can be, for `cargo xtask bench delivery`
+    BenchDelivery {
+        /// An agent that loads its programs from --objects
+        #[arg(long)]
+        agent: PathBuf,
+        #[arg(long)]
+        objects: PathBuf,
+        /// Records a second
+        #[arg(long, default_value_t = 100_000)]
+        rate: u64,
+        #[arg(long, default_value_t = 300)]
+        seconds: u64,
+        /// Without a collector
+        #[arg(long)]
+        down: bool,
+    },
     /// What the agent adds to the start of a dynamically linked program and of a Java virtual machine, for `cargo xtask bench mmap`
     BenchMmap {
         #[arg(long, default_value_t = 200)]
@@ -317,6 +334,10 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::BenchStart { count, repeats } => bench_start::run(&cri, count, repeats).await,
             Command::BenchExec { count, repeats, rules, profiles } => {
                 bench::run(&cri, count, repeats, bench::Scale { rules, profiles }).await
+            }
+            Command::BenchDelivery { agent, objects, rate, seconds, down } => {
+                let options = bench_delivery::Options { agent, objects, rate, seconds, down };
+                bench_delivery::run(&cri, &options).await
             }
             Command::BenchMmap { count, repeats } => bench_mmap::run(&cri, count, repeats).await,
         }

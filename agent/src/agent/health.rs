@@ -178,6 +178,8 @@ impl Agent {
                 most_memory_bytes: waiting.most_memory_bytes,
                 oldest_seconds: waiting.oldest.as_secs_f64(),
                 acknowledged: waiting.acknowledged,
+                sent_bytes: link.sent_bytes,
+                sent_batches: link.sent_batches,
             },
             lost,
             verdicts: self

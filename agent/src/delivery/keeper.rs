@@ -140,10 +140,8 @@ impl Queue {
         }
         let own = state.own().number;
         for (run, first, row) in &change.rows {
-            if *run == own
-                && let Some(kept) = state.kept.remove(first)
-            {
-                state.kept_bytes -= kept.length() as u64;
+            if *run == own {
+                state.drop_kept(*first);
             }
             state.disk_records += u64::from(row.count);
             state.disk_bytes += row.length() as u64;
@@ -164,16 +162,16 @@ impl Queue {
             bail!("{}", self.state().problem);
         }
         self.reopen(folder)?;
-        let (own, kept) = {
-            let state = self.state();
-            let kept: Vec<(u64, Row)> = state.kept.iter().map(|(first, row)| (*first, row.clone())).collect();
-            (state.own().clone(), kept)
-        };
-        // Acknowledged meanwhile, or not: what is here is here.
-        let all = kept.iter().chain(rows).map(|(first, row)| (own.number, *first, row.clone()));
-        change.rows.extend(all);
-        let bytes: u64 = change.rows.iter().map(|(_, _, row)| row.length() as u64).sum();
-        has_room(folder, bytes)?;
+        let bytes: u64 = rows.iter().map(|(_, row)| row.length() as u64).sum();
+        has_room(folder, bytes + self.state().kept_bytes)?;
+        {
+            let mut state = self.state();
+            let own = state.own().number;
+            let kept = state.kept.iter().map(|(first, row)| (*first, row.clone()));
+            change.rows.extend(kept.chain(rows.iter().cloned()).map(|(first, row)| (own, first, row)));
+            // At once with looking at them: what is acknowledged from here on is booked when it is known where it is.
+            state.doubtful.extend(change.rows.iter().map(|(_, first, _)| *first));
+        }
         let written = {
             let spool = self.spool.read().unwrap_or_else(PoisonError::into_inner);
             spool.as_ref().context("the spool is not open")?.change(change)
@@ -194,9 +192,10 @@ impl Queue {
         let node = self.state().own().node.clone();
         let (spool, content) = Spool::open(folder, &node)?;
         let mut state = self.state();
-        for credit in state.meet(&spool, content)? {
-            self.tell(News::Lost(credit));
-        }
+        let Met { there, lost } = state.meet(&spool, content)?;
+        there.into_iter().for_each(|credit| self.tell(News::Spooled(credit)));
+        lost.into_iter().for_each(|credit| self.tell(News::Lost(credit)));
+        self.release(&mut state);
         drop(state);
         *self.spool.write().unwrap_or_else(PoisonError::into_inner) = Some(spool);
         Ok(())
@@ -216,6 +215,13 @@ impl Queue {
         // One that has begun to be acknowledged is sent to its end.
         spool.older(run, first, old, MOST_OLD)
     }
+}
+
+/// What a spool that was opened again holds of what it should, and what it was not known to hold.
+#[derive(Default)]
+struct Met {
+    there: Vec<Credit>,
+    lost: Vec<Credit>,
 }
 
 impl State {
@@ -285,25 +291,23 @@ impl State {
         }
     }
 
-    /// Compares what a spool holds with what it should: returns what is lost.
-    fn meet(&mut self, spool: &Spool, content: Content) -> Result<Vec<Credit>> {
+    /// Compares what a spool holds with what it should.
+    fn meet(&mut self, spool: &Spool, content: Content) -> Result<Met> {
         if !self.opened {
             self.learn(content);
-            return Ok(Vec::new());
+            return Ok(Met::default());
         }
         let own = self.own().number;
         // A change that failed may be there all the same.
-        let mut there = Vec::new();
-        for first in self.kept.keys() {
+        let mut found = Vec::new();
+        for first in &self.doubtful {
             if spool.row(own, *first)?.is_some_and(|(found, _)| found == *first) {
-                there.push(*first);
+                found.push(*first);
             }
         }
-        for first in there {
-            if let Some(row) = self.kept.remove(&first) {
-                self.kept_bytes -= row.length() as u64;
-            }
-        }
+        let there: Vec<Credit> =
+            found.into_iter().filter_map(|first| self.drop_kept(first)).flat_map(|row| row.credits).collect();
+        self.doubtful.clear();
         let mut waiting = content.waiting;
         self.kept.values().flat_map(|row| &row.credits).for_each(|credit| add(&mut waiting, credit));
         let mut lost = Vec::new();
@@ -320,7 +324,7 @@ impl State {
         self.disk_bytes = content.bytes;
         self.blind = false;
         self.moved.extend(self.runs.iter().map(|run| run.number));
-        Ok(lost)
+        Ok(Met { there, lost })
     }
 }
 

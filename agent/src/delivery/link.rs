@@ -4,6 +4,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
+    /// Bytes of batches that were sent, as they travel, and how many batches.
+    pub sent_bytes: u64,
+    pub sent_batches: u64,
     /// The one that records go to.
     pub collector: Option<String>,
     /// Why there is none, or why it takes nothing; empty otherwise.
@@ -25,7 +28,9 @@ impl Link {
     }
 
     pub(super) fn is_up(&self, collector: String) {
-        *self.locked() = State { collector: Some(collector), problem: String::new() };
+        let mut state = self.locked();
+        state.collector = Some(collector);
+        state.problem.clear();
     }
 
     /// The collector takes nothing, for now.
@@ -34,6 +39,14 @@ impl Link {
     }
 
     pub(super) fn is_down(&self, problem: String) {
-        *self.locked() = State { collector: None, problem };
+        let mut state = self.locked();
+        state.collector = None;
+        state.problem = problem;
+    }
+
+    pub(super) fn has_sent(&self, bytes: usize) {
+        let mut state = self.locked();
+        state.sent_bytes += bytes as u64;
+        state.sent_batches += 1;
     }
 }

@@ -113,6 +113,9 @@ pub(super) struct State {
     /// Rows that are not on disk.
     pub kept: BTreeMap<u64, Row>,
     pub kept_bytes: u64,
+    /// Those of them that are being written, or may have been: a change that failed may be on the disk. Until that is known nothing is
+    /// booked of them.
+    pub doubtful: BTreeSet<u64>,
     /// Rows on disk.
     pub disk_records: u64,
     pub disk_bytes: u64,
@@ -176,6 +179,13 @@ impl State {
                 self.waiting.remove(&key);
             }
         }
+    }
+
+    pub(super) fn drop_kept(&mut self, first: u64) -> Option<Row> {
+        self.doubtful.remove(&first);
+        let row = self.kept.remove(&first)?;
+        self.kept_bytes -= row.length() as u64;
+        Some(row)
     }
 
     /// Whether everything is acknowledged.
@@ -398,18 +408,29 @@ impl Queue {
         state.runs[index].first = next;
         state.moved.insert(run);
         state.moved_since.get_or_insert_with(Instant::now);
-        while own
-            && let Some(entry) = state.kept.first_entry()
-            && *entry.key() + u64::from(entry.get().count) <= next
-        {
-            let row = entry.remove();
-            state.kept_bytes -= row.length() as u64;
+        if own {
+            self.release(&mut state);
+        }
+        self.tell_if_empty(&state);
+    }
+
+    /// Lets go of rows in memory that are acknowledged.
+    pub(super) fn release(&self, state: &mut State) {
+        let first = state.own().first;
+        let delivered: Vec<u64> = state
+            .kept
+            .iter()
+            .take_while(|(at, row)| **at + u64::from(row.count) <= first)
+            .map(|(at, _)| *at)
+            .filter(|at| !state.doubtful.contains(at))
+            .collect();
+        for at in delivered {
+            let Some(row) = state.drop_kept(at) else { continue };
             state.took(&row);
             for credit in row.credits {
                 self.tell(News::DeliveredFromMemory(credit));
             }
         }
-        self.tell_if_empty(&state);
     }
 
     /// A run that does not grow has nothing left.

@@ -231,6 +231,7 @@ async fn stream(target: &Target, queue: &Arc<Queue>, link: &Link, progress: &mut
                 answered = Instant::now();
             }
             batch.given_up = delivery.sends(batch.first_position, batch.count as usize);
+            link.has_sent(batch.compressed.len());
             sender.send(message(agent_message::Message::Batch(batch))).await?;
         }
         if delivery.sent.is_empty() && delivery.may_send() && pause <= Instant::now() {

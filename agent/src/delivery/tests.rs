@@ -302,3 +302,56 @@ fn whatever_happens_every_record_is_stored_once_or_counted() {
         }
     }
 }
+
+/// A disk that comes and goes while records are let in, written, sent from memory, and acknowledged, all at once.
+#[test]
+fn what_is_acknowledged_while_it_is_written_is_booked_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, away) = (folder.path().join("spool"), folder.path().join("away"));
+    let (queue, mut news) = open(Limits { memory: 64 << 20, ..limits(Some(&path)) }, 1);
+    let queue = std::sync::Arc::new(queue);
+    let keeper = std::thread::spawn({
+        let queue = std::sync::Arc::clone(&queue);
+        move || queue.keep()
+    });
+    let mut collector = Collector::default();
+    let mut made = 0;
+    for round in 0..400 {
+        for _ in 0..30 {
+            made += 1;
+            queue.push(record(5, made), false, one(5)).unwrap();
+        }
+        queue.flush();
+        match round % 8 {
+            0 => std::fs::rename(&path, &away).unwrap(),
+            3 => {
+                std::fs::rename(&away, &path).unwrap();
+                let mut state = queue.state();
+                state.retry = state.retry.map(|_| std::time::Instant::now());
+                drop(state);
+                queue.work.notify_one();
+            }
+            _ => {}
+        }
+        while collector.take(&queue, 40, true) {}
+    }
+    let begun = std::time::Instant::now();
+    while collector.balance()[&5].0 < made {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        collector.take(&queue, 40, true);
+    }
+    queue.close();
+    keeper.join().unwrap();
+    let (mut spooled, mut delivered, mut from_memory) = (0, 0, 0);
+    while let Ok(news) = news.try_recv() {
+        match news {
+            News::Spooled(credit) => spooled += credit.delivered.unsigned_abs(),
+            News::Delivered(credit) => delivered += credit.delivered.unsigned_abs(),
+            News::DeliveredFromMemory(credit) => from_memory += credit.delivered.unsigned_abs(),
+            News::Lost(credit) => panic!("{credit:?}"),
+        }
+    }
+    assert!(from_memory > 0 && spooled > 0, "{from_memory} from memory, {spooled} spooled");
+    assert_eq!((spooled + from_memory, delivered), (made, spooled));
+    assert_eq!(queue.booked((EPOCH, 5)), Some(made));
+}

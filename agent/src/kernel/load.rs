@@ -155,6 +155,9 @@ pub(super) const TRACEPOINTS: &[&str] = &[
 const LEARN_ROOT: &str = "learn_root";
 const LEARN_VOLUME: &str = "learn_volume";
 const PROBE_ORIGIN: &str = "probe_origin";
+/// Makes records without anything having happened, in builds for measuring.
+#[cfg(feature = "test-objects")]
+const GENERATOR: &str = "generate_records";
 /// Run on demand, never attached.
 pub(super) const ON_DEMAND: &[&str] = &[LEARN_ROOT, LEARN_VOLUME, PROBE_ORIGIN];
 pub(super) const LSM: &[&str] = &[
@@ -606,6 +609,11 @@ fn load(
         program.load().map_err(|error| refused(name, &error))?;
         programs.push(report(name, program.info()));
         program.pin(folder.program(name)).with_context(|| format!("cannot pin {name}"))?;
+    }
+    #[cfg(feature = "test-objects")]
+    if let Ok(program) = program::<RawTracePoint>(&mut ebpf, GENERATOR) {
+        program.load().map_err(|error| refused(GENERATOR, &error))?;
+        program.pin(folder.program(GENERATOR)).context("cannot pin the generator of records")?;
     }
     if features.lsm_is_active().is_ok() {
         for name in LSM {
