@@ -13,12 +13,12 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     maps::Array,
-    programs::{RawTracePoint, raw_trace_point::RawTracePointRunOptions},
+    programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use bytemuck::Zeroable as _;
 use palisade_abi::{
     codes::{origin, verdict},
-    record::{ExitRecord, ForkRecord, ProcessPart, SessionPart, SmallExec},
+    record::{ExecHead, ExitRecord, ForkRecord, ProcessPart, SMALL_ARGV, SMALL_CWD, SMALL_PATH, SmallExec},
 };
 use serde::Serialize;
 
@@ -166,13 +166,7 @@ fn slot(node: &Node, container: &str) -> Result<u64> {
 
 /// Makes `rate` records a second for so long; returns how many.
 fn generate(set: &Path, slot: u64, rate: u64, seconds: u64) -> Result<u64> {
-    let (fork, exec, exit) = templates();
-    let mut map: Array<_, [u8; size_of::<ForkRecord>()]> = counters::map(set, "FORK_TEMPLATE")?.try_into()?;
-    map.set(0, bytes(&fork), 0)?;
-    let mut map: Array<_, [u8; size_of::<SmallExec>()]> = counters::map(set, "EXEC_TEMPLATE")?.try_into()?;
-    map.set(0, bytes(&exec), 0)?;
-    let mut map: Array<_, [u8; size_of::<ExitRecord>()]> = counters::map(set, "EXIT_TEMPLATE")?.try_into()?;
-    map.set(0, bytes(&exit), 0)?;
+    write_templates(set)?;
     let program = RawTracePoint::from_pin(set.join("programs/generate_records"))?;
     let begun = Instant::now();
     let mut made = 0;
@@ -191,45 +185,49 @@ fn generate(set: &Path, slot: u64, rate: u64, seconds: u64) -> Result<u64> {
     Ok(made)
 }
 
-fn bytes<T: bytemuck::NoUninit, const LENGTH: usize>(value: &T) -> [u8; LENGTH] {
-    let mut bytes = [0; LENGTH];
-    bytes.copy_from_slice(bytemuck::bytes_of(value));
-    bytes
+/// Tells the kernel what to make.
+fn write_template<const LENGTH: usize>(set: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let mut map: Array<_, [u8; LENGTH]> = counters::map(set, name)?.try_into()?;
+    Ok(map.set(0, <[u8; LENGTH]>::try_from(bytes)?, 0)?)
 }
 
 /// A child of a shell.
-fn templates() -> (ForkRecord, SmallExec, ExitRecord) {
+fn write_templates(set: &Path) -> Result<()> {
     let mut process = ProcessPart::zeroed();
     process.namespace_pid = 4711;
     process.parent_pid = 1 << 22;
     process.comm[..4].copy_from_slice(b"curl");
     process.parent_comm[..2].copy_from_slice(b"sh");
-    let session = SessionPart::zeroed();
-    let fork = ForkRecord { process, session, ..ForkRecord::zeroed() };
-    let exit = ExitRecord { process, session, ..ExitRecord::zeroed() };
-    let mut exec = SmallExec::zeroed();
-    exec.head.process = process;
-    exec.head.context.cgroup = 12_345;
-    exec.head.context.capabilities_permitted = 0xa804_25fb;
-    exec.head.context.capabilities_effective = 0xa804_25fb;
-    exec.head.context.capabilities_bounding = 0xa804_25fb;
-    let part = &mut exec.head.exec;
+    let fork = ForkRecord { process, ..ForkRecord::zeroed() };
+    write_template::<{ size_of::<ForkRecord>() }>(set, "FORK_TEMPLATE", bytemuck::bytes_of(&fork))?;
+    let exit = ExitRecord { process, ..ExitRecord::zeroed() };
+    write_template::<{ size_of::<ExitRecord>() }>(set, "EXIT_TEMPLATE", bytemuck::bytes_of(&exit))?;
+    let mut head = ExecHead { process, ..ExecHead::zeroed() };
+    head.context.cgroup = 12_345;
+    head.context.capabilities_permitted = 0xa804_25fb;
+    head.context.capabilities_effective = 0xa804_25fb;
+    head.context.capabilities_bounding = 0xa804_25fb;
+    let part = &mut head.exec;
     (part.verdict, part.origin) = (verdict::ALLOWED, origin::IMAGE);
     (part.inode, part.file_mode, part.argc) = (654_321, 0o100_755, 4);
+    // Each at the start of its room.
+    let room = |text: &[u8], room: usize| [text, &vec![0; room - text.len()]].concat();
     let path = b"/usr/local/bin/curl";
-    // Paths stand at the end of their room.
-    let start = exec.path.len() - path.len();
-    exec.path[start..].copy_from_slice(path);
-    part.path_length = path.len() as u16;
     let cwd = b"/var/lib/app/jobs";
-    let start = exec.cwd.len() - cwd.len();
-    exec.cwd[start..].copy_from_slice(cwd);
-    part.cwd_length = cwd.len() as u16;
     let arguments =
         b"curl\0--silent\0--max-time=10\0http://api.shop.svc.cluster.local:8080/v1/orders/12345\0";
-    exec.argv[..arguments.len()].copy_from_slice(arguments);
+    part.path_length = path.len() as u16;
+    part.cwd_length = cwd.len() as u16;
     part.argv_length = arguments.len() as u16;
-    (fork, exec, exit)
+    let exec = [
+        bytemuck::bytes_of(&head).to_vec(),
+        room(path, SMALL_PATH),
+        room(cwd, SMALL_CWD),
+        room(b"", SMALL_PATH),
+        room(arguments, SMALL_ARGV),
+    ]
+    .concat();
+    write_template::<{ size_of::<SmallExec>() }>(set, "EXEC_TEMPLATE", &exec)
 }
 
 /// Processor seconds that a process has used.

@@ -7,8 +7,9 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use crate::{
-    build,
+    build, images,
     kernels::Kernel,
+    native::Containerd,
     vm::{Machine, Processors, Stream},
 };
 
@@ -18,8 +19,26 @@ pub enum Bench {
     Exec(Exec),
     /// What the agent adds to the start of a dynamically linked program and of a Java virtual machine, in the same machine
     Mmap(Mmap),
+    /// How many records a second come from the kernel's ring onto a collector's disk without a gap, on this machine
+    Delivery(Delivery),
     /// What the agent adds to the start of a container, in the same machine
     ContainerStart(ContainerStart),
+}
+
+#[derive(Args)]
+pub struct Delivery {
+    /// Records a second; given again: one after the other
+    #[arg(long, default_values_t = [100_000])]
+    rate: Vec<u64>,
+    /// Of each rate
+    #[arg(long, default_value_t = 300)]
+    seconds: u64,
+    /// Without a collector, which comes back at the end
+    #[arg(long)]
+    down: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -75,6 +94,7 @@ pub fn run(bench: &Bench) -> Result<ExitCode> {
         Bench::Exec(options) => exec(options),
         Bench::Mmap(options) => mmap(options),
         Bench::ContainerStart(options) => container_start(options),
+        Bench::Delivery(options) => delivery(options),
     }
 }
 
@@ -217,6 +237,37 @@ fn mmap(options: &Mmap) -> Result<ExitCode> {
     ];
     print_rows("mmap", &release, &rows, &repeats, options.json);
     Ok(ExitCode::from(code))
+}
+
+/// On this machine itself: its disk and its network count.
+fn delivery(options: &Delivery) -> Result<ExitCode> {
+    let binaries = build::run(&build::Options { release: true })?;
+    let (agent, objects) = build::generator()?;
+    let containerd = Containerd::start(&images::make(&binaries)?)?;
+    let mut measured = Vec::new();
+    let mut failed = 0;
+    for rate in &options.rate {
+        let (agent, objects) = (agent.display().to_string(), objects.display().to_string());
+        let (rate, seconds) = (rate.to_string(), options.seconds.to_string());
+        let mut words =
+            vec!["palisade-scenarios", "bench-delivery", "--agent", &agent, "--objects", &objects];
+        words.extend(["--rate", &rate, "--seconds", &seconds]);
+        words.extend(options.down.then_some("--down"));
+        let (code, output) = containerd.run(&binaries, &words)?;
+        failed |= code;
+        measured.extend(output.lines().rev().find_map(|line| serde_json::from_str::<Value>(line).ok()));
+    }
+    if options.json {
+        println!("{}", json!({"bench": "delivery", "repeats": measured}));
+    } else {
+        for one in measured.iter().filter_map(Value::as_object) {
+            println!();
+            for (name, value) in one {
+                println!("{name:<24} {value}");
+            }
+        }
+    }
+    Ok(ExitCode::from(u8::from(failed != 0)))
 }
 
 /// A field of every repeat, the least first.

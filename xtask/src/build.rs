@@ -84,6 +84,17 @@ pub fn planted() -> Result<(PathBuf, PathBuf)> {
     Ok((folder.join("palisade-agent"), all))
 }
 
+/// Builds programs that make records by themselves, and an agent that loads them. Returns both, the agent first.
+pub fn generator() -> Result<(PathBuf, PathBuf)> {
+    let objects = shell::step("build the generator of records", || ebpf(&["generator"], "generator"))?;
+    let plain = paths::target().join("ebpf/plain");
+    let options = Options { release: true };
+    let folder = shell::step("build the agent for it", || {
+        binaries(&options, &plain, &["palisade-agent"], &["palisade-agent/test-objects"])
+    })?;
+    Ok((folder.join("palisade-agent"), objects))
+}
+
 /// Builds an agent whose layouts are those of another version: for testing upgrades.
 pub fn another_abi() -> Result<PathBuf> {
     shell::step("build an agent of another ABI", || {

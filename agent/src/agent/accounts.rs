@@ -43,7 +43,7 @@ pub(super) fn settle(ledger: &mut Ledger, queue: &Queue, epoch: u64, slot: u64) 
     if spooled != account.spooled {
         ledger.book(slot, |account| account.spooled = spooled);
     }
-    if found.lost > 0 {
+    if spooled > 0 && queue.knows() && queue.booked((epoch, slot)).is_none() {
         queue.rebase((epoch, slot), spooled);
     }
     found
@@ -53,57 +53,38 @@ impl Agent {
     /// Books what has become of records that were let in.
     pub(super) fn learn(&mut self, news: News) {
         let sum = |credit: Credit| credit.delivered + credit.reported;
-        let (credit, change): (Credit, Box<dyn FnOnce(&mut Account)>) = match news {
-            News::Spooled(credit) => {
-                let gain = sum(credit);
-                (
-                    credit,
-                    Box::new(move |account| account.spooled = account.spooled.saturating_add_signed(gain)),
-                )
-            }
-            News::Delivered(credit) => {
-                let gain = sum(credit);
-                (
-                    credit,
-                    Box::new(move |account| {
-                        account.delivered = account.delivered.saturating_add_signed(gain)
-                    }),
-                )
-            }
-            News::DeliveredFromMemory(credit) => {
-                let gain = sum(credit);
-                (
-                    credit,
-                    Box::new(move |account| {
-                        account.from_memory = account.from_memory.saturating_add_signed(gain);
-                    }),
-                )
-            }
-            News::Lost(credit) => {
-                let lost = sum(credit);
-                let now = self.source.now();
-                self.losses.gone_with_the_spool(credit.slot, lost.max(0).unsigned_abs(), now);
-                (
-                    credit,
-                    Box::new(move |account| {
-                        account.spooled = account.spooled.saturating_add_signed(-lost);
-                    }),
-                )
-            }
-        };
-        if sum(credit) == 0 {
+        let (News::Spooled(credit)
+        | News::Delivered(credit)
+        | News::DeliveredFromMemory(credit)
+        | News::Lost(credit)) = news;
+        let (Credit { epoch, slot, .. }, gain) = (credit, sum(credit));
+        if gain == 0 {
             return;
         }
-        let Credit { epoch, slot, .. } = credit;
+        if let News::Lost(_) = news {
+            let lost = gain.max(0).unsigned_abs();
+            if epoch == self.kernel.meta.epoch {
+                let now = self.source.now();
+                self.losses.gone_with_the_spool(slot, lost, now);
+            } else if let Some(leaving) = self.others.as_mut().and_then(|others| others.leaving(epoch)) {
+                leaving.misses(slot, lost);
+            }
+        }
         let ledger = if epoch == self.kernel.meta.epoch {
             Some(&mut self.kernel.maps.ledger)
-        } else if let Some(Others::Leaving(sets)) = &mut self.others {
-            sets.iter_mut().find(|leaving| leaving.epoch() == epoch).map(|leaving| leaving.ledger_mut())
         } else {
-            None
+            self.others.as_mut().and_then(|others| others.ledger_mut(epoch))
         };
         let Some(ledger) = ledger else { return };
-        let settled = ledger.book(slot, change);
+        let settled = ledger.book(slot, |account| {
+            let (field, gain) = match news {
+                News::Spooled(_) => (&mut account.spooled, gain),
+                News::Lost(_) => (&mut account.spooled, -gain),
+                News::Delivered(_) => (&mut account.delivered, gain),
+                News::DeliveredFromMemory(_) => (&mut account.from_memory, gain),
+            };
+            *field = field.saturating_add_signed(gain);
+        });
         if let News::Lost(_) = news {
             self.queue.rebase((epoch, slot), ledger.account(slot).spooled);
         }

@@ -96,19 +96,24 @@ impl Agent {
             made.insert(slot, (numbers.iter().map(|(_, last)| last).sum(), lost));
             settling.last.extend(numbers.into_iter().map(|(lane, last)| ((slot, lane), last)));
         }
+        // Of slots that are gone only the account is left.
+        for (slot, account) in self.kernel.maps.ledger.accounts() {
+            made.entry(slot).or_insert((account.made, 0));
+        }
+        // Before anything of the ring gets into the spool.
+        let epoch = self.kernel.meta.epoch;
+        let made: Vec<(u64, u64, u64, Accounted)> = made
+            .into_iter()
+            .map(|(slot, (made, lost))| {
+                (slot, made, lost, settle(&mut self.kernel.maps.ledger, &self.queue, epoch, slot))
+            })
+            .collect();
         self.settling = Some(settling);
         self.empty_ring();
         let in_ring = self.settling.take().unwrap_or_default().in_ring;
-        let accounts: HashMap<_, _> = self.kernel.maps.ledger.accounts().into_iter().collect();
-        // Of slots that are gone only the account is left.
-        for (slot, account) in &accounts {
-            made.entry(*slot).or_insert((account.made, 0));
-        }
         let now = self.source.now();
-        for (slot, (made, lost)) in made {
+        for (slot, made, lost, Accounted { settled, lost: spooled }) in made {
             let here = in_ring.get(&slot).copied().unwrap_or(0);
-            let Accounted { settled, lost: spooled } =
-                settle(&mut self.kernel.maps.ledger, &self.queue, self.kernel.meta.epoch, slot);
             let missing = made.saturating_sub(settled + here);
             let spooled = spooled.min(missing);
             if missing > 0 {

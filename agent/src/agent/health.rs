@@ -129,8 +129,8 @@ impl Agent {
             .map(|(slot, container)| {
                 let account = ledger.account(*slot);
                 let made = ledger.records_made(*slot);
-                let Tally { booked, waiting } = self.queue.tally((self.kernel.meta.epoch, *slot));
-                let settled = account.spooled + account.from_memory;
+                let Tally { booked, waiting, kept } = self.queue.tally((self.kernel.meta.epoch, *slot));
+                let settled = account.spooled + account.from_memory + kept;
                 let lost = booked.reported.saturating_sub(waiting.reported);
                 let spooled = waiting.sum();
                 let facts =

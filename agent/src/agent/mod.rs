@@ -20,6 +20,7 @@ pub use self_probe::{REFUSED, SIGNAL_LET_THROUGH};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -170,12 +171,7 @@ pub async fn run(config: Config) -> Result<()> {
         started: source.started,
         first: 0,
     };
-    let queue = Arc::new(Queue::open(config.limits(), own, tell));
-    let keeper = {
-        let queue = Arc::clone(&queue);
-        std::thread::Builder::new().name("spool".to_owned()).spawn(move || queue.keep())
-    };
-    let keeper = keeper.context("cannot start a thread for the spool")?;
+    let queue = Arc::new(Queue::new(config.limits(), own, tell));
     let link = Arc::new(Link::default());
     let delivery = tokio::spawn(delivery::deliver(config.targets()?, Arc::clone(&queue), Arc::clone(&link)));
     let (identified, identities) = mpsc::channel(64);
@@ -247,6 +243,14 @@ pub async fn run(config: Config) -> Result<()> {
         tracing::info!(step = "the new programs are attached", "upgrade");
     }
     let others = agent.kernel.clear_away(others)?;
+    // It may take a second for each gigabyte, while the programs are in force already.
+    agent.queue.open();
+    agent.renew_lease();
+    let keeper = {
+        let queue = Arc::clone(&agent.queue);
+        std::thread::Builder::new().name("spool".to_owned()).spawn(move || queue.keep())
+    };
+    let keeper = keeper.context("cannot start a thread for the spool")?;
     let inherited = if agent.kernel.adopted { None } else { agent.inherit(&others) };
     if agent.kernel.adopted || inherited.is_some() {
         agent.adopt()?;
@@ -297,7 +301,7 @@ pub async fn run(config: Config) -> Result<()> {
     });
     agent.forget_unknown_slots();
     let mut inputs = Inputs { identities, questions, events, news, inquiries };
-    let result = agent.work(&mut inputs).await;
+    let result = agent.work(&mut inputs, &keeper).await;
     for task in speaking {
         task.abort();
     }
@@ -314,7 +318,7 @@ pub async fn run(config: Config) -> Result<()> {
 }
 
 impl Agent {
-    async fn work(&mut self, inputs: &mut Inputs) -> Result<()> {
+    async fn work(&mut self, inputs: &mut Inputs, keeper: &JoinHandle<()>) -> Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
         let period = |duration| {
@@ -346,6 +350,9 @@ impl Agent {
                 _ = ring.tick() => { self.look_for_mounts(); self.take_records(); self.probe_self(); }
                 _ = housekeeping.tick() => {
                     self.keep_house();
+                    if keeper.is_finished() {
+                        bail!("the thread of the spool has failed; start the agent again");
+                    }
                     if self.start_over {
                         self.kernel.give_up()?;
                         bail!("enforcement does not work; another set of programs must be loaded: start the agent again");
@@ -476,6 +483,8 @@ impl Agent {
                         if self.losses.unsaid() == 0 && self.unsaid.is_empty() {
                             break;
                         }
+                        // There was no room for them.
+                        tokio::time::sleep(RING_PERIOD).await;
                     }
                     Some(news) = inputs.news.recv() => self.learn(news),
                 }

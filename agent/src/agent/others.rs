@@ -53,12 +53,10 @@ impl Leaving {
         Self { set, accounted, read: false }
     }
 
-    pub(super) fn epoch(&self) -> u64 {
-        self.set.meta.epoch
-    }
-
-    pub(super) fn ledger_mut(&mut self) -> &mut Ledger {
-        self.set.ledger_mut()
+    /// Records that were in the spool are lost: they are counted with the others that are missing.
+    pub(super) fn misses(&mut self, slot: u64, count: u64) {
+        let accounted = self.accounted.entry(slot).or_default();
+        *accounted = accounted.saturating_sub(count);
     }
 }
 
@@ -67,6 +65,23 @@ impl Others {
         match self {
             Self::InForce(others) => others.sets.iter().collect(),
             Self::Leaving(sets) => sets.iter().map(|leaving| &leaving.set).collect(),
+        }
+    }
+
+    /// The set of an epoch that is on its way out.
+    pub(super) fn leaving(&mut self, epoch: u64) -> Option<&mut Leaving> {
+        match self {
+            Self::InForce(_) => None,
+            Self::Leaving(sets) => sets.iter_mut().find(|leaving| leaving.set.meta.epoch == epoch),
+        }
+    }
+
+    pub(super) fn ledger_mut(&mut self, epoch: u64) -> Option<&mut Ledger> {
+        match self {
+            Self::InForce(others) => {
+                others.sets.iter_mut().find(|set| set.meta.epoch == epoch).map(OldSet::ledger_mut)
+            }
+            Self::Leaving(_) => self.leaving(epoch).map(|leaving| leaving.set.ledger_mut()),
         }
     }
 }

@@ -83,7 +83,7 @@ mod tests {
         };
         let known = Gap { count: 12, cause: "ring-full".to_owned(), from: 40, to: 99 };
         let gap = Record { event: Some(Event::Gap(known)), ..record(7, 0, 99) };
-        let all = [record(7, 1, 50), record(8, 5, 51), record(7, 2, 60), record(7, 0, 61), gap.clone()];
+        let all = [record(7, 1, 50), record(8, 5, 51), record(7, 2, 60), record(7, 0, 61), gap];
         let records: Vec<Bytes> = all.iter().map(|record| record.encode_to_vec().into()).collect();
         let packed = batch::pack(4, &records).unwrap();
         let row =

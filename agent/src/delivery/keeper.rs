@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use palisade_proto::batch::{self, taken_by};
 
 use super::{
@@ -55,23 +55,23 @@ impl Queue {
         let mut state = self.state();
         loop {
             let now = Instant::now();
-            let healthy = state.retry.is_none_or(|retry| retry <= now) && self.limits.folder.is_some();
             let staged = !state.staged.is_empty()
                 && (state.flush || state.closing || state.memory >= MOST_BYTES as u64);
-            let written = state.moved_since.is_some_and(|since| state.closing || since.elapsed() >= LAG);
-            let again = state.retry.is_some_and(|retry| retry <= now);
-            if staged || healthy && (written || again || state.shed.is_some()) {
+            let moved = state.moved_since.filter(|_| self.limits.folder.is_some()).map(|since| since + LAG);
+            // Nothing but what is let in is worth asking a disk that takes nothing.
+            let due = match state.retry {
+                Some(retry) => Some(retry),
+                None if state.shed.is_some() => Some(now),
+                None => moved,
+            };
+            let last = state.closing && moved.is_some();
+            if staged || last || due.is_some_and(|due| due <= now) {
                 return true;
             }
             if state.closing {
                 return false;
             }
-            let due = [state.moved_since.filter(|_| healthy).map(|since| since + LAG), state.retry]
-                .into_iter()
-                .flatten()
-                .min()
-                .unwrap_or(now + RETRY);
-            let wait = due.saturating_duration_since(now).max(Duration::from_millis(1));
+            let wait = due.map_or(RETRY, |due| due.saturating_duration_since(now));
             state = self.work.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -80,43 +80,61 @@ impl Queue {
         let shed = self.state().shed;
         let old = shed.map_or_else(|| Ok(Vec::new()), |run| self.old_rows(run));
         let mut state = self.state();
-        let too_old = match old {
+        let shed_now = match old {
             Ok(old) => state.replace(shed.unwrap_or_default(), old),
             Err(error) => {
                 state.fails(&error);
                 Vec::new()
             }
         };
-        let mut work = state.take_work();
+        let Work { staged, first, memory, mut change } = state.take_work();
+        let (asked, closing) = (state.retry.is_none_or(|retry| retry <= Instant::now()), state.closing);
         drop(state);
-        work.change.shed.extend(too_old);
-        let made = rows(std::mem::take(&mut work.staged), work.first, work.change.lived);
+        change.shed.extend(shed_now);
         let mut lost = Vec::new();
-        let mut rows = Vec::new();
-        for (first, row) in made {
+        let mut made = Vec::new();
+        for (first, row) in rows(staged, first, change.lived) {
             match row {
-                Ok(row) => rows.push((first, row)),
+                Ok(row) => made.push((first, row)),
                 Err(credits) => lost.extend(credits),
             }
         }
-        let written = self.write(&mut work.change, &rows);
+        let written = match &self.limits.folder {
+            Some(folder) if asked || closing => Some(self.write(folder, &mut change, &mut made)),
+            _ => None,
+        };
+        let first_lived = self.first_lived();
         let mut state = self.state();
-        if work.change.shed.is_empty() || written.is_err() {
+        state.first_lived = first_lived;
+        if change.shed.is_empty() || !matches!(written, Some(Ok(_))) {
             // Nothing is left to drop, or it must wait.
             state.shed = state.shed.filter(|run| shed != Some(*run));
         }
-        for (slot, bytes) in work.memory {
+        for (slot, bytes) in memory {
             state.release(slot, bytes);
         }
-        rows.iter().for_each(|(_, row)| state.book(row));
-        lost.into_iter().for_each(|credit| self.tell(News::Lost(credit)));
+        made.iter().for_each(|(_, row)| state.book(row));
+        for credit in lost {
+            self.tell(News::Spooled(credit));
+            self.tell(News::Lost(credit));
+        }
         match written {
-            Ok(gone) => self.has_written(&mut state, &work.change, gone),
-            Err(error) => {
-                state.fails(&error);
-                state.not_written(&work.change);
-                state.retry = Some(Instant::now() + RETRY);
-                for (first, row) in rows {
+            Some(Ok(gone)) => self.has_written(&mut state, &change, gone),
+            other => {
+                if let Some(Err(error)) = other {
+                    state.fails(&error);
+                    state.retry = Some(Instant::now() + RETRY);
+                }
+                if self.limits.folder.is_some() {
+                    state.not_written(&change);
+                }
+                if !change.shed.is_empty()
+                    && let Some((first, _)) = made.first()
+                {
+                    // What is in the place of rows that are still on the disk does not go before they do.
+                    state.withheld.get_or_insert(*first);
+                }
+                for (first, row) in made {
                     state.kept_bytes += row.length() as u64;
                     state.kept.insert(first, row);
                 }
@@ -128,6 +146,13 @@ impl Queue {
         self.emptied.notify_waiters();
     }
 
+    /// Since when the first row that waits is there, as the spool counts time.
+    fn first_lived(&self) -> Option<u64> {
+        let sequence = self.sequence();
+        let first = self.row(sequence.run.number, sequence.run.first);
+        first.ok().flatten().map(|(_, row)| row.lived)
+    }
+
     /// What a change that is on the disk means.
     fn has_written(&self, state: &mut State, change: &Change, gone: Vec<Gone>) {
         if !state.problem.is_empty() {
@@ -135,6 +160,7 @@ impl Queue {
             state.problem.clear();
         }
         state.retry = None;
+        state.withheld = None;
         for row in &change.shed {
             state.hidden.remove(row);
         }
@@ -145,6 +171,7 @@ impl Queue {
             }
             state.disk_records += u64::from(row.count);
             state.disk_bytes += row.length() as u64;
+            state.disk_end = state.disk_end.max(first + u64::from(row.count));
             row.credits.iter().for_each(|credit| self.tell(News::Spooled(*credit)));
         }
         for Gone { length, row } in gone {
@@ -156,48 +183,70 @@ impl Queue {
     }
 
     /// Writes a change and `rows` of this run, after what could not be written before.
-    fn write(&self, change: &mut Change, rows: &[(u64, Row)]) -> Result<Vec<Gone>> {
-        let Some(folder) = &self.limits.folder else { bail!("there is no spool (spool.path: none)") };
-        if self.state().retry.is_some_and(|retry| retry > Instant::now()) {
-            bail!("{}", self.state().problem);
-        }
+    fn write(&self, folder: &Path, change: &mut Change, rows: &mut [(u64, Row)]) -> Result<Vec<Gone>> {
         self.reopen(folder)?;
         let bytes: u64 = rows.iter().map(|(_, row)| row.length() as u64).sum();
-        has_room(folder, bytes + self.state().kept_bytes)?;
         {
             let mut state = self.state();
-            let own = state.own().number;
+            has_room(folder, bytes + state.kept_bytes)?;
+            change.lived = state.lived();
+            rows.iter_mut().for_each(|(_, row)| row.lived = change.lived);
+            let own = state.own().clone();
             let kept = state.kept.iter().map(|(first, row)| (*first, row.clone()));
-            change.rows.extend(kept.chain(rows.iter().cloned()).map(|(first, row)| (own, first, row)));
+            change.rows.extend(kept.chain(rows.iter().cloned()).map(|(first, row)| (own.number, first, row)));
             // At once with looking at them: what is acknowledged from here on is booked when it is known where it is.
             state.doubtful.extend(change.rows.iter().map(|(_, first, _)| *first));
+            // No row without the name of its run.
+            if !change.runs.iter().any(|run| run.number == own.number) {
+                change.runs.push(own);
+            }
         }
         let written = {
             let spool = self.spool.read().unwrap_or_else(PoisonError::into_inner);
-            spool.as_ref().context("the spool is not open")?.change(change)
+            let spool = spool.as_ref().context("the spool is not open")?;
+            #[cfg(test)]
+            let written = self.with_faults(|| spool.change(change));
+            #[cfg(not(test))]
+            let written = spool.change(change);
+            written
         };
         written.inspect_err(|_| {
-            // After an error of the disk it is open no more.
-            *self.spool.write().unwrap_or_else(PoisonError::into_inner) = None;
-            let mut state = self.state();
-            state.blind = state.disk_records > 0;
+            // After an error of the disk it is open no more. Said first, so that nobody takes it for empty.
+            self.state().absent = true;
+            let closed = self.spool.write().unwrap_or_else(PoisonError::into_inner).take();
+            drop(closed);
         })
     }
 
+    #[cfg(test)]
+    fn with_faults(&self, change: impl FnOnce() -> Result<Vec<Gone>>) -> Result<Vec<Gone>> {
+        use super::queue::Fault;
+        let fault = self.faults.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        if fault != Some(Fault::NotTaken) {
+            let gone = change()?;
+            if fault.is_none() {
+                return Ok(gone);
+            }
+        }
+        anyhow::bail!("the disk fails: {fault:?}")
+    }
+
     /// Opens the spool unless it is open, and finds out what of it is still there.
-    fn reopen(&self, folder: &Path) -> Result<()> {
+    pub(super) fn reopen(&self, folder: &Path) -> Result<()> {
         if self.spool.read().unwrap_or_else(PoisonError::into_inner).is_some() {
             return Ok(());
         }
         let node = self.state().own().node.clone();
-        let (spool, content) = Spool::open(folder, &node)?;
+        let (opened, content) = Spool::open(folder, &node)?;
+        // Whoever reads meanwhile waits, and finds all of it.
+        let mut spool = self.spool.write().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
-        let Met { there, lost } = state.meet(&spool, content)?;
+        let Met { there, lost, delivered } = state.meet(&opened, content)?;
+        *spool = Some(opened);
         there.into_iter().for_each(|credit| self.tell(News::Spooled(credit)));
         lost.into_iter().for_each(|credit| self.tell(News::Lost(credit)));
+        delivered.into_iter().for_each(|credit| self.tell(News::Delivered(credit)));
         self.release(&mut state);
-        drop(state);
-        *self.spool.write().unwrap_or_else(PoisonError::into_inner) = Some(spool);
         Ok(())
     }
 
@@ -222,6 +271,7 @@ impl Queue {
 struct Met {
     there: Vec<Credit>,
     lost: Vec<Credit>,
+    delivered: Vec<Credit>,
 }
 
 impl State {
@@ -277,7 +327,8 @@ impl State {
         self.moved.extend(change.runs.iter().map(|run| run.number));
         self.ended.extend(&change.ended);
         self.settled.extend(&change.settled);
-        self.rebased.extend(&change.rebased);
+        // Before newer ones.
+        self.rebased.splice(..0, change.rebased.iter().copied());
         self.moved_since.get_or_insert_with(Instant::now);
     }
 
@@ -305,36 +356,50 @@ impl State {
                 found.push(*first);
             }
         }
-        let there: Vec<Credit> =
-            found.into_iter().filter_map(|first| self.drop_kept(first)).flat_map(|row| row.credits).collect();
+        let mut there = Vec::new();
+        for first in found {
+            let Some(row) = self.drop_kept(first) else { continue };
+            self.disk_end = self.disk_end.max(first + u64::from(row.count));
+            there.extend(row.credits);
+        }
         self.doubtful.clear();
+        // Another file: what was in the one before is lost, unless it is acknowledged, of which nobody knows how much was of whom.
+        let anew = self.disk_records > 0 && content.runs.is_empty();
         let mut waiting = content.waiting;
         self.kept.values().flat_map(|row| &row.credits).for_each(|credit| add(&mut waiting, credit));
-        let mut lost = Vec::new();
+        let mut missing = Vec::new();
         for (slot, before) in &self.waiting {
             let now = waiting.get(slot).copied().unwrap_or_default();
             let delivered = (before.delivered - now.delivered).max(0);
             let reported = (before.reported - now.reported).max(0);
             if delivered + reported > 0 {
-                lost.push(Credit { delivered, reported, bytes: 0, ..*before });
+                missing.push(Credit { delivered, reported, bytes: 0, ..*before });
             }
+        }
+        if anew {
+            self.disk_end = 0;
+            let own = self.runs.len() - 1;
+            self.runs.drain(..own);
         }
         self.waiting = waiting;
         self.disk_records = content.records;
         self.disk_bytes = content.bytes;
-        self.blind = false;
+        self.absent = false;
         self.moved.extend(self.runs.iter().map(|run| run.number));
-        Ok(Met { there, lost })
+        self.moved_since.get_or_insert_with(Instant::now);
+        // In the same file only what is acknowledged has gone, with a change that failed after it was made.
+        let (lost, delivered) = if anew { (missing, Vec::new()) } else { (Vec::new(), missing) };
+        Ok(Met { there, lost, delivered })
     }
 }
 
-/// Whether the disk has room for a change.
+/// Whether the disk has room for a change. One that only takes away writes a few pages.
 fn has_room(folder: &Path, bytes: u64) -> Result<()> {
     let found =
         rustix::fs::statvfs(folder).with_context(|| format!("cannot look at {}", folder.display()))?;
     let free = found.f_bavail.saturating_mul(found.f_frsize);
     anyhow::ensure!(
-        free >= LEFT_FREE + 2 * bytes,
+        free >= if bytes > 0 { LEFT_FREE + 2 * bytes } else { LEFT_FREE / 8 },
         "the disk of {} is full: {} KiB are free",
         folder.display(),
         free >> 10

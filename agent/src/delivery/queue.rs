@@ -91,6 +91,8 @@ pub struct Tally {
     pub booked: Booked,
     /// Of them what no collector has yet.
     pub waiting: Booked,
+    /// Of that what is in memory only.
+    pub kept: u64,
 }
 
 pub(super) struct Entry {
@@ -136,8 +138,14 @@ pub(super) struct State {
     pub shed: Option<u64>,
     /// Whether the spool was ever open.
     pub opened: bool,
-    /// Whether rows are in a spool that is not open any more.
-    pub blind: bool,
+    /// Whether it is not open any more.
+    pub absent: bool,
+    /// Where the last row of this run on the disk ends.
+    pub disk_end: u64,
+    /// Rows of this run from here on wait until they are written.
+    pub withheld: Option<u64>,
+    /// When the first row that waits was made, as the spool counts time.
+    pub first_lived: Option<u64>,
     /// Rows on disk that something else has taken the place of.
     pub hidden: BTreeSet<(u64, u64)>,
     pub problem: String,
@@ -188,6 +196,11 @@ impl State {
         Some(row)
     }
 
+    /// Whether what is to be sent is in a spool that is not open.
+    fn lacks_rows(&self) -> bool {
+        self.absent && (self.runs.len() > 1 || self.own().first < self.disk_end)
+    }
+
     /// Whether everything is acknowledged.
     fn is_empty(&self) -> bool {
         self.runs.len() == 1 && self.own().first == self.next
@@ -204,6 +217,16 @@ pub struct Queue {
     pub(super) emptied: Notify,
     pub(super) shed: Notify,
     pub(super) news: mpsc::UnboundedSender<News>,
+    /// What the disk does next: fails, or fails after it has taken the change.
+    #[cfg(test)]
+    pub(super) faults: Mutex<VecDeque<Fault>>,
+}
+
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    NotTaken,
+    TakenAndNotSaid,
 }
 
 /// A run as the stream sees it.
@@ -216,33 +239,32 @@ pub struct Sequence {
 }
 
 impl Queue {
-    /// Opens the spool, and begins a new run. What is wrong with the disk is said, and tried again.
-    pub fn open(limits: Limits, run: Run, news: mpsc::UnboundedSender<News>) -> Self {
+    /// Begins a new run.
+    pub fn new(limits: Limits, run: Run, news: mpsc::UnboundedSender<News>) -> Self {
         let mut state = State { lived: (Duration::ZERO, Some(Instant::now())), ..State::default() };
-        let spool = limits.folder.as_ref().and_then(|folder| match Spool::open(folder, &run.node) {
-            Ok((spool, content)) => {
-                state.learn(content);
-                Some(spool)
-            }
-            Err(error) => {
-                state.fails(&error);
-                state.retry = Some(Instant::now());
-                None
-            }
-        });
-        // Unique also when the clock was set back.
-        let number = state.runs.iter().map(|run| run.number + 1).max().unwrap_or(0).max(run.started);
-        state.moved.insert(number);
-        state.runs.push_back(Run { number, first: 0, ..run });
+        state.moved.insert(run.started);
+        state.runs.push_back(Run { number: run.started, first: 0, ..run });
         Self {
             state: Mutex::new(state),
-            spool: RwLock::new(spool),
+            spool: RwLock::new(None),
             limits,
+            #[cfg(test)]
+            faults: Mutex::default(),
             work: Condvar::new(),
             filled: Notify::new(),
             emptied: Notify::new(),
             shed: Notify::new(),
             news,
+        }
+    }
+
+    /// Opens the spool and learns what is in it. What is wrong with the disk is said, and tried again.
+    pub fn open(&self) {
+        let Some(folder) = &self.limits.folder else { return };
+        if let Err(error) = self.reopen(folder) {
+            let mut state = self.state();
+            state.fails(&error);
+            state.retry = Some(Instant::now());
         }
     }
 
@@ -271,12 +293,16 @@ impl Queue {
             let share = if urgent { free.saturating_mul(2) } else { free };
             size + reserved <= free && (!shared || own + size <= share)
         };
-        let own = state.memory_of.get(&key).copied().unwrap_or(0);
-        if !fits(state.memory + state.kept_bytes, own, self.limits.memory as u64) {
+        let staged = state.memory_of.get(&key).copied().unwrap_or(0);
+        let made = state.waiting.get(&key).map_or(0, |waiting| waiting.bytes);
+        // Rows are in memory only where nothing can be written.
+        let own = staged + if state.kept.is_empty() { 0 } else { made };
+        let memory = state.memory + state.kept_bytes;
+        if !fits(memory, own, self.limits.memory as u64) {
             return Err(Full::Memory);
         }
-        let own = state.waiting.get(&key).map_or(0, |waiting| waiting.bytes);
-        if self.limits.folder.is_some() && !fits(state.disk_bytes, own, payload_of(self.limits.disk)) {
+        let disk = state.disk_bytes + memory;
+        if self.limits.folder.is_some() && !fits(disk, made + staged, payload_of(self.limits.disk)) {
             return Err(Full::Disk);
         }
         state.memory += size;
@@ -365,13 +391,13 @@ impl Queue {
     }
 
     /// The row that `position` is in, or the next one.
-    fn row(&self, run: u64, position: u64) -> Result<Option<(u64, Row)>> {
+    pub(super) fn row(&self, run: u64, position: u64) -> Result<Option<(u64, Row)>> {
         let spool = self.spool.read().unwrap_or_else(PoisonError::into_inner);
         // First what is in memory: what goes to the disk meanwhile is found there.
         let in_memory = {
             let state = self.state();
             anyhow::ensure!(
-                spool.is_some() || !state.blind,
+                spool.is_some() || !state.lacks_rows(),
                 "what is in the spool cannot be read: {}",
                 state.problem
             );
@@ -379,7 +405,9 @@ impl Queue {
             before
                 .filter(|(first, row)| **first + u64::from(row.count) > position)
                 .or_else(|| state.kept.range(position..).next())
-                .filter(|_| run == state.own().number)
+                .filter(|(first, _)| {
+                    run == state.own().number && state.withheld.is_none_or(|from| **first < from)
+                })
                 .map(|(first, row)| (*first, row.clone()))
         };
         let mut at = position;
@@ -471,11 +499,13 @@ impl Queue {
     pub fn give_up(&self, run: u64, position: u64, replacement: Option<(Bytes, Credit)>) {
         let mut state = self.state();
         let Some(index) = state.runs.iter().position(|known| known.number == run) else { return };
-        if state.runs[index].first != position {
+        // There may be a hole before it.
+        if state.runs[index].first > position {
             return;
         }
         state.runs[index].first = position + 1;
         state.moved.insert(run);
+        state.moved_since.get_or_insert_with(Instant::now);
         state.given_up += 1;
         if let Some((record, credit)) = replacement {
             state.add(record, credit);
@@ -487,7 +517,7 @@ impl Queue {
 
     /// Has everything of `run` dropped and counted that is too old, and waits for that.
     pub async fn without_old(&self, run: u64) {
-        if self.limits.age.is_none() {
+        if self.limits.age.is_none() || self.limits.folder.is_none() {
             return;
         }
         loop {
@@ -497,6 +527,7 @@ impl Queue {
             {
                 let mut state = self.state();
                 if state.closed || !state.problem.is_empty() {
+                    state.shed = None;
                     return;
                 }
                 state.shed = Some(run);
@@ -513,8 +544,10 @@ impl Queue {
     pub fn settle(&self, slot: SlotOf) {
         let mut state = self.state();
         state.booked.remove(&slot);
-        state.settled.push(slot);
-        state.moved_since.get_or_insert_with(Instant::now);
+        if self.limits.folder.is_some() {
+            state.settled.push(slot);
+            state.moved_since.get_or_insert_with(Instant::now);
+        }
     }
 
     /// What was taken in of a slot is `sum`, whatever the spool says.
@@ -551,16 +584,22 @@ impl Queue {
             delivered: waiting.delivered.max(0).unsigned_abs(),
             reported: waiting.reported.max(0).unsigned_abs(),
         });
-        Tally { booked: state.booked.get(&slot).copied().unwrap_or_default(), waiting }
+        let of_slot = |credit: &&Credit| (credit.epoch, credit.slot) == slot;
+        let kept = state.kept.values().flat_map(|row| &row.credits).filter(of_slot);
+        let kept: i64 = kept.map(|credit| credit.delivered + credit.reported).sum();
+        Tally {
+            booked: state.booked.get(&slot).copied().unwrap_or_default(),
+            waiting,
+            kept: kept.max(0).unsigned_abs(),
+        }
     }
 
     pub fn waiting(&self) -> Waiting {
-        let sequence = self.sequence();
-        let first = self.row(sequence.run.number, sequence.run.first).ok().flatten();
         let state = self.state();
         let kept: u64 = state.kept.values().map(|row| u64::from(row.count)).sum();
         let staged = state.staged_since.map_or(Duration::ZERO, |since| since.elapsed());
-        let oldest = first.map(|(_, row)| Duration::from_millis(state.lived().saturating_sub(row.lived)));
+        let oldest = state.first_lived.filter(|_| !state.is_empty());
+        let oldest = oldest.map(|lived| Duration::from_millis(state.lived().saturating_sub(lived)));
         Waiting {
             records: state.disk_records + kept + state.staged.len() as u64,
             memory_bytes: state.memory + state.kept_bytes,
@@ -613,6 +652,14 @@ impl State {
     /// Takes over what a spool holds, beside what is known already.
     pub(super) fn learn(&mut self, content: Content) {
         let Content { runs, booked, waiting, records, bytes, lived } = content;
+        // Numbers are unique also when the clock was set back.
+        let last = runs.iter().map(|run| run.number + 1).max().unwrap_or(0);
+        let own = self.runs.len() - 1;
+        if self.runs[own].number < last && self.kept.is_empty() {
+            self.moved.remove(&self.runs[own].number);
+            self.runs[own].number = last;
+            self.moved.insert(last);
+        }
         for run in runs.into_iter().rev() {
             self.runs.push_front(run);
         }
@@ -627,6 +674,8 @@ impl State {
         self.disk_records = records;
         self.disk_bytes = bytes;
         self.lived = (Duration::from_millis(lived), Some(Instant::now()));
+        // What was made before it was known how old the spool is.
+        self.kept.values_mut().for_each(|row| row.lived += lived);
         self.opened = true;
     }
 

@@ -126,7 +126,7 @@ impl Spool {
             .and_then(|()| std::fs::set_permissions(folder, Permissions::from_mode(0o700)))
             .with_context(|| format!("cannot make {}", folder.display()))?;
         let path = folder.join(FILE);
-        if !path.exists() {
+        if !path.try_exists()? {
             // Whole or not at all: what is cut off here would be taken for damage later.
             let partial = path.with_extension("partial");
             let _left_by_one_that_was_killed = std::fs::remove_file(&partial);
@@ -216,7 +216,7 @@ impl Spool {
     ///
     /// # Errors
     ///
-    /// When the disk does not take it; then nothing is changed, and the spool must be opened anew.
+    /// When the disk fails. The change may be there all the same, and the spool must be opened anew.
     pub fn change(&self, change: &Change) -> Result<Vec<Gone>> {
         let transaction = self.database.begin_write()?;
         let gone = apply(&transaction, change)?;

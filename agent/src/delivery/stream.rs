@@ -43,7 +43,7 @@ pub async fn deliver(targets: Vec<Target>, queue: Arc<Queue>, link: Arc<Link>) {
         let mut progress = false;
         let result = stream(target, &queue, &link, &mut progress).await;
         // The first one whenever it can be had.
-        at = if progress { 0 } else { at + 1 };
+        at = if progress || result.is_ok() { 0 } else { at + 1 };
         if progress {
             wait = FIRST_WAIT;
         }
@@ -225,8 +225,12 @@ async fn stream(target: &Target, queue: &Arc<Queue>, link: &Link, progress: &mut
     let mut pause = Instant::now();
     let mut said = String::new();
     loop {
+        let mut all_sent = false;
         while delivery.may_send() && pause <= Instant::now() {
-            let Some(mut batch) = read(queue, run, &delivery).await? else { break };
+            let Some(mut batch) = read(queue, run, &delivery).await? else {
+                all_sent = true;
+                break;
+            };
             if delivery.sent.is_empty() {
                 answered = Instant::now();
             }
@@ -234,7 +238,7 @@ async fn stream(target: &Target, queue: &Arc<Queue>, link: &Link, progress: &mut
             link.has_sent(batch.compressed.len());
             sender.send(message(agent_message::Message::Batch(batch))).await?;
         }
-        if delivery.sent.is_empty() && delivery.may_send() && pause <= Instant::now() {
+        if all_sent && delivery.sent.is_empty() {
             if !own {
                 queue.finish(run);
                 return Ok(());
@@ -273,7 +277,9 @@ async fn stream(target: &Target, queue: &Arc<Queue>, link: &Link, progress: &mut
                         tracing::error!(%target, position, "the collector will never take a record; a gap record counts it: {said}");
                         let now =
                             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-                        let record = queue.first_record(run, position)?;
+                        let reader = Arc::clone(queue);
+                        let record =
+                            tokio::task::spawn_blocking(move || reader.first_record(run, position)).await??;
                         queue.give_up(run, position, record.and_then(|record| replacement(&record, &hello, now)));
                     }
                 }

@@ -11,7 +11,7 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 
 use super::{
-    queue::{Full, Limits, News, Queue},
+    queue::{Fault, Full, Limits, News, Queue},
     row::Credit,
     spool::Run,
 };
@@ -25,7 +25,9 @@ fn limits(folder: Option<&Path>) -> Limits {
 fn open(limits: Limits, started: u64) -> (Queue, mpsc::UnboundedReceiver<News>) {
     let (tell, news) = mpsc::unbounded_channel();
     let run = Run { number: 0, node: "n".to_owned(), boot: "b".to_owned(), started, first: 0 };
-    (Queue::open(limits, run, tell), news)
+    let queue = Queue::new(limits, run, tell);
+    queue.open();
+    (queue, news)
 }
 
 fn record(slot: u64, sequence: u64) -> Bytes {
@@ -89,6 +91,17 @@ impl Collector {
     }
 }
 
+/// Takes the folder of a spool away, or brings it back. Where it was is then something that cannot be opened.
+fn take_disk(path: &Path, away: &Path, there: bool) {
+    if there && away.exists() {
+        std::fs::remove_file(path).unwrap();
+        std::fs::rename(away, path).unwrap();
+    } else if !there {
+        std::fs::rename(path, away).unwrap();
+        std::fs::write(path, "").unwrap();
+    }
+}
+
 #[test]
 fn telemetry_is_turned_away_before_denials_and_nobody_takes_all() {
     let (queue, _news) = open(limits(None), 1);
@@ -142,8 +155,6 @@ fn what_is_given_up_is_counted_by_what_comes_in_its_place() {
     (1..4).for_each(|sequence| queue.push(record(5, sequence), false, one(5)).unwrap());
     queue.work();
     let run = queue.sequence().run.number;
-    queue.give_up(run, 1, None);
-    assert_eq!(queue.waiting().given_up, 0, "it is not the first");
     let first = queue.first_record(run, 0).unwrap().unwrap();
     assert_eq!(first, record(5, 1));
     let instead = Credit { epoch: EPOCH, slot: 5, delivered: -1, reported: 1, bytes: 0 };
@@ -155,6 +166,8 @@ fn what_is_given_up_is_counted_by_what_comes_in_its_place() {
     assert_eq!(batch::unpack(&batch).unwrap(), rest);
     queue.acknowledge(run, 4);
     queue.work();
+    queue.give_up(run, 1, None);
+    assert_eq!(queue.waiting().given_up, 1, "it is acknowledged");
     let tally = queue.tally((EPOCH, 5));
     assert_eq!((tally.booked.delivered, tally.booked.reported, tally.waiting.sum()), (2, 1, 0));
     let mut spooled = 0;
@@ -221,22 +234,21 @@ fn whatever_happens_every_record_is_stored_once_or_counted() {
             books.entry(credit.slot).or_default()[place] += credit.delivered + credit.reported;
         };
         for agent in 1..6 {
-            if away.exists() {
-                std::fs::rename(&away, &path).unwrap();
-            }
+            let disk = |there| take_disk(&path, &away, there);
+            disk(true);
             let (queue, mut news) = open(limits(Some(&path)), agent);
             // What went with the one before, as a gap record.
             for (slot, made) in &made {
                 let [spooled, delivered, from_memory] = books.get(slot).copied().unwrap_or_default();
                 let settled = match queue.booked((EPOCH, *slot)) {
-                    Some(booked) => (booked as i64).max(spooled) + from_memory,
+                    Some(booked) => booked.cast_signed().max(spooled) + from_memory,
                     None => delivered + from_memory,
                 };
                 books.entry(*slot).or_default()[0] = settled - from_memory;
-                let missing = *made as i64 - settled;
+                let missing = made.cast_signed() - settled;
                 assert!(missing >= 0, "seed {seed}: slot {slot} has {missing}");
                 if missing > 0 {
-                    let gap = Gap { count: missing as u64, ..Gap::default() };
+                    let gap = Gap { count: missing.cast_unsigned(), ..Gap::default() };
                     let event = Some(Event::Gap(gap));
                     let gap = Record { slot: *slot, epoch: EPOCH, event, ..Record::default() };
                     let credit = Credit { epoch: EPOCH, slot: *slot, reported: missing, ..Credit::default() };
@@ -255,12 +267,13 @@ fn whatever_happens_every_record_is_stored_once_or_counted() {
                         }
                     }
                     4..6 => {
+                        let fault = [None, None, Some(Fault::NotTaken), Some(Fault::TakenAndNotSaid)];
+                        queue.faults.lock().unwrap().extend(*random.choice(&fault).unwrap());
                         queue.state().retry = None;
                         queue.work();
                     }
                     6 if random.bool() => {
-                        let (from, to) = if no_disk { (&away, &path) } else { (&path, &away) };
-                        std::fs::rename(from, to).unwrap();
+                        disk(no_disk);
                         no_disk = !no_disk;
                     }
                     _ => drop(collector.take(&queue, random.usize(1..30), random.bool())),
@@ -272,13 +285,10 @@ fn whatever_happens_every_record_is_stored_once_or_counted() {
                     book(&mut books, news);
                 }
             }
-            if no_disk || agent == 5 {
-                // What is only in memory may be at the collector without having been booked: an agent that is killed then
-                // counts it although it is there. Here it is stopped.
-                if no_disk {
-                    std::fs::rename(&away, &path).unwrap();
-                }
-            }
+            // What is only in memory may be at the collector without having been booked: an agent that is killed then counts it
+            // although it is there. Here it is stopped.
+            disk(true);
+            queue.faults.lock().unwrap().clear();
             queue.state().retry = None;
             if agent == 5 || !queue.state().kept.is_empty() || random.bool() {
                 queue.work();
@@ -297,8 +307,10 @@ fn whatever_happens_every_record_is_stored_once_or_counted() {
                 }
             }
         }
-        for (slot, (stored, counted)) in collector.balance() {
-            assert_eq!(stored + counted, made[&slot], "seed {seed}, slot {slot}: {stored} + {counted}");
+        let balance = collector.balance();
+        for (slot, made) in made {
+            let (stored, counted) = balance[&slot];
+            assert_eq!(stored + counted, made, "seed {seed}, slot {slot}: {stored} + {counted}");
         }
     }
 }
@@ -322,10 +334,13 @@ fn what_is_acknowledged_while_it_is_written_is_booked_once() {
             queue.push(record(5, made), false, one(5)).unwrap();
         }
         queue.flush();
-        match round % 8 {
-            0 => std::fs::rename(&path, &away).unwrap(),
-            3 => {
-                std::fs::rename(&away, &path).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+        match round % 32 {
+            0 => take_disk(&path, &away, false),
+            11 => queue.faults.lock().unwrap().push_back(Fault::NotTaken),
+            19 => queue.faults.lock().unwrap().push_back(Fault::TakenAndNotSaid),
+            7 | 15 | 23 => {
+                take_disk(&path, &away, true);
                 let mut state = queue.state();
                 state.retry = state.retry.map(|_| std::time::Instant::now());
                 drop(state);
@@ -340,6 +355,8 @@ fn what_is_acknowledged_while_it_is_written_is_booked_once() {
         assert!(begun.elapsed() < Duration::from_secs(60));
         collector.take(&queue, 40, true);
     }
+    take_disk(&path, &away, true);
+    queue.faults.lock().unwrap().clear();
     queue.close();
     keeper.join().unwrap();
     let (mut spooled, mut delivered, mut from_memory) = (0, 0, 0);
@@ -351,7 +368,7 @@ fn what_is_acknowledged_while_it_is_written_is_booked_once() {
             News::Lost(credit) => panic!("{credit:?}"),
         }
     }
-    assert!(from_memory > 0 && spooled > 0, "{from_memory} from memory, {spooled} spooled");
+    assert!(from_memory > 100 && spooled > 100, "{from_memory} from memory, {spooled} spooled");
     assert_eq!((spooled + from_memory, delivered), (made, spooled));
     assert_eq!(queue.booked((EPOCH, 5)), Some(made));
 }

@@ -133,7 +133,8 @@ impl Ledger {
     pub fn book(&mut self, slot: u64, change: impl FnOnce(&mut Account)) -> bool {
         let mut account = self.account(slot);
         change(&mut account);
-        let balanced = account.made != 0 && account.spooled + account.from_memory >= account.made;
+        // At a collector: what is in the spool may be lost with it.
+        let balanced = account.made != 0 && account.delivered + account.from_memory >= account.made;
         if balanced || account == Account::default() {
             let _may_never_have_been_written = self.accounts.remove(&slot);
         } else if let Err(error) = self.accounts.insert(slot, account, BPF_ANY) {
