@@ -17,7 +17,7 @@ pub static EXEC_TEMPLATE: Array<SmallExec> = Array::with_max_entries(1, 0);
 pub static EXIT_TEMPLATE: Array<ExitRecord> = Array::with_max_entries(1, 0);
 
 /// Most processes at once.
-const MOST: u64 = 512;
+const MOST: u64 = 64;
 
 /// Makes the records of `processes` processes of `slot`, which have ids from `first` on. Returns how many records there was room for.
 pub fn generate(slot: u64, processes: u64, first: u64) -> i32 {

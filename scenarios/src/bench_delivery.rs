@@ -176,10 +176,10 @@ fn generate(set: &Path, slot: u64, rate: u64, seconds: u64) -> Result<u64> {
             std::thread::sleep(Duration::from_micros(500));
             continue;
         }
-        let mut options = RawTracePointRunOptions::default();
         // Beyond all real ones, and not soon the same again.
-        options.args = [slot, AT_ONCE, (1 << 23) + made % (1 << 22), 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        program.test_run(options)?;
+        let first = (1 << 23) + made % (1 << 22);
+        let args = [slot, AT_ONCE, first, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        program.test_run(RawTracePointRunOptions { args, ..Default::default() })?;
         made += 3 * AT_ONCE;
     }
     Ok(made)

@@ -36,6 +36,7 @@ mod overlay;
 mod peers;
 mod pinned;
 mod planted;
+mod powercut;
 mod proxy;
 mod races;
 mod random;
@@ -214,6 +215,18 @@ enum Command {
     },
     /// Wrong configuration, no rights, no BTF, full disks, a collector that goes away: what is said, and how soon
     Faults,
+    /// The collector's disk as it is after a power cut at any moment: every acknowledged record is there; needs dmsetup and the kernel's
+    /// dm-log-writes
+    Powercut {
+        /// Moments at which the power is cut
+        #[arg(long, default_value_t = 25)]
+        cuts: usize,
+        #[arg(long, default_value_t = 150)]
+        batches: u64,
+        /// What is drawn is the same again
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Delivery while everything fails that can; at the end the records of each container add up to what the kernel has numbered
     Soak {
         #[arg(long, default_value_t = 8)]
@@ -328,6 +341,9 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Volumes { here } => volumes::run(&cri, here).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,
+            Command::Powercut { cuts, batches, seed } => {
+                powercut::run(&cri, &powercut::Options { cuts, batches, seed }).await
+            }
             Command::Soak { minutes, seed } => soak::run(&cri, &soak::Options { minutes, seed }).await,
             Command::Planted { objects } => planted::run(&cri, &objects).await,
             Command::Demo => demo::run(&cri).await,

@@ -49,6 +49,8 @@ pub struct Node {
     pub tls: Option<PathBuf>,
     /// What is between agent and collector, if anything is.
     pub proxy: Option<SocketAddr>,
+    /// Further lines of the collector's configuration.
+    pub collector_settings: &'static str,
 }
 
 /// How to start the agent.
@@ -106,14 +108,27 @@ impl Node {
         let collector_address =
             TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?.local_addr()?;
         let cri = cri.to_owned();
-        Ok(Self { folder, collector_address, collector: None, agent: None, cri, tls: None, proxy: None })
+        Ok(Self {
+            folder,
+            collector_address,
+            collector: None,
+            agent: None,
+            cri,
+            tls: None,
+            proxy: None,
+            collector_settings: "",
+        })
     }
 
     /// Starts the collector on what is in the store.
     pub async fn start_collector(&mut self) -> Result<()> {
         let log = std::fs::File::create(self.folder.path().join("collector.log"))?;
         let config = self.folder.path().join("collector.yaml");
-        std::fs::write(&config, self.tls_settings("collector", ", revoked: {}/revoked.pem"))?;
+        let settings = match (&self.tls, self.collector_settings) {
+            (None, "") => "{}\n".to_owned(),
+            (_, more) => self.tls_settings("collector", ", revoked: {}/revoked.pem") + more,
+        };
+        std::fs::write(&config, settings)?;
         let collector = Command::new("palisade-collector")
             .arg("--config")
             .arg(&config)
@@ -138,7 +153,7 @@ impl Node {
     /// The lines of a configuration about TLS; `more` is added with the folder of certificates in it.
     fn tls_settings(&self, name: &str, more: &str) -> String {
         let Some(folder) = self.tls.as_ref().map(|folder| folder.display().to_string()) else {
-            return "{}\n".to_owned();
+            return String::new();
         };
         let more = more.replace("{}", &folder);
         format!(
@@ -199,7 +214,7 @@ impl Node {
             options.unidentified.unwrap_or("audit"),
             options.settings
         );
-        let tls = if self.tls.is_some() { self.tls_settings("node-test-node", "") } else { String::new() };
+        let tls = self.tls_settings("node-test-node", "");
         std::fs::write(
             &config,
             format!(

@@ -80,7 +80,7 @@ fn fresh() -> String {
 }
 
 /// A stream to the collector, as far as an agent has it.
-struct Peer {
+pub struct Peer {
     name: String,
     messages: mpsc::Sender<AgentMessage>,
     answers: Streaming<CollectorMessage>,
@@ -99,7 +99,7 @@ impl Peer {
     }
 
     /// Connects and says hello, as who has all positions from `first` on.
-    async fn greet(node: &Node, name: &str, first: u64) -> Result<(Self, u64)> {
+    pub async fn greet(node: &Node, name: &str, first: u64) -> Result<(Self, u64)> {
         let mut peer = Self::connect(node, name).await?;
         peer.say(agent_message::Message::Hello(hello(name, first))).await?;
         match peer.answer().await? {
@@ -123,7 +123,7 @@ impl Peer {
     }
 
     /// Sends records in one batch, which must be taken.
-    async fn deliver(&mut self, first: u64, words: &[&str]) -> Result<u64> {
+    pub async fn deliver(&mut self, first: u64, words: &[&str]) -> Result<u64> {
         let batch = batch::pack(first, &records(&self.name, words))?;
         match self.send(batch).await? {
             Answer::Acknowledgement(acknowledgement) => Ok(acknowledgement.next_position),
@@ -174,7 +174,7 @@ fn records(node: &str, words: &[&str]) -> Vec<Bytes> {
 }
 
 /// The words of what is stored of a node, in order.
-fn stored(node: &Node, name: &str) -> Result<Vec<String>> {
+pub fn stored(node: &Node, name: &str) -> Result<Vec<String>> {
     let records = events::query(node, &["--all", "--node", name])?;
     Ok(records.iter().filter_map(|record| record["exit"]["executable"].as_str().map(str::to_owned)).collect())
 }

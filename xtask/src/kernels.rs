@@ -73,6 +73,9 @@ const MODULES: &[&str] = &[
     "bridge",
     "tun",
     "binfmt_misc",
+    // A disk whose power is cut.
+    "loop",
+    "dm-log-writes",
 ];
 
 /// A kernel that is ready to boot.

@@ -16,7 +16,8 @@ use crate::{
 };
 
 const SUITE: &str = "trixie";
-const PACKAGES: &str = "containerd,runc,crun,podman,docker.io,docker-cli,iproute2,procps,libseccomp2";
+const PACKAGES: &str =
+    "containerd,runc,crun,podman,docker.io,docker-cli,iproute2,procps,libseccomp2,e2fsprogs,dmsetup";
 /// Newer versions, unpacked beside Debian's own under /opt.
 const NEXT: &[(&str, &str)] = &[("runc", "opt/runc-next"), ("containerd", "opt/containerd-next")];
 const INIT: &str = include_str!("../guest/init.sh");

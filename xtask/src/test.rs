@@ -23,7 +23,8 @@ pub struct Options {
     /// Only these rings
     #[arg(long)]
     ring: Vec<Ring>,
-    /// More of what takes long: 200 containers in each cell of the starts instead of 12, and the attacks on every kernel
+    /// More of what takes long: 200 containers in each cell of the starts instead of 12, the attacks on every kernel, and half an
+    /// hour of faults instead of 8 minutes
     #[arg(long)]
     full: bool,
 }
@@ -131,7 +132,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             // With the scenarios, if those are wanted too.
             Ring::Planted if wanted.contains(&Ring::Scenarios) => {}
             Ring::Scenarios | Ring::Planted => machines(&binaries, &wanted, options.full, &mut tally),
-            Ring::Native => native(&binaries, &mut tally),
+            Ring::Native => native(&binaries, options.full, &mut tally),
         }
     }
     Ok(tally.close())
@@ -277,8 +278,8 @@ const NODE: &[&str] = &[
 const STARTS: &[&str] = &["starts --count {count}"];
 /// What of the verdicts depends on the kernel most, for the others.
 const ATTACKS: &[&str] = &["exec", "code", "conditions"];
-/// On a disk of their own, for the size of their image.
-const SERVICES: &[&str] = &["apps"];
+/// On a disk of their own, for the size of their image; and the shortest boot otherwise.
+const SERVICES: &[&str] = &["apps", "powercut"];
 
 fn scenarios(full: bool) -> Result<Vec<Boot>> {
     let other = build::another_abi()?;
@@ -350,7 +351,8 @@ fn machines(binaries: &Path, with: &[Ring], full: bool, tally: &mut Tally) {
     boot(binaries, &boots, tally);
 }
 
-fn native(binaries: &Path, tally: &mut Tally) {
+fn native(binaries: &Path, full: bool, tally: &mut Tally) {
+    let minutes = if full { "30" } else { "8" };
     let begun = Instant::now();
     let result = images::make(binaries).and_then(|images| {
         let containerd = Containerd::start(&images)?;
@@ -367,6 +369,7 @@ fn native(binaries: &Path, tally: &mut Tally) {
             &["palisade-scenarios", "races", "--count", "10000"],
             &["palisade-scenarios", "faults"],
             &["palisade-scenarios", "starts", "--here"],
+            &["palisade-scenarios", "soak", "--minutes", minutes],
         ] {
             let (code, more) = containerd.run(binaries, words)?;
             output.push_str(&more);
