@@ -177,7 +177,7 @@ struct Write {
 
 /// Reads a log of writes (drivers/md/dm-log-writes.c: `struct log_write_super` and `struct log_write_entry`).
 fn read_log(path: &Path) -> Result<Vec<Write>> {
-    const MAGIC: u64 = 0x6a73_6677_7367_736a;
+    const MAGIC: u64 = 0x006a_7366_7773_6872;
     const DISCARD: u64 = 1 << 2;
     const MARK: u64 = 1 << 3;
     let file = File::open(path)?;
@@ -196,17 +196,21 @@ fn read_log(path: &Path) -> Result<Vec<Write>> {
         // In sectors of the log: dm-log-writes counts in the disk's logical blocks.
         let (offset, length, flags, data_length) =
             (word(&bytes, 0) * sector, word(&bytes, 8) * sector, word(&bytes, 16), word(&bytes, 24));
-        let mark = if flags & MARK != 0 {
+        let is_mark = flags & MARK != 0;
+        let mut mark = None;
+        if is_mark {
             let text = bytes.get(32..32 + data_length as usize).context("a mark is too long")?;
             let text = String::from_utf8_lossy(text);
-            Some(text.trim_end_matches('\0').trim().parse().with_context(|| format!("mark {text:?}"))?)
-        } else {
-            None
-        };
+            let text = text.trim_end_matches('\0');
+            // The target's own, behind everything else.
+            if text != "dm-log-writes-end" {
+                mark = Some(text.trim().parse().with_context(|| format!("mark {text:?}"))?);
+            }
+        }
         let discard = flags & DISCARD != 0;
         let data = at + sector;
-        at = data + if discard || mark.is_some() { 0 } else { length };
-        writes.push(Write { data, offset, length: if mark.is_some() { 0 } else { length }, discard, mark });
+        at = data + if discard || is_mark { 0 } else { length };
+        writes.push(Write { data, offset, length: if is_mark { 0 } else { length }, discard, mark });
     }
     Ok(writes)
 }
