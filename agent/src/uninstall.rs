@@ -56,7 +56,11 @@ pub fn run(config: &Config, keep_enforcing: bool) -> Result<ExitCode> {
         }
     }
     println!("removed {}", folder.display());
-    println!("left: the configuration, {}, and what the collector stored", config.profiles.display());
+    println!(
+        "left: the configuration, {}, {} with what is not delivered, and what the collector stored",
+        config.profiles.display(),
+        config.spool.path.display()
+    );
     Ok(ExitCode::SUCCESS)
 }
 

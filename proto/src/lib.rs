@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+#[cfg(test)]
+mod evolution;
 
 use std::sync::LazyLock;
 
@@ -56,11 +58,11 @@ pub mod runtime {
     }
 }
 
-static RECORD: LazyLock<Option<MessageDescriptor>> = LazyLock::new(|| {
-    let pool =
-        DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..]).ok()?;
-    pool.get_message_by_name("palisade.v1.Record")
-});
+/// What the `.proto` files say, compiled.
+const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+static RECORD: LazyLock<Option<MessageDescriptor>> =
+    LazyLock::new(|| DescriptorPool::decode(DESCRIPTORS).ok()?.get_message_by_name("palisade.v1.Record"));
 
 /// A record as one JSON object: field names as in the `.proto` file, numbers as numbers, and every field present,
 /// so that a reader need not know the defaults.

@@ -55,8 +55,8 @@ struct Measured {
     records_per_second: f64,
     seconds: f64,
     made: u64,
-    /// Of which there was no room in the ring, or later.
-    lost: u64,
+    /// Of which there was no room in the ring, or later, by cause.
+    lost: serde_json::Value,
     delivered: u64,
     /// Processor seconds for a million records.
     agent_cpu: f64,
@@ -128,8 +128,7 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
     };
     let last_seconds = ended.elapsed().as_secs_f64();
     let made = counters::made(&set, slot)? - before;
-    let lost: u64 =
-        status["lost"].as_object().into_iter().flatten().filter_map(|(_, count)| count.as_u64()).sum();
+    let lost = status["lost"].clone();
     let delivered = status["delivery"]["acknowledged"].as_u64().unwrap_or(0);
     let million = made as f64 / 1e6;
     let store = store_bytes(&node.folder.path().join("store"))?;
