@@ -471,7 +471,7 @@ mod tests {
     fn the_bytes_of_a_fork_are_golden() {
         let mut bytes = Vec::new();
         bytes.extend(1_u16.to_le_bytes()); // kind
-        bytes.extend(9_u16.to_le_bytes()); // abi
+        bytes.extend(10_u16.to_le_bytes()); // abi
         bytes.extend(152_u32.to_le_bytes()); // size
         bytes.extend(0x1122_u64.to_le_bytes()); // slot
         bytes.extend(7_u64.to_le_bytes()); // sequence
@@ -500,7 +500,7 @@ mod tests {
             (fork.session.start, fork.session.pid, fork.session.kind),
             (30, 9, codes::session::ENTERED)
         );
-        assert_eq!(ABI_VERSION, 9, "a new ABI version needs new golden bytes");
+        assert_eq!(ABI_VERSION, 10, "a new ABI version needs new golden bytes");
     }
 
     #[test]
