@@ -280,6 +280,7 @@ async fn look(cri: &Path, disk: &Path) -> Result<u64> {
         "the store says {next}, its last record is {:?}",
         found.last()
     );
+    ensure!(next == 0 || !found.is_empty(), "the store says {next}, and has no record");
     ensure!(found.windows(2).all(|pair| pair[0] + 1 == pair[1]), "records are missing, or out of order");
     // And it goes on.
     let after = peer.deliver(next, &[&format!("{next} again")]).await?;

@@ -128,6 +128,10 @@ impl Queue {
                 if self.limits.folder.is_some() {
                     state.not_written(&change);
                 }
+                if state.closing {
+                    // Once more was asked; nobody waits for a disk that takes nothing.
+                    state.moved_since = None;
+                }
                 if !change.shed.is_empty()
                     && let Some((first, _)) = made.first()
                 {

@@ -372,3 +372,22 @@ fn what_is_acknowledged_while_it_is_written_is_booked_once() {
     assert_eq!((spooled + from_memory, delivered), (made, spooled));
     assert_eq!(queue.booked((EPOCH, 5)), Some(made));
 }
+
+#[test]
+fn a_disk_that_takes_nothing_does_not_keep_the_agent_from_ending() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, away) = (folder.path().join("spool"), folder.path().join("away"));
+    let (queue, _news) = open(limits(Some(&path)), 1);
+    queue.push(record(5, 1), false, one(5)).unwrap();
+    queue.faults.lock().unwrap().push_back(Fault::NotTaken);
+    queue.work();
+    take_disk(&path, &away, false);
+    queue.push(record(5, 2), false, one(5)).unwrap();
+    queue.close();
+    let (ended, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        queue.keep();
+        ended.send(queue.waiting().records).unwrap();
+    });
+    assert_eq!(wait.recv_timeout(Duration::from_secs(20)), Ok(2), "it does not end");
+}
