@@ -152,6 +152,9 @@ fn table(status: &Status) -> String {
     row("waiting", &format!("{waiting_records} records, the oldest for {oldest_seconds:.1} s"));
     let share = |bytes: &u64, most: &u64| bytes * 100 / (*most).max(1);
     let spool = match spool_problem.as_str() {
+        "" if *most_spool_bytes == 0 => {
+            "NONE: records wait in memory, and go with an agent that is killed".to_owned()
+        }
         "" => format!("{} % of its bytes", share(spool_bytes, most_spool_bytes)),
         problem => format!("TAKES NOTHING, records wait in memory: {problem}"),
     };
@@ -375,6 +378,9 @@ mod tests {
         );
         let problem = "the store takes nothing: disk full".to_owned();
         let spool_problem = "disk full".to_owned();
+        let none = Delivery { spool_bytes: 0, most_spool_bytes: 0, ..status().delivery };
+        let text = table(&Status { delivery: none, ..status() });
+        assert!(text.contains("spool      NONE: records wait in memory"), "{text}");
         let full = Delivery { problem, spool_problem, ..status().delivery };
         let stuck = Status { enforces: false, delivery: full.clone(), ..status() };
         let text = table(&stuck);

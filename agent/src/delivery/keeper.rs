@@ -190,9 +190,11 @@ impl Queue {
     fn write(&self, folder: &Path, change: &mut Change, rows: &mut [(u64, Row)]) -> Result<Vec<Gone>> {
         self.reopen(folder)?;
         let bytes: u64 = rows.iter().map(|(_, row)| row.length() as u64).sum();
+        // Not while the state is held: a disk may hang, and the agent must not wait for it.
+        let kept_bytes = self.state().kept_bytes;
+        has_room(folder, bytes + kept_bytes)?;
         {
             let mut state = self.state();
-            has_room(folder, bytes + state.kept_bytes)?;
             change.lived = state.lived();
             rows.iter_mut().for_each(|(_, row)| row.lived = change.lived);
             let own = state.own().clone();

@@ -6,16 +6,17 @@ use prost::Message as _;
 
 use super::row::Credit;
 
-/// The cause in gap records.
+/// The cause in gap records: of what the kernel has numbered, and of what agents say themselves.
 pub const CAUSE: &str = "refused-by-collector";
+const OWN_CAUSE: &str = "own-refused-by-collector";
 
 /// The gap record for `record`, whatever is wrong with it, and what the accounts make of it; `None` when it is one itself already.
 pub fn replacement(record: &Bytes, hello: &Hello, now: u64) -> Option<(Bytes, Credit)> {
     let record = Record::decode(record.clone()).unwrap_or_else(|_| Record { time: now, ..Record::default() });
-    let (count, from, to) = match &record.event {
-        Some(Event::Gap(gap)) if gap.cause == CAUSE => return None,
-        Some(Event::Gap(gap)) => (gap.count, gap.from, gap.to),
-        _ => (1, record.time, record.time),
+    let (of_kernel, count, from, to) = match &record.event {
+        Some(Event::Gap(gap)) if [CAUSE, OWN_CAUSE].contains(&gap.cause.as_str()) => return None,
+        Some(Event::Gap(gap)) => (!gap.cause.starts_with("own-"), gap.count, gap.from, gap.to),
+        _ => (record.sequence > 0, 1, record.time, record.time),
     };
     let (epoch, slot) = (record.epoch, record.slot);
     // Booked when it was let in.
@@ -31,7 +32,12 @@ pub fn replacement(record: &Bytes, hello: &Hello, now: u64) -> Option<(Bytes, Cr
         time: record.time,
         container: record.container,
         session_of: None,
-        event: Some(Event::Gap(Gap { count, cause: CAUSE.to_owned(), from, to })),
+        event: Some(Event::Gap(Gap {
+            count,
+            cause: if of_kernel { CAUSE } else { OWN_CAUSE }.to_owned(),
+            from,
+            to,
+        })),
     };
     Some((
         gap.encode_to_vec().into(),
@@ -74,7 +80,9 @@ mod tests {
         assert_eq!((credit.delivered, credit.reported), (0, 0), "they are counted already");
         // And what is no record at all.
         let (gap, _) = make(&Bytes::from_static(b"\xff")).unwrap();
-        assert_eq!(gap.event, Some(Event::Gap(counted(1, 55, 55))));
+        let own = Gap { cause: OWN_CAUSE.to_owned(), ..counted(1, 55, 55) };
+        assert_eq!(gap.event, Some(Event::Gap(own)), "it has no number");
+        assert_eq!(make(&gap.encode_to_vec().into()), None);
         assert_eq!((gap.node.as_str(), gap.slot), ("n", 0));
     }
 }
