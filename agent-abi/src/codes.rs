@@ -302,6 +302,28 @@ pub mod volume_flags {
     pub const REPLACED_WHOLE: u32 = 1 << 0;
 }
 
+codes! {
+    /// Bugs that can be planted in the programs, to see whether the tests notice them. They are in no build that is shipped.
+    bug: u32 {
+        ORIGIN_IGNORED = 1 => "origin-ignored",
+        RING_UNSHARED = 2 => "ring-unshared",
+        FAILED_WALK_ALLOWED = 3 => "failed-walk-allowed",
+        ENFORCE_IS_AUDIT = 4 => "enforce-is-audit",
+        DRIFT_IS_IMAGE = 5 => "drift-is-image",
+        LATCH_STAYS = 6 => "latch-stays",
+        SESSIONS_IGNORED = 7 => "sessions-ignored",
+        CONDITIONS_PARENTS_IGNORED = 8 => "conditions-parents-ignored",
+        CONDITIONS_ARGUMENTS_IGNORED = 9 => "conditions-arguments-ignored",
+        SCRIPTS_UNJUDGED = 10 => "scripts-unjudged",
+        CODE_MAPPED_UNJUDGED = 11 => "code-mapped-unjudged",
+        CODE_PROTECT_UNJUDGED = 12 => "code-protect-unjudged",
+        CODE_JIT_ALLOWED = 13 => "code-jit-allowed",
+        CODE_MEMORY_ALLOWED = 14 => "code-memory-allowed",
+        CODE_TRACE_ALLOWED = 15 => "code-trace-allowed",
+        CODE_EXECUTABLES_UNPROTECTED = 16 => "code-executables-unprotected",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -19,7 +19,7 @@ use crate::{
     exec::{self, copy_path},
     judge::{palisade_code_rules, palisade_is_allowed_executable, palisade_judge_mapped, rules_mode},
     kernel::{KernelPtr, plain},
-    maps::{PROCESSES, ROOTS, offset},
+    maps::{PROCESSES, ROOTS, offset, planted},
     origin::{self, palisade_classify, palisade_is_of_image},
     path::palisade_walk,
     processes::{self, Address},
@@ -52,7 +52,7 @@ const MEM: u32 = 0x006d_656d;
 /// Whether a mapping is refused. `file` may be null: then it is anonymous.
 #[inline(always)]
 pub fn mapped(file: Address, protection: u64, flags: u64) -> bool {
-    if protection & PROT_EXEC == 0 || cfg!(feature = "plant-code-mapped-unjudged") {
+    if protection & PROT_EXEC == 0 || planted!(CODE_MAPPED_UNJUDGED) {
         return false;
     }
     let slot = palisade_slot_under_profile();
@@ -69,7 +69,7 @@ pub fn mapped(file: Address, protection: u64, flags: u64) -> bool {
 /// Whether giving the memory at `area` another protection is refused.
 #[inline(always)]
 pub fn protected(area: Address, protection: u64) -> bool {
-    if protection & PROT_EXEC == 0 || cfg!(feature = "plant-code-protect-unjudged") {
+    if protection & PROT_EXEC == 0 || planted!(CODE_PROTECT_UNJUDGED) {
         return false;
     }
     let slot = palisade_slot_under_profile();
@@ -272,7 +272,7 @@ pub extern "C" fn palisade_traces(act: u64, target: u64) -> u64 {
         return 0;
     }
     // Both arguments are used, or the compiler would not pass them, which the verifier refuses.
-    if cfg!(feature = "plant-code-trace-allowed") && core::hint::black_box(act | target) != 0 {
+    if planted!(CODE_TRACE_ALLOWED) && core::hint::black_box(act | target) != 0 {
         return 0;
     }
     let slot = palisade_slot_under_profile();
@@ -383,8 +383,7 @@ pub extern "C" fn palisade_refuses(slot: u64, dentry: u64, rules: u64, how: u64)
         reason = if is_memory {
             // The program itself was judged as an exec already.
             if palisade_executes(dentry) != 0 { 0 } else { palisade_judge_mapped(task, rules) }
-        } else if !cfg!(feature = "plant-code-executables-unprotected")
-            && palisade_is_allowed_executable(task, rules) != 0
+        } else if !planted!(CODE_EXECUTABLES_UNPROTECTED) && palisade_is_allowed_executable(task, rules) != 0
         {
             reason::PROTECTED.into()
         } else {
@@ -394,7 +393,7 @@ pub extern "C" fn palisade_refuses(slot: u64, dentry: u64, rules: u64, how: u64)
     if is_memory
         && reason == 0
         && how & GENERATED != 0
-        && !cfg!(feature = "plant-code-jit-allowed")
+        && !planted!(CODE_JIT_ALLOWED)
         && rules & u64::from(code_flags::JIT) == 0
     {
         reason = reason::JIT.into();

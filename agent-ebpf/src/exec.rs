@@ -25,7 +25,7 @@ use crate::{
     containers, context, count,
     judge::{palisade_code_rules, palisade_judge, rules_forbid_elevation, rules_mode, unexamined},
     kernel::{KernelPtr, read_user_word},
-    maps::{PROCESSES, ROOTS, SCRIPTS, SLOT_POLICIES, SLOTS, offset, setting},
+    maps::{PROCESSES, ROOTS, SCRIPTS, SLOT_POLICIES, SLOTS, offset, planted, setting},
     origin::{self as origins, palisade_classify},
     path::{self, palisade_walk},
     processes::{self, Address},
@@ -61,7 +61,7 @@ pub fn check(bprm: Address, asked: bool) -> bool {
     };
     let verdict = examine(task, scratch, bprm, &process);
     // SAFETY: the memory belongs to this task until it is released.
-    let unjudged = cfg!(feature = "plant-scripts-unjudged") && unsafe { is_script(scratch) };
+    let unjudged = planted!(SCRIPTS_UNJUDGED) && unsafe { is_script(scratch) };
     let verdict = if unjudged { verdict::ALLOWED } else { verdict };
     // In the first pass the interpreter is the file itself; what an earlier exec that failed left is void then.
     // SAFETY: the memory belongs to this task until it is released.
@@ -563,7 +563,7 @@ pub extern "C" fn palisade_is_runtime_step(slot: u64) -> u64 {
     // SAFETY: only a field is read.
     let host_is_root = unsafe { SLOT_POLICIES.get(slot) }
         .is_some_and(|policy| policy.flags & slot_flags::ROOT_IS_HOSTS != 0);
-    if (hosts_root || cfg!(feature = "plant-latch-stays")) && !host_is_root {
+    if (hosts_root || planted!(LATCH_STAYS)) && !host_is_root {
         return 1;
     }
     if !hosts_root {

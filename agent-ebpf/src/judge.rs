@@ -17,7 +17,7 @@ use palisade_abi::{
 use crate::{
     containers::TOO_DEEP,
     context, count, exec,
-    maps::{ADMITTED, AGENT, GLOBS, REVISIONS, RULES, SLOT_POLICIES, offset},
+    maps::{ADMITTED, AGENT, GLOBS, REVISIONS, RULES, SLOT_POLICIES, offset, planted},
     path, record,
     scratch::{self, Area, Automaton, Scratch},
 };
@@ -120,7 +120,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
         count::error(error::REVISION_MISSED);
         return mismatch(reason::LOOKUP_MISSED, mode::ENFORCE, number);
     };
-    let mode = if cfg!(feature = "plant-enforce-is-audit") { mode::AUDIT } else { revision.mode as u8 };
+    let mode = if planted!(ENFORCE_IS_AUDIT) { mode::AUDIT } else { revision.mode as u8 };
     if escaped {
         return mismatch(reason::ESCAPED, mode, number);
     }
@@ -132,14 +132,14 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     let (failure, file_origin, session) =
         unsafe { ((*scratch).executable.failure as u8, (*scratch).origin, (*scratch).session.kind) };
     if failure != 0 {
-        if cfg!(feature = "plant-failed-walk-allowed") {
+        if planted!(FAILED_WALK_ALLOWED) {
             return allowed(reason::RULE, mode, number);
         }
         return mismatch(failure, mode, number);
     }
-    let wanted = if cfg!(feature = "plant-origin-ignored") {
+    let wanted = if planted!(ORIGIN_IGNORED) {
         u32::MAX
-    } else if cfg!(feature = "plant-sessions-ignored") {
+    } else if planted!(SESSIONS_IGNORED) {
         grant_to_any(file_origin)
     } else {
         grant(file_origin, session)
@@ -154,7 +154,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     } else if file_origin == origin::UNKNOWN {
         mismatch(reason::ORIGIN_UNKNOWN, mode, number)
     } else if with_arguments & wanted != 0 {
-        if cfg!(feature = "plant-conditions-arguments-ignored") {
+        if planted!(CONDITIONS_ARGUMENTS_IGNORED) {
             allowed(reason::RULE, mode, number)
         } else if arguments_known == 0 {
             // The tracepoint judges them, before the program's first instruction.
@@ -165,7 +165,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
             mismatch(reason::ARGUMENTS, mode, number)
         }
     } else if any & EXEC_GRANTS & wanted != 0 {
-        if cfg!(feature = "plant-conditions-parents-ignored") {
+        if planted!(CONDITIONS_PARENTS_IGNORED) {
             return allowed(reason::RULE, mode, number);
         }
         mismatch(reason::PARENT, mode, number)
@@ -322,7 +322,7 @@ pub extern "C" fn palisade_code_rules(slot: u64) -> u64 {
     if revision.restricts_exec == 0 {
         return 0;
     }
-    let mode = if cfg!(feature = "plant-enforce-is-audit") { mode::AUDIT } else { revision.mode as u8 };
+    let mode = if planted!(ENFORCE_IS_AUDIT) { mode::AUDIT } else { revision.mode as u8 };
     packed(number, mode, revision.code & 0xff)
 }
 
@@ -357,9 +357,7 @@ pub extern "C" fn palisade_judge_mapped(task: u64, rules: u64) -> u64 {
     if file_origin == origin::IMAGE && any_of_image {
         return 0;
     }
-    if in_memory
-        && (rules & u64::from(code_flags::MEMORY) != 0 || cfg!(feature = "plant-code-memory-allowed"))
-    {
+    if in_memory && (rules & u64::from(code_flags::MEMORY) != 0 || planted!(CODE_MEMORY_ALLOWED)) {
         return 0;
     }
     if failure != 0 {

@@ -148,6 +148,28 @@ macro_rules! setting {
 }
 pub(crate) use setting;
 
+/// Which bug is planted at the moment; 0 for none.
+#[cfg(feature = "planted")]
+#[map]
+pub static BUG: Array<u32> = Array::with_max_entries(1, 0);
+
+/// The bug that is planted at the moment ([`codes::bug`]); in a build that is shipped there is none.
+#[inline(always)]
+pub fn planted_bug() -> u32 {
+    #[cfg(feature = "planted")]
+    return BUG.get(0).copied().unwrap_or(0);
+    #[cfg(not(feature = "planted"))]
+    0
+}
+
+/// Whether a bug is planted.
+macro_rules! planted {
+    ($bug:ident) => {
+        cfg!(feature = "planted") && $crate::maps::planted_bug() == palisade_abi::codes::bug::$bug
+    };
+}
+pub(crate) use planted;
+
 /// Reads a constant that is overridden at load time. Volatile, so that the compiler does not use the initial value.
 #[inline(always)]
 pub fn frozen<T: Copy>(constant: &'static T) -> T {

@@ -9,7 +9,7 @@ use palisade_abi::{
 use crate::{
     context, count,
     kernel::KernelPtr,
-    maps::{ROOTS, offset},
+    maps::{ROOTS, offset, planted},
     scratch::{self, EXECUTABLE},
     volumes::palisade_name_volume,
 };
@@ -78,7 +78,7 @@ fn origin_on_root(slot: u64, file: &RootIdentity, dentry: KernelPtr) -> Option<u
     if !same {
         return None;
     }
-    if cfg!(feature = "plant-drift-is-image") {
+    if planted!(DRIFT_IS_IMAGE) {
         return Some(origin::IMAGE);
     }
     // A device node has other bytes than the image's, whatever the layer.

@@ -14,7 +14,7 @@ use palisade_abi::{ABI_VERSION, codes::error, maps::RingShare, record::Header};
 
 use crate::{
     count,
-    maps::{ACTIVE_EPOCH, RECORDS, RING_SHARES, SLOTS, setting},
+    maps::{ACTIVE_EPOCH, RECORDS, RING_SHARES, SLOTS, planted, setting},
 };
 
 /// The program that makes a record: its own lane where numbers are kept per CPU.
@@ -56,7 +56,7 @@ fn of_ring(what: u64) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_take_share(slot: u64, size: u64, urgent: u64) -> u64 {
-    if cfg!(feature = "plant-ring-unshared") {
+    if planted!(RING_UNSHARED) {
         return black_box(slot ^ size ^ urgent) | 1;
     }
     let (read, written) = (of_ring(BPF_RB_CONS_POS), of_ring(BPF_RB_PROD_POS));

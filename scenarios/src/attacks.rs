@@ -1,8 +1,11 @@
 //! The attacks, what each looks like to the kernel, and how one is carried out and checked.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::{
@@ -113,6 +116,49 @@ pub enum Expect {
     Allowed,
 }
 
+/// How attacks in one container ended: the exit code of each, by its name.
+pub struct Outcomes {
+    nonce: String,
+    codes: BTreeMap<String, i32>,
+    said: String,
+}
+
+/// Carries out `attacks` one after the other in `container`, as `uid`. None of them may spoil what another needs.
+pub async fn carry_out_all(
+    runtime: &Runtime,
+    container: &str,
+    attacks: &[&Attack],
+    uid: &str,
+) -> Result<Outcomes> {
+    let nonce = nonce(uid);
+    let mut command = vec!["/usr/bin/workload", "as", uid, "/usr/bin/attacker", "attacks", &nonce];
+    command.extend(attacks.iter().map(|attack| attack.name));
+    let ended = runtime.exec(container, if uid == ROOT { &command[3..] } else { &command }).await?;
+    ensure!(ended.code == 0, "{ended:?}");
+    let outcome = |line: &str| {
+        let (name, code) = line.split_once(' ')?;
+        Some((name.to_owned(), code.parse().ok()?))
+    };
+    Ok(Outcomes { nonce, codes: ended.stdout.lines().filter_map(outcome).collect(), said: ended.stderr })
+}
+
+impl Outcomes {
+    /// Checks exit code and record of one of the attacks.
+    pub async fn check(
+        &self,
+        node: &Node,
+        name: &str,
+        container: &str,
+        attack: &Attack,
+        expect: Expect,
+    ) -> Result<()> {
+        let code =
+            self.codes.get(attack.name).with_context(|| format!("it was not carried out: {}", self.said))?;
+        let nonce = format!("{}-{}", attack.name, self.nonce);
+        judge(node, name, container, attack, expect, &nonce, (*code, &self.said), "attacker").await
+    }
+}
+
 /// Starts a fresh container, waits for its policy, attacks, and checks exit code and record.
 pub async fn carry_out(
     node: &Node,
@@ -142,21 +188,39 @@ async fn attack_container(
     let nonce = nonce(attack.name);
     let command = ["/usr/bin/workload", "as", attack.uid, "/usr/bin/attacker", "attack", attack.name, &nonce];
     let ended = runtime.exec(container, if attack.uid == ROOT { &command[3..] } else { &command }).await?;
+    // Who entered the container is a child of the runtime.
+    let ended = (ended.code, ended.stderr.as_str());
+    judge(node, name, container, attack, expect, &nonce, ended, "containerd-shim").await
+}
+
+/// Checks how an attack ended, and its record: `code` is the exit code and what was said besides, `parent` the name of the process
+/// that began it.
+#[expect(clippy::too_many_arguments, reason = "what one attack is known by")]
+async fn judge(
+    node: &Node,
+    name: &str,
+    container: &str,
+    attack: &Attack,
+    expect: Expect,
+    nonce: &str,
+    (code, said): (i32, &str),
+    parent: &str,
+) -> Result<()> {
     let wanted = match expect {
         Expect::Refused => EPERM,
         Expect::Killed => KILLED,
         Expect::Audited | Expect::Allowed => PAYLOAD_RAN,
     };
-    if ended.code == NOT_POSSIBLE && MAY_BE_IMPOSSIBLE.contains(&attack.name) {
+    if code == NOT_POSSIBLE && MAY_BE_IMPOSSIBLE.contains(&attack.name) {
         println!("   this kernel lets nobody do that in a user namespace");
         return Ok(());
     }
-    ensure!(ended.code == wanted, "exit code {} instead of {wanted}: {}", ended.code, ended.stderr.trim());
+    ensure!(code == wanted, "exit code {code} instead of {wanted}: {}", said.trim());
     if expect == Expect::Refused && !attack.spoils.is_empty() {
         return spoiled(node, container, attack).await;
     }
-    let record = events::exactly_one(node, &nonce).await?;
-    check(&record, name, container, attack, expect, &nonce)
+    let record = events::exactly_one(node, nonce).await?;
+    check(&record, name, container, attack, expect, nonce, parent)
 }
 
 /// The record of an act on an allowed executable.
@@ -179,6 +243,7 @@ fn check(
     attack: &Attack,
     expect: Expect,
     nonce: &str,
+    parent: &str,
 ) -> Result<()> {
     let exec = &record["exec"];
     let (verdict, action) = match expect {
@@ -231,10 +296,9 @@ fn check(
     if exec["argument_count"] != count + more || exec["arguments_truncated"] != false {
         wrong.push(format!("argument count is {} for {count} arguments", exec["argument_count"]));
     }
-    // Who entered the container is a child of the runtime.
-    let parent = exec["process"]["parent_comm"].as_str().unwrap_or_default();
-    if !parent.contains("containerd-shim") && !parent.contains("runc") {
-        wrong.push(format!("the parent is {parent:?}"));
+    let found = exec["process"]["parent_comm"].as_str().unwrap_or_default();
+    if !found.contains(parent) && !found.contains("runc") {
+        wrong.push(format!("the parent is {found:?}"));
     }
     for (what, value) in [("pid", &exec["process"]["pid"]), ("parent", &exec["process"]["parent_pid"])] {
         if value.as_u64().unwrap_or(0) == 0 {

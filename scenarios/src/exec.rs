@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::{
-    attacks::{ATTACKS, Attack, Expect, NOBODY, PAYLOAD_RAN, carry_out, nonce, profile},
-    cri::{Runtime, WORKLOAD_IMAGE},
+    attacks::{ATTACKS, Attack, Expect, NOBODY, PAYLOAD_RAN, ROOT, carry_out, carry_out_all, nonce, profile},
+    cri::{Pod, Runtime, WORKLOAD_IMAGE},
     events,
     node::{AgentOptions, Node},
     report::Report,
@@ -39,23 +39,28 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
     ] {
         let pod = runtime.pod(&format!("pod-{app}"), app, "").await?;
         report.case(&format!("{mode}: what is allowed runs"), allowed(&node, &runtime, &pod, mode)).await;
-        for attack in ATTACKS.iter().filter(wanted) {
-            // Only the hook sees a script; the tracepoint sees its interpreter, which is allowed.
-            if attack.name == "script" && tier != "full" {
-                continue;
+        // Only the hook sees a script; the tracepoint sees its interpreter, which is allowed.
+        let seen = |attack: &&Attack| attack.name != "script" || tier == "full";
+        let all: Vec<&Attack> = ATTACKS.iter().filter(wanted).filter(seen).collect();
+        // What spoils its container has one of its own.
+        let (alone, together): (Vec<&Attack>, Vec<&Attack>) =
+            all.iter().partition(|attack| !attack.spoils.is_empty());
+        let container = format!("c-{mode}");
+        let stage = Stage { node: &node, runtime: &runtime, pod: &pod, mode, expect };
+        match stage.container(&container).await {
+            Ok(id) => {
+                stage.attack(&mut report, &container, &id, &together, ROOT).await;
+                let by_anybody: Vec<&Attack> =
+                    together.iter().copied().filter(|attack| attack.by_anybody).collect();
+                if mode != "audit" {
+                    stage.attack(&mut report, &container, &id, &by_anybody, NOBODY).await;
+                }
             }
+            Err(error) => report.case(&format!("{mode}: a container to attack"), async { Err(error) }).await,
+        }
+        for attack in alone {
             let name = format!("{mode}: {}", attack.name);
             report.case(&name, carry_out(&node, &runtime, &pod, attack, mode, expect)).await;
-        }
-        if mode != "audit" {
-            for attack in ATTACKS.iter().filter(|attack| attack.by_anybody).filter(wanted) {
-                if attack.name == "script" && tier != "full" {
-                    continue;
-                }
-                let name = format!("{mode}: {} as user {NOBODY}", attack.name);
-                let attack = Attack { uid: NOBODY, ..*attack };
-                report.case(&name, carry_out(&node, &runtime, &pod, &attack, mode, expect)).await;
-            }
         }
         runtime.remove_pod(&pod).await?;
     }
@@ -71,8 +76,41 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
     Ok(report.close())
 }
 
+/// A pod in which attacks are carried out, and what is expected of all of them.
+struct Stage<'a> {
+    node: &'a Node,
+    runtime: &'a Runtime,
+    pod: &'a Pod,
+    mode: &'a str,
+    expect: Expect,
+}
+
+impl Stage<'_> {
+    async fn container(&self, name: &str) -> Result<String> {
+        let container = self.runtime.container(self.pod, name, WORKLOAD_IMAGE, &[]).await?;
+        events::in_mode(self.node, &container, self.mode).await?;
+        Ok(container)
+    }
+
+    async fn attack(&self, report: &mut Report, name: &str, container: &str, attacks: &[&Attack], uid: &str) {
+        let mode = self.mode;
+        let by = if uid == ROOT { String::new() } else { format!(" as user {uid}") };
+        match carry_out_all(self.runtime, container, attacks, uid).await {
+            Ok(outcomes) => {
+                for attack in attacks {
+                    let checked = outcomes.check(self.node, name, container, attack, self.expect);
+                    report.case(&format!("{mode}: {}{by}", attack.name), checked).await;
+                }
+            }
+            Err(error) => {
+                report.case(&format!("{mode}: attacks are carried out{by}"), async { Err(error) }).await;
+            }
+        }
+    }
+}
+
 /// Both allowed programs run, and each leaves exactly one record.
-async fn allowed(node: &Node, runtime: &Runtime, pod: &crate::cri::Pod, mode: &str) -> Result<()> {
+async fn allowed(node: &Node, runtime: &Runtime, pod: &Pod, mode: &str) -> Result<()> {
     let container = runtime.container(pod, &format!("c-allowed-{mode}"), WORKLOAD_IMAGE, &[]).await?;
     events::in_mode(node, &container, mode).await?;
     let nonce = nonce("allowed");

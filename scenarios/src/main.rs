@@ -138,6 +138,9 @@ enum Command {
         /// Only the runtime that is running
         #[arg(long)]
         here: bool,
+        /// Only what differs most
+        #[arg(long)]
+        short: bool,
         /// Only cases whose name holds this
         #[arg(long, default_value = "")]
         only: String,
@@ -154,6 +157,9 @@ enum Command {
     ///
     /// Stops the guest's containerd and starts its own, so it comes late.
     Disturbed {
+        /// Only what differs most
+        #[arg(long)]
+        short: bool,
         /// Only cases whose name holds this
         #[arg(long, default_value = "")]
         only: String,
@@ -186,6 +192,9 @@ enum Command {
     ///
     /// Stops the guest's containerd and starts its own, so it comes late.
     Volumes {
+        /// Only what differs most
+        #[arg(long)]
+        short: bool,
         /// Only the runtime that is running
         #[arg(long)]
         here: bool,
@@ -204,7 +213,11 @@ enum Command {
         memory: u64,
     },
     /// Nested cgroups, moved processes, nsenter, the host's namespaces, sessions: each in the right container
-    Members,
+    Members {
+        /// Processes that are moved into a container while they execute something
+        #[arg(long, default_value_t = 100)]
+        arrivals: u64,
+    },
     /// Numbered execs: each is stored or counted
     Generator {
         #[arg(long, default_value_t = 5000)]
@@ -237,7 +250,10 @@ enum Command {
     },
     /// The exec scenario must fail against programs with a planted bug
     Planted {
-        /// Folder with one folder of objects per bug
+        /// An agent that loads its programs from --objects
+        #[arg(long)]
+        agent: PathBuf,
+        /// Folder of objects in which bugs can be switched on
         #[arg(long)]
         objects: PathBuf,
     },
@@ -323,29 +339,29 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Who => who::run(&cri).await,
             Command::Smoke => smoke::run(&cri).await,
             Command::Exec { only } => exec::run(&cri, &only).await,
-            Command::Starts { count, here, only } => {
-                starts::run(&cri, &starts::Options { count, here, only }).await
+            Command::Starts { count, here, short, only } => {
+                starts::run(&cri, &starts::Options { count, here, short, only }).await
             }
             Command::Daemonset => daemonset::run(&cri).await,
             Command::Engines { archive } => engines::run(&cri, &archive).await,
-            Command::Disturbed { only } => disturbed::run(&only).await,
+            Command::Disturbed { only, short } => disturbed::run(&only, short).await,
             Command::Limits { containers, profiles, executions, memory } => {
                 limits::run(&limits::Options { containers, profiles, executions, memory }).await
             }
-            Command::Members => members::run(&cri).await,
+            Command::Members { arrivals } => members::run(&cri, arrivals).await,
             Command::Outlives { kills, turns, other, attacks, seed } => {
                 outlives::run(&cri, &outlives::Options { kills, turns, other, attacks, seed }).await
             }
             Command::Claims => claims::run(&cri).await,
             Command::Tampering => tampering::run(&cri).await,
-            Command::Volumes { here } => volumes::run(&cri, here).await,
+            Command::Volumes { here, short } => volumes::run(&cri, here, short).await,
             Command::Generator { count, rate } => generator::run(&cri, count, rate).await,
             Command::Faults => faults::run(&cri).await,
             Command::Powercut { cuts, batches, seed } => {
                 powercut::run(&cri, &powercut::Options { cuts, batches, seed }).await
             }
             Command::Soak { minutes, seed } => soak::run(&cri, &soak::Options { minutes, seed }).await,
-            Command::Planted { objects } => planted::run(&cri, &objects).await,
+            Command::Planted { agent, objects } => planted::run(&cri, &agent, &objects).await,
             Command::Demo => demo::run(&cri).await,
             Command::BenchStart { count, repeats } => bench_start::run(&cri, count, repeats).await,
             Command::BenchExec { count, repeats, rules, profiles } => {

@@ -21,13 +21,11 @@ use crate::{
     report::Report,
 };
 
-/// Processes that are moved into the container while they execute something.
-const ARRIVALS: u64 = 100;
-
 /// Commands that the pod declares as a probe.
 const PROBES: &str = r#"{"c-probed": [["/usr/bin/workload", "true", "probe"]]}"#;
 
-pub async fn run(cri: &Path) -> Result<ExitCode> {
+/// `arrivals` processes are moved into a container while they execute something.
+pub async fn run(cri: &Path, arrivals: u64) -> Result<ExitCode> {
     let mut report = Report::new();
     let runtime = Runtime::connect(cri);
     let mut node = Node::start(cri).await?;
@@ -52,7 +50,9 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     report.case("a process moved to a cgroup below its container's", moved(Target::Nested)).await;
     report.case("a process moved out of its container's cgroup", moved(Target::Outside)).await;
     report.case("a process moved to another container's cgroup", moved(Target::Other)).await;
-    report.case("processes that come in while they execute are the runtime's", stage.arriving()).await;
+    report
+        .case("processes that come in while they execute are the runtime's", stage.arriving(arrivals))
+        .await;
     report.case("nsenter from the host, by the mount namespace alone", stage.nsenter(&["--mount"])).await;
     report.case("nsenter from the host, all namespaces", stage.nsenter(&["--all"])).await;
     report.case("a command that the pod declares is a probe, others are not", stage.probe()).await;
@@ -115,9 +115,9 @@ impl Stage<'_> {
 
     /// Processes of the host that execute themselves again and again are moved into the container's cgroup: none of
     /// their execs is taken for the workload's, however the two meet.
-    async fn arriving(&self) -> Result<()> {
+    async fn arriving(&self, arrivals: u64) -> Result<()> {
         let cgroup = cgroup_of(self.runtime.pid(self.container).await?)?;
-        for turn in 0..ARRIVALS {
+        for turn in 0..arrivals {
             let mut arriving = Command::new("env").args(["env"; 12]).arg("true").spawn()?;
             // Somewhere between its execs, and each time elsewhere.
             std::thread::sleep(Duration::from_micros(200 + 37 * (turn % 64)));

@@ -31,6 +31,8 @@ pub struct Options {
     pub count: usize,
     /// Only the runtime that is running, instead of the guest's two.
     pub here: bool,
+    /// One containerd with NRI and the other without, instead of both with and without.
+    pub short: bool,
     /// Only cases whose name holds this.
     pub only: String,
 }
@@ -48,6 +50,9 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
     stop_the_guests().await?;
     for version in Version::ALL {
         for with_nri in [true, false] {
+            if options.short && with_nri != (version == Version::Next) {
+                continue;
+            }
             let containerd = Containerd::start(version, with_nri).await?;
             let name = format!("{version:?}, {}", if with_nri { "NRI" } else { "no NRI" });
             cells(&mut report, &name, &containerd.socket, containerd.nri.clone(), options.count).await?;

@@ -110,7 +110,7 @@ fn measure(kernel: Kernel, apps: bool, words: &[&str]) -> Result<(Vec<Value>, St
         binaries: &binaries,
         host: None,
         apps,
-        extra: &[],
+        extra: Vec::new(),
     };
     let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
     let outcome = machine.run(&words, Stream::None)?;
@@ -242,7 +242,7 @@ fn mmap(options: &Mmap) -> Result<ExitCode> {
 /// On this machine itself: its disk and its network count.
 fn delivery(options: &Delivery) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
-    let (agent, objects) = build::generator()?;
+    let (agent, objects) = (build::test_agent()?, build::generator()?);
     let containerd = Containerd::start(&images::make(&binaries)?)?;
     let mut measured = Vec::new();
     let mut failed = 0;
@@ -253,7 +253,7 @@ fn delivery(options: &Delivery) -> Result<ExitCode> {
             vec!["palisade-scenarios", "bench-delivery", "--agent", &agent, "--objects", &objects];
         words.extend(["--rate", &rate, "--seconds", &seconds]);
         words.extend(options.down.then_some("--down"));
-        let (code, output) = containerd.run(&binaries, &words)?;
+        let (code, output) = containerd.run(&binaries, &words, Stream::Plain)?;
         failed |= code;
         measured.extend(output.lines().rev().find_map(|line| serde_json::from_str::<Value>(line).ok()));
     }

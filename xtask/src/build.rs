@@ -9,9 +9,9 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::{
-    paths,
+    dependencies, paths,
     setup::{self, EbpfToolchain},
-    shell,
+    shell::{self, Progress},
 };
 
 #[derive(Args, Clone, Default)]
@@ -23,6 +23,9 @@ pub struct Options {
 
 /// The target of all binaries: statically linked, so that they run in any guest and image.
 pub const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// For binaries that need no library of the guest's or the image's.
+const FLAGS: &str = "-C target-feature=+crt-static";
 
 const PACKAGES: &[&str] = &["palisade-agent", "palisade-collector", "palisade", "palisade-scenarios"];
 
@@ -42,74 +45,38 @@ pub fn run(options: &Options) -> Result<PathBuf> {
     let objects = shell::step("build the eBPF programs", || {
         if options.release { ebpf(&[], "plain") } else { ebpf(&["log"], "debug") }
     })?;
-    shell::step("build the binaries", || binaries(options, &objects, PACKAGES, &[]))
+    shell::counted_step("build the binaries", |progress| binaries(options, &objects, &[], progress))
 }
 
-/// Bugs that can be planted in the verdict, as features of the eBPF crate. For testing the tests.
-const BUGS: &[&str] = &[
-    "plant-origin-ignored",
-    "plant-failed-walk-allowed",
-    "plant-enforce-is-audit",
-    "plant-drift-is-image",
-    "plant-latch-stays",
-    "plant-sessions-ignored",
-    "plant-conditions-parents-ignored",
-    "plant-conditions-arguments-ignored",
-    "plant-scripts-unjudged",
-    "plant-code-mapped-unjudged",
-    "plant-code-protect-unjudged",
-    "plant-code-jit-allowed",
-    "plant-code-memory-allowed",
-    "plant-code-trace-allowed",
-    "plant-code-executables-unprotected",
-    "plant-ring-unshared",
-];
-
-/// Builds an agent that loads its objects from a folder, and objects with one bug each. Returns both.
-pub fn planted() -> Result<(PathBuf, PathBuf)> {
-    let all = paths::target().join("ebpf/planted");
-    shell::step("build programs with planted bugs", || {
-        ebpf_variants(&VARIANTS[..1], &[], "planted/control")?;
-        for bug in BUGS {
-            // Only what the kernel that they run on takes. One has no bug, and must pass.
-            ebpf_variants(&VARIANTS[..1], &[bug], &format!("planted/{bug}"))?;
-        }
-        Ok(())
-    })?;
-    let plain = paths::target().join("ebpf/plain");
-    let options = Options { release: true };
-    let folder = shell::step("build the agent for planted bugs", || {
-        binaries(&options, &plain, &["palisade-agent"], &["palisade-agent/test-objects"])
-    })?;
-    Ok((folder.join("palisade-agent"), all))
-}
-
-/// Builds programs that make records by themselves, and an agent that loads them. Returns both, the agent first.
-pub fn generator() -> Result<(PathBuf, PathBuf)> {
-    let objects = shell::step("build the generator of records", || ebpf(&["generator"], "generator"))?;
-    let plain = paths::target().join("ebpf/plain");
-    let options = Options { release: true };
-    let folder = shell::step("build the agent for it", || {
-        binaries(&options, &plain, &["palisade-agent"], &["palisade-agent/test-objects"])
-    })?;
-    Ok((folder.join("palisade-agent"), objects))
-}
-
-/// Builds an agent whose layouts are those of another version: for testing upgrades.
-pub fn another_abi() -> Result<PathBuf> {
-    shell::step("build an agent of another ABI", || {
+/// Builds the agent of the tests: its layouts are those of another version, for testing upgrades, and it loads other objects from the
+/// folder that `PALISADE_TEST_OBJECTS` names. One build serves both, since each takes a minute.
+pub fn test_agent() -> Result<PathBuf> {
+    shell::counted_step("build the agent of the tests", |progress| {
         let objects = ebpf(&["another-abi"], "another-abi")?;
         let options = Options { release: true };
-        let folder = binaries(&options, &objects, &["palisade-agent"], &["palisade-agent/another-abi"])?;
-        // Another build with features takes its place.
-        let kept = folder.join(ANOTHER_ABI);
+        let features = ["palisade-agent/another-abi", "palisade-agent/test-objects"];
+        let folder = binaries(&options, &objects, &features, progress)?;
+        let kept = folder.join(TEST_AGENT);
         std::fs::copy(folder.join("palisade-agent"), &kept)?;
         Ok(kept)
     })
 }
 
-/// The name of the agent that [`another_abi`] builds.
-pub const ANOTHER_ABI: &str = "palisade-agent-of-another-abi";
+/// Builds programs with bugs that a map switches on, for [`test_agent`].
+pub fn planted() -> Result<PathBuf> {
+    // Only what the kernel that they run on takes.
+    shell::step("build programs with planted bugs", || {
+        ebpf_variants(&VARIANTS[..1], &["planted", "another-abi"], "planted")
+    })
+}
+
+/// Builds programs that make records by themselves, for [`test_agent`].
+pub fn generator() -> Result<PathBuf> {
+    shell::step("build the generator of records", || ebpf(&["generator", "another-abi"], "generator"))
+}
+
+/// The name of the agent that [`test_agent`] builds.
+pub const TEST_AGENT: &str = "palisade-agent-of-another-abi";
 
 fn ebpf(extra: &[&str], name: &str) -> Result<PathBuf> {
     ebpf_variants(VARIANTS, extra, name)
@@ -169,28 +136,36 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
     std::fs::write(to, new).with_context(|| format!("cannot write {}", to.display()))
 }
 
-fn binaries(options: &Options, objects: &Path, packages: &[&str], features: &[&str]) -> Result<PathBuf> {
+/// Builds all binaries, or with features the agent alone, and returns their folder.
+fn binaries(options: &Options, objects: &Path, features: &[&str], progress: &Progress) -> Result<PathBuf> {
+    let profile = if options.release { "release" } else { "debug" };
+    let mut target = paths::target();
     let mut command = Command::new("cargo");
     command.arg("build").args(["--target", TARGET]);
-    for package in packages {
+    // Always the same packages, so that what they depend on has the same features and is compiled once.
+    for package in PACKAGES {
         command.args(["--package", package]);
-    }
-    // A build with features has a folder of its own, so that it never stands in for the plain one.
-    let mut target = paths::target();
-    if !features.is_empty() {
-        command.args(["--features", &features.join(",")]);
-        target = target.join("test-build");
     }
     if options.release {
         command.arg("--release");
+    }
+    if !features.is_empty() {
+        command.args(["--features", &features.join(","), "--bin", "palisade-agent"]);
+        // A build with features has a folder of its own, so that it never stands in for the plain one.
+        target = target.join("test-build");
+        dependencies::copy(&paths::target(), &target, &[profile, &format!("{TARGET}/{profile}")])?;
     }
     command
         .current_dir(paths::repository())
         .env("CARGO_TARGET_DIR", &target)
         .env("PALISADE_EBPF_OBJECTS", objects)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env("RUSTFLAGS", FLAGS)
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
-    shell::quiet(&mut command, "binaries")?;
-    let profile = if options.release { "release" } else { "debug" };
+    let mut build = || shell::cargo(&mut command, "binaries", progress);
+    if features.is_empty() {
+        dependencies::cached(&target, &[profile, &format!("{TARGET}/{profile}")], FLAGS, build)?;
+    } else {
+        build()?;
+    }
     Ok(target.join(TARGET).join(profile))
 }

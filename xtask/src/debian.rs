@@ -63,21 +63,20 @@ impl Index {
         command
     }
 
-    /// Every version of packages whose name matches `pattern` (a regular expression), newest version first.
-    pub fn find(&self, pattern: &str) -> Result<Vec<Package>> {
+    /// The newest version of any package whose name matches `pattern` (a regular expression).
+    pub fn newest(&self, pattern: &str) -> Result<Option<Package>> {
         let names = shell::read(self.apt("apt-cache").args(["search", "--names-only", pattern]))?;
-        let mut found = Vec::new();
-        for name in names.lines().filter_map(|line| line.split_whitespace().next()) {
-            let versions = shell::read(self.apt("apt-cache").args(["madison", name]))?;
-            for line in versions.lines() {
-                let mut fields = line.split('|').map(str::trim);
-                if let (Some(_), Some(version)) = (fields.next(), fields.next()) {
-                    found.push(Package { name: name.to_owned(), version: version.to_owned() });
-                }
-            }
+        let names: Vec<&str> = names.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        if names.is_empty() {
+            return Ok(None);
         }
-        found.sort_by(|a, b| compare(&b.version, &a.version));
-        Ok(found)
+        // Of all of them at once: each call reads the whole index.
+        let versions = shell::read(self.apt("apt-cache").arg("madison").args(&names))?;
+        let package = |line: &str| {
+            let mut fields = line.split('|').map(str::trim);
+            Some(Package { name: fields.next()?.to_owned(), version: fields.next()?.to_owned() })
+        };
+        Ok(versions.lines().filter_map(package).max_by(|a, b| compare(&a.version, &b.version)))
     }
 
     /// The newest version of one package in `suite`.

@@ -34,12 +34,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             binaries: &binaries,
             host: None,
             apps: false,
-            extra: &[],
+            extra: Vec::new(),
         };
         let outcome = machine.run(&["palisade-scenarios".to_owned(), "demo".to_owned()], Stream::Plain)?;
         return Ok(ExitCode::from(outcome.code));
     }
     let containerd = Containerd::start(&images::make(&binaries)?)?;
-    let (code, _) = containerd.run(&binaries, &["palisade-scenarios", "demo"])?;
+    let (code, _) = containerd.run(&binaries, &["palisade-scenarios", "demo"], Stream::Plain)?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }

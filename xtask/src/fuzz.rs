@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::{build::TARGET, paths, shell, test::Tally};
+use crate::{build::TARGET, dependencies, paths, shell, test::Tally, vm};
 
 #[derive(Args)]
 pub struct Options {
@@ -17,48 +17,55 @@ pub struct Options {
     seconds: u64,
 }
 
+/// What `cargo fuzz` passes, without the sanitizer: the parsers have no unsafe code of their own. The compiler of the workspace
+/// takes these flags with `RUSTC_BOOTSTRAP`.
+const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+                     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+                     -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions";
+
 const TARGETS: &[&str] = &["ring_record", "profile", "log_segment", "nri_frames", "batch", "spool_row"];
-/// How long each target runs as a part of the tests.
-const RING_SECONDS: u64 = 15;
 
 pub fn run(options: &Options) -> Result<std::process::ExitCode> {
-    let mut tally = Tally::default();
-    fuzz(&mut tally, &options.target, options.seconds);
+    let tally = Tally::default();
+    fuzz(&tally, &options.target, options.seconds);
     Ok(tally.close())
 }
 
-pub fn ring(tally: &mut Tally) {
-    fuzz(tally, &[], RING_SECONDS);
+/// Each target for so many seconds.
+pub fn ring(tally: &Tally, seconds: u64) {
+    fuzz(tally, &[], seconds);
 }
 
-fn fuzz(tally: &mut Tally, only: &[String], seconds: u64) {
+fn fuzz(tally: &Tally, only: &[String], seconds: u64) {
     let folder = paths::target().join("fuzz");
     let built = tally.case("the fuzz targets build", || {
-        // What `cargo fuzz` passes, without the sanitizer: the parsers have no unsafe code of their own. The compiler
-        // of the workspace takes these flags with RUSTC_BOOTSTRAP.
-        let flags = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
-                     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-                     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions";
-        shell::quiet(
-            Command::new("cargo")
-                .args(["build", "--release", "--package", "palisade-fuzz", "--target", TARGET])
-                .current_dir(paths::repository())
-                .env("CARGO_TARGET_DIR", &folder)
-                .env("RUSTC_BOOTSTRAP", "1")
-                .env("RUSTFLAGS", flags)
-                .env_remove("CARGO_ENCODED_RUSTFLAGS"),
-            "fuzz-build",
-        )
+        shell::counted_step("build the fuzz targets", |progress| {
+            dependencies::cached(&folder, &["release", &format!("{TARGET}/release")], FLAGS, || {
+                shell::cargo(
+                    Command::new("cargo")
+                        .args(["build", "--release", "--package", "palisade-fuzz", "--target", TARGET])
+                        .current_dir(paths::repository())
+                        .env("CARGO_TARGET_DIR", &folder)
+                        .env("RUSTC_BOOTSTRAP", "1")
+                        .env("RUSTFLAGS", FLAGS)
+                        .env_remove("CARGO_ENCODED_RUSTFLAGS"),
+                    "fuzz-build",
+                    progress,
+                )
+            })
+        })
     });
     if built.is_none() {
         return;
     }
-    for target in TARGETS.iter().filter(|target| only.is_empty() || only.iter().any(|name| name == *target)) {
+    let wanted: Vec<&&str> =
+        TARGETS.iter().filter(|target| only.is_empty() || only.iter().any(|name| name == *target)).collect();
+    vm::two_at_once(&wanted, |target| {
         tally.case(&format!("fuzz {target} for {seconds} s"), || {
             // New inputs go to a folder outside the tree; what is worth keeping is copied to fuzz/corpus by hand.
             let found = folder.join("found").join(target);
             std::fs::create_dir_all(&found)?;
-            let output = Command::new(folder.join(TARGET).join("release").join(target))
+            let output = Command::new(folder.join(TARGET).join("release").join(**target))
                 .arg(&found)
                 .arg(paths::repository().join("fuzz/corpus").join(target))
                 .args([
@@ -77,5 +84,5 @@ fn fuzz(tally: &mut Tally, only: &[String], seconds: u64) {
             println!("     {last}");
             Ok(())
         });
-    }
+    });
 }

@@ -113,6 +113,11 @@ pub fn run(options: &Options) -> Result<std::process::ExitCode> {
     Ok(std::process::ExitCode::SUCCESS)
 }
 
+/// Fetches what of the images comes from Debian.
+pub fn fetch() -> Result<()> {
+    nginx_files().map(drop)
+}
+
 /// Makes all images. Their content decides their names on disk, so an equal image is made once.
 pub fn make(binaries: &Path) -> Result<Vec<Image>> {
     let fixture = binaries.join("palisade-fixture");

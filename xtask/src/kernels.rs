@@ -131,9 +131,7 @@ fn resolve(kernel: Kernel) -> Result<Package> {
         return Ok(Package { name: name.to_owned(), version: version.to_owned() });
     }
     let package = Index::open()?
-        .find(kernel.pattern())?
-        .into_iter()
-        .next()
+        .newest(kernel.pattern())?
         .with_context(|| format!("Debian's archives have no kernel {kernel}"))?;
     std::fs::write(&note, format!("{} {}", package.name, package.version))?;
     Ok(package)

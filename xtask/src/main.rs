@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod debian;
 mod demo;
+mod dependencies;
 mod fuzz;
 mod images;
 mod kernels;

@@ -18,7 +18,7 @@ use crate::{
     native::Containerd,
     paths,
     test::Tally,
-    vm::{self, Machine, Processors, Stream},
+    vm::{self, Machine, Outcome, Processors, Stream},
 };
 
 #[derive(Args)]
@@ -32,7 +32,7 @@ pub struct Options {
 }
 
 /// What one kernel gave.
-struct Row {
+pub struct Row {
     release: String,
     tier: String,
     programs: BTreeMap<String, Option<u64>>,
@@ -42,8 +42,8 @@ struct Row {
 pub fn run(options: &Options) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
     let kernels = if options.kernel.is_empty() { Kernel::ALL.to_vec() } else { options.kernel.clone() };
-    let mut tally = Tally::default();
-    let rows = measure(&binaries, &kernels, &mut tally)?;
+    let tally = Tally::default();
+    let rows = measure(&binaries, &kernels, &tally)?;
     let text = table(&rows);
     println!("\n{text}");
     if options.write {
@@ -52,21 +52,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(tally.close())
 }
 
-/// Boots every kernel, asks the agent's doctor, and runs the smoke scenario. Then the same natively.
-pub fn ring(binaries: &Path, tally: &mut Tally) -> Result<()> {
-    let rows = measure(binaries, &Kernel::ALL, tally)?;
-    println!("\n{}", table(&rows));
-    Ok(())
-}
-
 const MARK: &str = "=== doctor";
 
-fn measure(binaries: &Path, kernels: &[Kernel], tally: &mut Tally) -> Result<Vec<Row>> {
+/// What a machine of the matrix runs: the smoke scenario, and what the agent's doctor says.
+pub const SCRIPT: &str = "palisade-scenarios smoke; code=$?; echo '=== doctor'; PALISADE_LOG=off palisade-agent doctor --json; \
+     echo; echo '=== doctor'; exit $code";
+
+fn measure(binaries: &Path, kernels: &[Kernel], tally: &Tally) -> Result<Vec<Row>> {
     let boot = |kernel: Kernel| {
-        let script = format!(
-            "palisade-scenarios smoke; code=$?; echo '{MARK}'; PALISADE_LOG=off palisade-agent doctor --json; \
-             echo; echo '{MARK}'; exit $code"
-        );
         let machine = Machine {
             kernel,
             processors: Processors::Turns(2),
@@ -76,9 +69,9 @@ fn measure(binaries: &Path, kernels: &[Kernel], tally: &mut Tally) -> Result<Vec
             binaries,
             host: None,
             apps: false,
-            extra: &[],
+            extra: Vec::new(),
         };
-        machine.run(&["sh".to_owned(), "-c".to_owned(), script], Stream::None)
+        machine.run(&["sh", "-c", SCRIPT].map(str::to_owned), Stream::None)
     };
     vm::prepare(binaries, kernels.iter().copied(), false)?;
     let mut rows = Vec::new();
@@ -88,29 +81,39 @@ fn measure(binaries: &Path, kernels: &[Kernel], tally: &mut Tally) -> Result<Vec
         println!("{kernel} ran for {} s", begun.elapsed().as_secs());
         (*kernel, outcome)
     }) {
-        let row = tally.case(&format!("matrix {kernel}: every program loads"), || {
-            let outcome = outcome?;
-            print!("{}", outcome.output.split(MARK).next().unwrap_or_default());
-            tally_smoke(&outcome.output, outcome.code)?;
-            let row = row(&outcome.output)?;
-            if row.tier != "full" {
-                bail!("the tier is {}, not full", row.tier);
-            }
-            Ok(row)
-        });
-        rows.extend(row);
+        rows.extend(tally.case(&format!("matrix {kernel}: every program loads"), || judge(&outcome?)));
     }
-    rows.extend(tally.case("matrix native: every program of the fallback tier loads", || {
+    rows.extend(native(binaries, tally));
+    Ok(rows)
+}
+
+/// What a machine that ran [`SCRIPT`] found.
+///
+/// # Errors
+///
+/// When the smoke scenario failed, or the kernel does not have the full tier.
+pub fn judge(outcome: &Outcome) -> Result<Row> {
+    print!("{}", outcome.output.split(MARK).next().unwrap_or_default());
+    tally_smoke(&outcome.output, outcome.code)?;
+    let row = row(&outcome.output)?;
+    if row.tier != "full" {
+        bail!("the tier is {}, not full", row.tier);
+    }
+    Ok(row)
+}
+
+/// The same on this machine's kernel, in whatever tier it has.
+pub fn native(binaries: &Path, tally: &Tally) -> Option<Row> {
+    tally.case("matrix native: every program of the fallback tier loads", || {
         let containerd = Containerd::start(&images::make(binaries)?)?;
-        let (code, output) = containerd.run(binaries, &["palisade-scenarios", "smoke"])?;
+        let (code, output) = containerd.run(binaries, &["palisade-scenarios", "smoke"], Stream::Plain)?;
         tally_smoke(&output, code)?;
         let doctor = Command::new(binaries.join("palisade-agent"))
             .args(["doctor", "--json"])
             .env("PALISADE_LOG", "off")
             .output()?;
         row(&format!("{MARK}\n{}\n{MARK}", String::from_utf8_lossy(&doctor.stdout)))
-    }));
-    Ok(rows)
+    })
 }
 
 /// The smoke scenario must have run and passed.
@@ -138,7 +141,7 @@ fn row(output: &str) -> Result<Row> {
     Ok(Row { release: text(&value["kernel"]), tier: text(&value["tier"]), programs, absent })
 }
 
-fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[Row]) -> String {
     let mut names: Vec<&String> = rows.iter().flat_map(|row| row.programs.keys()).collect();
     names.sort();
     names.dedup();

@@ -14,6 +14,7 @@ use crate::{
     build,
     images::{self, Image},
     paths, shell,
+    vm::{Stream, copy},
 };
 
 #[derive(Args)]
@@ -28,7 +29,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let containerd = Containerd::start(&images::make(&binaries)?)?;
     let mut words = vec!["palisade-scenarios"];
     words.extend(options.arguments.iter().map(String::as_str));
-    let (code, _) = containerd.run(&binaries, &words)?;
+    let (code, _) = containerd.run(&binaries, &words, Stream::Plain)?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }
 
@@ -120,8 +121,8 @@ impl Containerd {
         command
     }
 
-    /// Runs one of Palisade's binaries against it, on this terminal, and returns its exit code.
-    pub fn run(&self, binaries: &Path, words: &[&str]) -> Result<(i32, String)> {
+    /// Runs one of Palisade's binaries against it, with what it prints as `stream` says, and returns its exit code.
+    pub fn run(&self, binaries: &Path, words: &[&str], stream: Stream) -> Result<(i32, String)> {
         let path = format!("{}:{}", binaries.display(), std::env::var("PATH").unwrap_or_default());
         let mut child = Command::new(binaries.join(words[0]))
             .args(&words[1..])
@@ -133,11 +134,7 @@ impl Containerd {
             .spawn()
             .with_context(|| format!("cannot start {}", words[0]))?;
         let mut stdout = child.stdout.take().context("no output")?;
-        let output = crate::vm::copy(
-            &mut stdout,
-            crate::vm::Stream::Plain,
-            &std::sync::atomic::AtomicBool::new(false),
-        )?;
+        let output = copy(&mut stdout, stream, &std::sync::atomic::AtomicBool::new(false))?;
         let status = child.wait()?;
         Ok((status.code().unwrap_or(1), String::from_utf8_lossy(&output).into_owned()))
     }

@@ -66,6 +66,11 @@ pub fn prepare(images: &[Image]) -> Result<PathBuf> {
     Ok(disk)
 }
 
+/// Fetches what of the disk does not depend on the images.
+pub fn fetch() -> Result<()> {
+    base().map(drop)
+}
+
 /// Debian itself, without images.
 fn base() -> Result<PathBuf> {
     let recipe = paths::fingerprint(&[SUITE.as_bytes(), PACKAGES.as_bytes(), format!("{NEXT:?}").as_bytes()]);

@@ -39,7 +39,8 @@ pub struct Options {
     /// Give up after this many seconds
     #[arg(long, default_value_t = 1800)]
     pub deadline: u64,
-    /// Have an agent with the layouts of another version beside this build's: palisade-agent-of-another-abi
+    /// Have the agent of the tests, whose layouts are of another version: palisade-agent-of-another-abi; and programs with planted
+    /// bugs in /palisade/objects
     #[arg(long)]
     pub another_abi: bool,
     /// Have the image of Debian's services, which `palisade-scenarios apps` needs
@@ -129,7 +130,7 @@ pub struct Machine<'a> {
     /// Whether the image of Debian's services is there.
     pub apps: bool,
     /// Further files or folders, by where they stand under /palisade.
-    pub extra: &'a [(&'a str, &'a Path)],
+    pub extra: Vec<(&'a str, &'a Path)>,
 }
 
 /// What came of the command.
@@ -143,9 +144,11 @@ pub struct Outcome {
 pub fn run(options: &Options) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
     let here = std::env::current_dir()?;
-    let other = options.another_abi.then(build::another_abi).transpose()?;
-    let place = format!("bin/{}", build::ANOTHER_ABI);
-    let extra: Vec<(&str, &Path)> = other.iter().map(|other| (place.as_str(), other.as_path())).collect();
+    let other = options.another_abi.then(build::test_agent).transpose()?;
+    let planted = options.another_abi.then(build::planted).transpose()?;
+    let place = format!("bin/{}", build::TEST_AGENT);
+    let mut extra: Vec<(&str, &Path)> = other.iter().map(|other| (place.as_str(), other.as_path())).collect();
+    extra.extend(planted.iter().map(|planted| ("objects", planted.as_path())));
     let machine = Machine {
         kernel: options.kernel,
         processors: match (options.icount, options.turns) {
@@ -159,7 +162,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         binaries: &binaries,
         host: Some(&here),
         apps: options.apps,
-        extra: &extra,
+        extra,
     };
     let outcome = machine.run(&options.command, Stream::Plain)?;
     Ok(ExitCode::from(outcome.code))
@@ -315,7 +318,7 @@ impl Machine<'_> {
             std::fs::create_dir_all(root.join("images"))?;
             std::fs::copy(&workload.archive, root.join("images/workload.tar"))?;
         }
-        for (target, from) in self.extra {
+        for (target, from) in &self.extra {
             shell::read(Command::new("cp").arg("-a").arg(from).arg(root.join(target)))?;
         }
         if self.containerd {
