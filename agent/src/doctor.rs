@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use palisade_profile::text::{printable_lines, visible_json};
 use serde::Serialize;
 
 use crate::{
@@ -53,7 +54,7 @@ struct Report {
 pub async fn run(config: &Config, json: bool) -> ExitCode {
     let report = examine(config).await;
     if json {
-        println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+        println!("{}", visible_json(&serde_json::to_string_pretty(&report).unwrap_or_default()));
     } else {
         print(&report);
     }
@@ -317,9 +318,14 @@ fn promises(
 fn print(report: &Report) {
     println!("kernel {}\n", report.kernel);
     for check in &report.checks {
-        println!("  {} {:<28} {}", if check.ok { "ok  " } else { "FAIL" }, check.name, check.found);
+        println!(
+            "  {} {:<28} {}",
+            if check.ok { "ok  " } else { "FAIL" },
+            check.name,
+            printable_lines(&check.found)
+        );
         if !check.remedy.is_empty() {
-            println!("       {:<28} -> {}", "", check.remedy);
+            println!("       {:<28} -> {}", "", printable_lines(&check.remedy));
         }
     }
     println!("\npromises on this node");
@@ -328,7 +334,7 @@ fn print(report: &Report) {
             "  {} {:<38} {}",
             if promise.holds { "yes " } else { "no  " },
             promise.promise,
-            promise.because
+            printable_lines(&promise.because)
         );
     }
     println!(

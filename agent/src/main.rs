@@ -19,7 +19,8 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use palisade_profile::text::{log_field, printable_lines};
+use tracing_subscriber::{EnvFilter, field::MakeExt as _, fmt::format::debug_fn};
 
 use crate::config::Config;
 
@@ -89,9 +90,11 @@ enum Command {
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("PALISADE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Containers, runtimes and peers choose much of what is in a log.
+    let fields = debug_fn(|out, field, value| log_field(out, field.name(), value)).delimited(" ");
+    tracing_subscriber::fmt().with_env_filter(filter).fmt_fields(fields).with_writer(std::io::stderr).init();
     start(Arguments::parse()).unwrap_or_else(|error| {
-        eprintln!("palisade-agent: {error:#}");
+        eprintln!("{}", printable_lines(&format!("palisade-agent: {error:#}")));
         ExitCode::FAILURE
     })
 }

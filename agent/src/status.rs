@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use palisade_profile::text::{printable, visible_json};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
@@ -90,7 +91,7 @@ pub fn run(config: &Config, json: bool) -> Result<ExitCode> {
         format!("no agent answers at {}; is it running, and is this its configuration?", socket.display())
     })?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&status)?);
+        println!("{}", visible_json(&serde_json::to_string_pretty(&status)?));
     } else {
         print!("{}", table(&status));
     }
@@ -125,7 +126,7 @@ fn table(status: &Status) -> String {
     let mut text = String::new();
     let enforcing = if *enforces { "yes" } else { "NO: the self-probe fails, or has not been made yet" };
     let mut row = |name: &str, value: &str| {
-        let _ = writeln!(text, "{name:<10} {value}");
+        let _ = writeln!(text, "{name:<10} {}", printable(value));
     };
     row("agent", &format!("{version} on {node}, {tier} tier, up {}", duration(*uptime_seconds)));
     row("enforces", enforcing);
@@ -186,7 +187,7 @@ fn table(status: &Status) -> String {
                     number(container.on_the_way),
                 ]
                 // What a runtime calls a container is nobody's promise.
-                .map(|cell| cell.chars().filter(|character| !character.is_control()).collect())
+                .map(|cell| printable(&cell))
             })
             .collect();
         let widths: Vec<usize> = (0..heads.len())
@@ -373,7 +374,7 @@ mod tests {
         assert!(text.contains("waiting    12 records, the oldest for 0.2 s\nspool      6 % of its bytes\nmemory     0 % of the queue\n"), "{text}");
         assert!(text.contains("exec       denied 3\nerrors     none\n"), "{text}");
         assert!(
-            text.contains("shop       web-1  ngi[31mnx  enforce  100   90         2        4     4\n"),
+            text.contains("shop       web-1  ngi\\u{1b}[31mnx  enforce  100   90         2        4     4\n"),
             "{text}"
         );
         let problem = "the store takes nothing: disk full".to_owned();
@@ -389,6 +390,9 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("spool      TAKES NOTHING, records wait in memory: disk full"), "{text}");
+        let hostile = Delivery { problem: "full\nenforces   yes\u{9b}2J\u{61c}".to_owned(), ..full.clone() };
+        let text = table(&Status { delivery: hostile, ..status() });
+        assert!(text.contains(": full\\u{a}enforces   yes\\u{9b}2J\\u{61c}\n"), "{text}");
         let text = table(&Status { delivery: Delivery { collector: None, ..full }, ..status() });
         assert!(text.contains("collector  NONE: the store takes nothing"), "{text}");
     }

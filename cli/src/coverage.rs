@@ -4,12 +4,13 @@ use std::io::Write as _;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use palisade_profile::text::visible_json;
 use palisade_proto::v1::{CoverageRequest, Record, query_client::QueryClient, record::Event};
 use prost::Message as _;
 
 use crate::{
     Collector,
-    table::{self, moment, printable},
+    table::{self, moment},
 };
 
 #[derive(Args)]
@@ -35,7 +36,8 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let mut out = std::io::stdout().lock();
     if options.json {
         for record in containers {
-            writeln!(out, "{}", palisade_proto::record_to_json(&record.encode_to_vec())?)?;
+            let value = palisade_proto::record_to_json(&record.encode_to_vec())?;
+            writeln!(out, "{}", visible_json(&value.to_string()))?;
         }
         return Ok(());
     }
@@ -66,12 +68,12 @@ fn row(record: &Record) -> Vec<String> {
     };
     let name = if container.class == "sandbox" { "(sandbox)".to_owned() } else { container.name };
     vec![
-        printable(&record.node),
-        printable(&container.namespace),
-        printable(&container.pod),
-        printable(&name),
+        record.node.clone(),
+        container.namespace,
+        container.pod,
+        name,
         if coverage.change == "ended" { "ended".to_owned() } else { container.mode },
-        if container.profiles.is_empty() { "-".to_owned() } else { printable(&container.profiles.join(",")) },
+        if container.profiles.is_empty() { "-".to_owned() } else { container.profiles.join(",") },
         if container.revision.is_empty() { "-".to_owned() } else { container.revision },
         coverage.tier,
         moment(coverage.in_force_since),

@@ -7,13 +7,14 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use palisade_profile::text::{CUT, visible_json, word, words};
 use palisade_proto::v1::{EventsRequest, Record, query_client::QueryClient, record::Event};
 use prost::Message as _;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     Collector,
-    table::{line, moment, printable},
+    table::{line, moment},
 };
 
 #[derive(Args)]
@@ -29,7 +30,7 @@ pub(crate) struct Options {
     /// Only the last so many
     #[arg(long, short = 'n')]
     last: Option<u64>,
-    /// Node; * stands for any run of characters, here and below
+    /// Node; * stands for any run of characters and \* for that character, here and below
     #[arg(long, default_value = "")]
     node: String,
     /// Namespace of the pod
@@ -119,7 +120,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         for bytes in answer.records {
             if options.json {
                 let value = palisade_proto::record_to_json(&bytes).context("the collector sent no record")?;
-                writeln!(out, "{value}")?;
+                writeln!(out, "{}", visible_json(&value.to_string()))?;
             } else {
                 let record = Record::decode(bytes).context("the collector sent no record")?;
                 show(&mut out, &record, is_terminal)?;
@@ -151,13 +152,13 @@ fn show(out: &mut impl std::io::Write, record: &Record, colour: bool) -> Result<
     };
     let cells = [
         moment(record.time),
-        printable(&record.node),
-        printable(&container.namespace),
-        printable(&container.pod),
-        printable(&name),
+        record.node.clone(),
+        container.namespace,
+        container.pod,
+        name,
         verdict,
-        printable(&executable),
-        printable(&detail),
+        if executable.is_empty() { executable } else { word(&executable) },
+        detail,
     ];
     write!(out, "{paint}")?;
     line(out, WIDTHS, cells.iter().map(String::as_str))?;
@@ -176,10 +177,11 @@ fn describe(record: &Record) -> (String, String, String) {
             } else {
                 exec.verdict.clone()
             };
-            let mut detail = format!("[{}] {}", exec.origin, exec.arguments.join(" "));
+            let mut detail = words(&exec.arguments);
             if exec.verdict != "allowed" {
-                detail = format!("[{}] {}: {}", exec.origin, exec.reason, exec.arguments.join(" "));
+                detail = format!("{}: {detail}", exec.reason);
             }
+            detail = format!("[{}] {detail}", word(&exec.origin));
             if exec.elevated {
                 detail = format!("ELEVATED {detail}");
             }
@@ -187,10 +189,10 @@ fn describe(record: &Record) -> (String, String, String) {
                 detail = format!("ESCAPED {detail}");
             }
             if !exec.script.is_empty() {
-                detail = format!("script {} {detail}", exec.script);
+                detail = format!("script {} {detail}", word(&exec.script));
             }
             if exec.arguments_truncated {
-                detail.push_str(" …");
+                detail = format!("{detail} {CUT}");
             }
             (verdict, exec.executable.clone(), detail)
         }
@@ -239,9 +241,9 @@ fn describe(record: &Record) -> (String, String, String) {
                 let terminal = if session.terminal.is_empty() {
                     String::new()
                 } else {
-                    format!(" on {}", session.terminal)
+                    format!(" on {}", word(&session.terminal))
                 };
-                format!("by {}{terminal}: {}", session.entered_by_comm, session.arguments.join(" "))
+                format!("by {}{terminal}: {}", word(&session.entered_by_comm), words(&session.arguments))
             };
             (
                 format!("session {}", session.change),
@@ -279,7 +281,7 @@ fn describe(record: &Record) -> (String, String, String) {
             let file = if code.origin.is_empty() {
                 String::new()
             } else {
-                format!(" [{}] {}", code.origin, code.file)
+                format!(" [{}] {}", word(&code.origin), word(&code.file))
             };
             (verdict, code.executable.clone(), format!("code: {what}{file}: {}", code.reason))
         }
@@ -297,7 +299,128 @@ fn describe(record: &Record) -> (String, String, String) {
 
 #[cfg(test)]
 mod tests {
+    use palisade_profile::text::is_hidden;
+    use palisade_proto::v1::{
+        Code, Container, Coverage, Gap, NodeState, ProcessExec, ProcessExit, ProcessFork, Refusal, Session,
+        Tampering,
+    };
+
     use super::*;
+
+    fn shown(record: &Record) -> String {
+        let mut out = Vec::new();
+        show(&mut out, record, false).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    fn exec(exec: ProcessExec) -> Record {
+        Record { event: Some(Event::Exec(exec)), ..Default::default() }
+    }
+
+    #[test]
+    fn arguments_that_differ_look_different() {
+        let of = |arguments: &[&str]| {
+            let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+            shown(&exec(ProcessExec {
+                verdict: "audited".to_owned(),
+                reason: "no-rule".to_owned(),
+                origin: "image".to_owned(),
+                executable: "/bin/sh".to_owned(),
+                arguments,
+                ..Default::default()
+            }))
+        };
+        assert!(of(&["sh", "-c", "a b", ""]).ends_with("[image] no-rule: sh -c \"a b\" \"\"\n"));
+        assert!(of(&["sh", "-c", "a", "b", ""]).ends_with("[image] no-rule: sh -c a b \"\"\n"));
+        let forged = exec(ProcessExec { executable: "/x  [image] sh".to_owned(), ..Default::default() });
+        assert!(shown(&forged).contains(" \"/x  [image] sh\" "), "{}", shown(&forged));
+        let cut = |arguments: &[&str], arguments_truncated| {
+            let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+            shown(&exec(ProcessExec { arguments, arguments_truncated, ..Default::default() }))
+        };
+        assert_ne!(cut(&["a", CUT], false), cut(&["a"], true));
+    }
+
+    /// Whatever the collector says, in every field of every kind.
+    #[test]
+    fn nothing_of_a_record_reaches_the_terminal_hidden() {
+        let bad = || "x\u{1b}[2J\n\u{61c}\u{200b}\u{2060}\u{feff}\u{ad}\u{e0041}\u{fe0f}".to_owned();
+        let events = [
+            Event::Exec(ProcessExec {
+                executable: bad(),
+                origin: bad(),
+                verdict: bad(),
+                action: bad(),
+                reason: bad(),
+                script: bad(),
+                arguments: vec![bad()],
+                ..Default::default()
+            }),
+            Event::Exec(ProcessExec { verdict: "denied".to_owned(), action: bad(), ..Default::default() }),
+            Event::Fork(ProcessFork {
+                process: Some(palisade_proto::v1::Process { parent_executable: bad(), ..Default::default() }),
+            }),
+            Event::Exit(ProcessExit { executable: bad(), ..Default::default() }),
+            Event::Gap(Gap { cause: bad(), ..Default::default() }),
+            Event::Coverage(Coverage { change: bad(), tier: bad(), ..Default::default() }),
+            Event::Session(Session {
+                change: bad(),
+                kind: bad(),
+                id: bad(),
+                terminal: bad(),
+                entered_by_comm: bad(),
+                executable: bad(),
+                arguments: vec![bad()],
+                ..Default::default()
+            }),
+            Event::Tampering(Tampering {
+                act: bad(),
+                verdict: bad(),
+                executable: bad(),
+                ..Default::default()
+            }),
+            Event::Tampering(Tampering {
+                act: "open-map".to_owned(),
+                verdict: "denied".to_owned(),
+                action: bad(),
+                ..Default::default()
+            }),
+            Event::Code(Code {
+                act: bad(),
+                protection: bad(),
+                file: bad(),
+                origin: bad(),
+                reason: bad(),
+                verdict: "denied".to_owned(),
+                action: bad(),
+                executable: bad(),
+                ..Default::default()
+            }),
+            Event::NodeState(NodeState { claim: bad(), tier: bad(), failures: vec![bad()] }),
+            Event::Refusal(Refusal { peer: bad(), address: bad(), why: bad(), ..Default::default() }),
+        ];
+        for event in events {
+            let record = Record {
+                node: bad(),
+                container: Some(Container {
+                    namespace: bad(),
+                    pod: bad(),
+                    name: bad(),
+                    mode: bad(),
+                    revision: bad(),
+                    profiles: vec![bad()],
+                    ..Default::default()
+                }),
+                event: Some(event),
+                ..Default::default()
+            };
+            let line = shown(&record);
+            assert!(!line.trim_end_matches('\n').contains(is_hidden), "{line:?}");
+        }
+        let nameless = Container { id: bad(), class: bad(), ..Default::default() };
+        let line = shown(&Record { container: Some(nameless), ..Default::default() });
+        assert!(!line.trim_end_matches('\n').contains(is_hidden), "{line:?}");
+    }
 
     #[test]
     fn times_are_read_as_people_write_them() {

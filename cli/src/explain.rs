@@ -14,13 +14,11 @@ use palisade_profile::{
     explain::{Act, Explanation, Refused, explain},
     policy::{self, Policy},
     selector::ContainerFacts,
+    text::{printable, visible_json, word, words},
 };
 use serde_json::{Value, json};
 
-use crate::{
-    profile::read,
-    table::{moment, printable},
-};
+use crate::{profile::read, table::moment};
 
 /// Where profiles are, unless the command line says otherwise.
 const PROFILES: &str = "/etc/palisade/profiles";
@@ -114,7 +112,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let policy = policy_of(&profiles, key);
         let explanation = explain(policy.as_ref(), &key.refused());
         if options.json {
-            writeln!(out, "{}", as_json(key, group, &explanation))?;
+            writeln!(out, "{}", visible_json(&as_json(key, group, &explanation).to_string()))?;
         } else {
             tell(&mut out, key, group, policy.as_ref(), &explanation)?;
         }
@@ -148,7 +146,7 @@ fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
         Act::Execute => ("executable", "origin"),
         Act::Map | Act::Trace => ("file", "origin"),
     };
-    let words = |value: &Value| -> Vec<String> {
+    let texts = |value: &Value| -> Vec<String> {
         value.as_array().into_iter().flatten().filter_map(|word| Some(word.as_str()?.to_owned())).collect()
     };
     let labels = container["labels"].as_object().into_iter().flatten();
@@ -156,7 +154,11 @@ fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
     let of_arguments = reason == "arguments-not-allowed";
     let of_condition = of_arguments || reason == "parent-not-allowed";
     let all = !of_script && !exec["arguments_truncated"].as_bool().unwrap_or(true);
-    let arguments = words(&exec["arguments"]);
+    let arguments = texts(&exec["arguments"]);
+    let shown = match act {
+        Act::Execute => words(&arguments),
+        Act::Map | Act::Trace => format!("{} by {}", text(exec, "act"), word(&text(exec, "executable"))),
+    };
     let key = Key {
         act,
         namespace: text(container, "namespace"),
@@ -173,13 +175,9 @@ fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
         verdict,
         mode: text(exec, "decided_mode"),
         revision: text(exec, "decided_revision"),
-        profiles: words(&container["profiles"]),
+        profiles: texts(&container["profiles"]),
     };
     let time = record["time"].as_u64().unwrap_or(0);
-    let shown = match act {
-        Act::Execute => words(&exec["arguments"]).join(" "),
-        Act::Map | Act::Trace => format!("{} by {}", text(exec, "act"), text(exec, "executable")),
-    };
     Some((key, time, text(container, "pod"), shown))
 }
 
@@ -211,8 +209,10 @@ fn profiles(places: &[PathBuf]) -> Result<Vec<Profile>> {
         match document::parse(&name, &text) {
             Ok(found) => profiles.extend(found),
             Err(problems) => {
-                let all: Vec<String> = problems.iter().map(ToString::to_string).collect();
-                bail!("{}", all.join("\n"));
+                for problem in &problems {
+                    eprintln!("{}", printable(&problem.to_string()));
+                }
+                bail!("{name} has {} faults; without them what it allows can be told", problems.len());
             }
         }
     }
@@ -255,25 +255,24 @@ fn tell(
     explanation: &Explanation,
 ) -> Result<()> {
     let times = if group.count == 1 { "once".to_owned() } else { format!("{} times", group.count) };
-    let say = |text: &str| printable(text);
-    writeln!(out, "{} {times}: {}", key.verdict, say(&key.path))?;
+    writeln!(out, "{} {times}: {}", printable(&key.verdict), printable(&path_of(key)))?;
     let pods: Vec<&str> = group.pods.iter().map(String::as_str).collect();
-    let mut line = |head: &str, text: &str| writeln!(out, "  {head:<9} {text}");
-    line("where", &say(&format!("{}/{}, container {}", key.namespace, pods.join(" "), key.container)))?;
+    let mut line = |head: &str, text: &str| writeln!(out, "  {head:<9} {}", printable(text));
+    line("where", &format!("{}/{}, container {}", key.namespace, pods.join(" "), key.container))?;
     let first = moment(group.first);
     let when = if group.count == 1 { first } else { format!("{first} to {}", moment(group.last)) };
     line("when", &when)?;
-    line("as", &say(&group.arguments))?;
+    line("as", &group.arguments)?;
     let compared = if key.path.is_empty() {
         format!("code in no file, session {}", key.session)
     } else {
-        format!("{} from {}, session {}", key.path, key.origin, key.session)
+        format!("{} from {}, session {}", path_of(key), word(&key.origin), key.session)
     };
-    line("compared", &say(&compared))?;
+    line("compared", &compared)?;
     line("because", &format!("{}: {}", key.reason, explanation.meaning))?;
     if !key.revision.is_empty() {
         let by = format!("{}, revision {}, mode {}", key.profiles.join(" + "), key.revision, key.mode);
-        line("by", &say(&by))?;
+        line("by", &by)?;
     }
     match policy {
         None if !key.revision.is_empty() => {
@@ -289,11 +288,12 @@ fn tell(
         _ => {}
     }
     for near in &explanation.near {
-        line("nearest", &say(&format!("{}, which {}", near.path, near.difference)))?;
+        line("nearest", &format!("{}, which {}", word(&near.path), near.difference))?;
     }
     match &explanation.rule {
         Ok(rule) => {
             line("to allow", &format!("add to {}:", rule.field))?;
+            // YAML, in which nothing is hidden.
             writeln!(out, "      {}", rule.text)?;
         }
         Err(why) => line("to allow", why)?,
@@ -305,8 +305,15 @@ fn tell(
     Ok(())
 }
 
+/// What was refused as a word; nothing for what is no file.
+fn path_of(key: &Key) -> String {
+    if key.path.is_empty() { String::new() } else { word(&key.path) }
+}
+
 #[cfg(test)]
 mod tests {
+    use palisade_profile::text::is_hidden;
+
     use super::*;
 
     const PROFILE: &str = "apiVersion: palisade.dev/v1alpha1\nkind: Profile\nmetadata: {name: web, namespace: shop}\nspec:\n  \
@@ -370,14 +377,40 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_container_reaches_the_terminal_unescaped() {
-        let value = serde_json::from_str(&record("/tmp/\u{1b}]0;x\u{7}\u{202e}", "no-rule", 1)).unwrap();
-        let (key, _, _, arguments) = refusal(&value).unwrap();
-        let explanation = explain(None, &key.refused());
-        let mut out = Vec::new();
-        let group = Group { count: 1, arguments, ..Group::default() };
-        tell(&mut out, &key, &group, None, &explanation).unwrap();
-        let text = String::from_utf8(out).unwrap();
-        assert!(!text.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{text:?}");
+    fn nothing_of_a_record_reaches_the_terminal_hidden() {
+        let bad = "/x\u{1b}]0;\u{7}\n\u{202e}\u{61c}\u{ad}\u{feff}\u{e0041}";
+        for reason in ["no-rule", "arguments-not-allowed", "parent-not-allowed", bad] {
+            let mut value: Value = serde_json::from_str(&record(bad, reason, 1)).unwrap();
+            let exec = value["exec"].as_object_mut().unwrap();
+            for field in ["caller", "decided_mode", "decided_revision", "rule_by_link"] {
+                exec.insert(field.to_owned(), json!(bad));
+            }
+            exec.insert("arguments_truncated".to_owned(), json!(false));
+            for field in ["namespace", "name", "pod", "image"] {
+                value["container"][field] = json!(bad);
+            }
+            value["container"]["profiles"] = json!([bad]);
+            value["session_of"]["kind"] = json!(bad);
+            let (mut key, _, pod, arguments) = refusal(&value).unwrap();
+            key.verdict.push_str(bad);
+            let explanation = explain(None, &key.refused());
+            let group = Group { count: 1, arguments, pods: BTreeSet::from([pod]), ..Group::default() };
+            let mut out = Vec::new();
+            tell(&mut out, &key, &group, None, &explanation).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            assert!(text.lines().all(|line| !line.contains(is_hidden)), "{text:?}");
+            assert!(text.lines().skip(1).all(|line| line.is_empty() || line.starts_with("  ")), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn arguments_that_differ_look_different() {
+        let of = |arguments: Value| {
+            let mut value: Value = serde_json::from_str(&record("/bin/sh", "no-rule", 1)).unwrap();
+            value["exec"]["arguments"] = arguments;
+            refusal(&value).unwrap().3
+        };
+        assert_eq!(of(json!(["sh", "-c", "a b", ""])), "sh -c \"a b\" \"\"");
+        assert_ne!(of(json!(["a b"])), of(json!(["a", "b"])));
     }
 }

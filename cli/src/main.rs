@@ -13,6 +13,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser, Subcommand};
+use palisade_profile::text::printable;
 use palisade_transport::{dial::Target, files::Files};
 
 /// Reads the audit trail and writes profiles.
@@ -111,7 +112,8 @@ enum Profile {
     },
     /// Draft profiles from what was recorded
     ///
-    /// Reads the output of `palisade events --json` and prints one profile in mode audit for each workload.
+    /// Reads the output of `palisade events --json` and prints one profile in mode audit for each workload. A rule is for the path
+    /// that was recorded and no other: a `*` in a name stands there as `\\*`. A path that no rule can name is a comment that says why.
     /// Example: palisade events --namespace shop --json | palisade profile init --from-events -
     Init {
         /// File with one JSON record a line; - for standard input
@@ -128,7 +130,8 @@ fn main() -> ExitCode {
         if output.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("palisade: {error:#}");
+        // A collector's words may be part of it.
+        eprintln!("{}", printable(&format!("palisade: {error:#}")));
         ExitCode::FAILURE
     })
 }

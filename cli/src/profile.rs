@@ -12,6 +12,7 @@ use palisade_profile::{
     document, image,
     learn::{self, Act, Observation},
     policy,
+    text::{printable, visible_json},
 };
 use serde_json::{Value, json};
 
@@ -40,13 +41,10 @@ pub(crate) fn lint(files: &[PathBuf], json: bool) -> Result<ExitCode> {
                     if let Err(error) = image::compile(&policy::alone(profile)) {
                         faults += 1;
                         if json {
-                            writeln!(
-                                out,
-                                "{}",
-                                json!({"file": name, "field": "spec.exec.allow", "message": error.to_string()})
-                            )?;
+                            let value = json!({"file": name, "field": "spec.exec.allow", "message": error.to_string()});
+                            writeln!(out, "{}", visible_json(&value.to_string()))?;
                         } else {
-                            writeln!(out, "{name}: {error}")?;
+                            writeln!(out, "{}", printable(&format!("{name}: {error}")))?;
                         }
                     }
                 }
@@ -59,9 +57,9 @@ pub(crate) fn lint(files: &[PathBuf], json: bool) -> Result<ExitCode> {
                             "file": problem.file, "line": problem.line, "column": problem.column,
                             "field": problem.field, "message": problem.message, "remedy": problem.remedy,
                         });
-                        writeln!(out, "{value}")?;
+                        writeln!(out, "{}", visible_json(&value.to_string()))?;
                     } else {
-                        writeln!(out, "{problem}")?;
+                        writeln!(out, "{}", printable(&problem.to_string()))?;
                     }
                 }
             }

@@ -3,10 +3,13 @@
 use std::io::Write;
 
 use anyhow::Result;
+use palisade_profile::text::printable;
 use time::{OffsetDateTime, UtcOffset, macros::format_description};
 
-/// Prints `rows` under `heads`, columns as wide as they need to be.
+/// Prints `rows` under `heads`, columns as wide as they need to be. Hidden characters of a cell are made visible.
 pub(crate) fn print(out: &mut impl Write, heads: &[&str], rows: &[Vec<String>]) -> Result<()> {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
     let widths: Vec<usize> = heads
         .iter()
         .enumerate()
@@ -15,19 +18,20 @@ pub(crate) fn print(out: &mut impl Write, heads: &[&str], rows: &[Vec<String>]) 
         })
         .collect();
     line(out, &widths, heads.iter().copied())?;
-    for row in rows {
+    for row in &rows {
         line(out, &widths, row.iter().map(String::as_str))?;
     }
     Ok(())
 }
 
-/// Prints one row in columns of fixed widths; what is longer pushes the rest.
+/// Prints one row in columns of fixed widths; what is longer pushes the rest. Hidden characters of a cell are made visible.
 pub(crate) fn line<'a>(
     out: &mut impl Write,
     widths: &[usize],
     cells: impl Iterator<Item = &'a str>,
 ) -> Result<()> {
-    let text: Vec<String> = cells.zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+    let text: Vec<String> =
+        cells.zip(widths).map(|(cell, width)| format!("{:<width$}", printable(cell))).collect();
     writeln!(out, "{}", text.join("  ").trim_end())?;
     Ok(())
 }
@@ -44,32 +48,18 @@ pub(crate) fn moment(nanoseconds: u64) -> String {
         .unwrap_or_else(|| nanoseconds.to_string())
 }
 
-/// Text that a container controls, safe to print on a terminal: control characters are escaped.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars()
-        .flat_map(|character| {
-            let escaped: Vec<char> = if character.is_control() || is_direction_mark(character) {
-                character.escape_unicode().collect()
-            } else {
-                vec![character]
-            };
-            escaped
-        })
-        .collect()
-}
-
-/// Marks that make a terminal show text in another order than it has.
-fn is_direction_mark(character: char) -> bool {
-    matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn escape_sequences_do_not_reach_the_terminal() {
-        assert_eq!(printable("a\u{1b}[2Jb\n\u{202e}"), "a\\u{1b}[2Jb\\u{a}\\u{202e}");
+        let mut out = Vec::new();
+        let cell = "a\u{1b}[2Jb\n\u{202e}\u{ad}".to_owned();
+        print(&mut out, &["HEAD", "NEXT"], &[vec![cell, "x".to_owned()]]).unwrap();
+        let shown = "a\\u{1b}[2Jb\\u{a}\\u{202e}\\u{ad}";
+        let expected = format!("{:<1$}  NEXT\n{shown}  x\n", "HEAD", shown.len());
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
 
     #[test]

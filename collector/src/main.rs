@@ -22,9 +22,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
+use palisade_profile::text::{log_field, printable_lines};
 use palisade_proto::v1::{delivery_server::DeliveryServer, query_server::QueryServer};
 use palisade_transport::accept::{self, Security};
 use tokio::{net::TcpListener, sync::watch};
+use tracing_subscriber::{EnvFilter, field::MakeExt as _, fmt::format::debug_fn};
 
 use crate::{config::Config, ingest::Ingest, query::Queries, refusals::Refusals, store::Store};
 
@@ -46,16 +48,14 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("PALISADE_LOG").unwrap_or_else(|_| "info".into()),
-        )
-        .with_writer(std::io::stderr)
-        .init();
+    let filter = EnvFilter::try_from_env("PALISADE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // Peers choose much of what is in a log.
+    let fields = debug_fn(|out, field, value| log_field(out, field.name(), value)).delimited(" ");
+    tracing_subscriber::fmt().with_env_filter(filter).fmt_fields(fields).with_writer(std::io::stderr).init();
     match start(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("palisade-collector: {error:#}");
+            eprintln!("{}", printable_lines(&format!("palisade-collector: {error:#}")));
             ExitCode::FAILURE
         }
     }

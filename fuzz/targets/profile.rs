@@ -15,10 +15,10 @@ fuzz_target!(|text: &str| {
     for profile in &profiles {
         let Ok(image) = image::compile(&policy::alone(profile)) else { continue };
         for rule in profile.exec.iter().flatten() {
-            let path = rule.path.as_str();
-            let path_bytes = path.as_bytes();
+            let exact = rule.path.exact();
+            let path = exact.unwrap_or(rule.path.as_str());
             let execution = Execution {
-                path: path_bytes,
+                path: path.as_bytes(),
                 origin: origin::IMAGE,
                 session: session::WORKLOAD,
                 failure: 0,
@@ -29,8 +29,7 @@ fuzz_target!(|text: &str| {
             // A path without wildcards that is allowed from the image is allowed.
             let for_workload = rule.sessions.codes().any(|code| code == session::WORKLOAD);
             let always = rule.parents.is_empty() && rule.arguments.is_none() && rule.sha256.is_none();
-            if always && rule.path.is_exact() && for_workload && rule.from.contains(&document::Origin::Image)
-            {
+            if always && exact.is_some() && for_workload && rule.from.contains(&document::Origin::Image) {
                 assert_eq!(decision.verdict, palisade_abi::codes::verdict::ALLOWED, "{path}");
             }
         }

@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::{
     automaton::{Alphabet, Automaton},
-    glob::{Pattern, Piece},
+    glob::{Pattern, Piece, has_partial_double_star, pieces_of},
 };
 
 /// Most bytes of arguments that are compared, each with the zero that ends it; longer ones match nothing.
@@ -85,7 +85,7 @@ impl ArgumentsError {
 /// What the arguments must be.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Arguments {
-    /// What the program may be called, its argument 0: many do something else under another name. Patterns with `*`; empty: its
+    /// What the program may be called, its argument 0: many do something else under another name. Patterns with `*`; none: its
     /// path, or the last component of that.
     names: Vec<String>,
     /// Patterns of the arguments after it, one for each: `*` stands for any characters of one argument, and `**` by itself for any
@@ -100,18 +100,19 @@ impl Arguments {
     ///
     /// See [`ArgumentsError`].
     pub fn parse(names: Vec<String>, patterns: Vec<String>) -> Result<Self, ArgumentsError> {
-        if let Some(name) = names.iter().find(|name| name.contains("**")) {
+        if let Some(name) = names.iter().find(|name| *name == "**") {
             return Err(ArgumentsError::PartialDoubleStar(name.clone()));
         }
         for pattern in names.iter().chain(&patterns) {
             if pattern.contains('\0') {
                 return Err(ArgumentsError::Zero);
             }
-            if pattern != "**" && pattern.contains("**") {
+            if has_partial_double_star(pattern) {
                 return Err(ArgumentsError::PartialDoubleStar(pattern.clone()));
             }
         }
-        let bytes = names.iter().chain(&patterns).map(|pattern| pattern.len() + 1).sum();
+        let bytes =
+            names.iter().chain(&patterns).map(|pattern| pieces_of(pattern.as_bytes()).count() + 1).sum();
         if bytes > MOST_ARGUMENT_BYTES {
             return Err(ArgumentsError::TooLong(bytes));
         }
@@ -132,24 +133,26 @@ impl Arguments {
         &self.patterns
     }
 
-    /// What the program at `path` may be called.
-    fn names_of<'a>(&'a self, path: &'a str) -> Vec<&'a str> {
+    /// What the program at `path` may be called, as pieces.
+    fn names_of(&self, path: &str) -> Vec<Vec<Piece>> {
         if self.names.is_empty() {
-            return vec![path, path.rsplit('/').next().unwrap_or(path)];
+            // A path is no pattern.
+            let plain = |name: &str| name.bytes().map(Piece::Byte).collect();
+            return vec![plain(path), plain(path.rsplit('/').next().unwrap_or(path))];
         }
-        self.names.iter().map(String::as_str).collect()
+        self.names.iter().map(|name| pieces_of(name.as_bytes()).collect()).collect()
     }
 
-    fn pieces(&self, name: &str) -> Vec<Piece> {
-        let mut pieces = Vec::new();
-        for pattern in std::iter::once(name).chain(self.patterns.iter().map(String::as_str)) {
+    /// The pieces of a name and of all arguments.
+    fn pieces(&self, name: Vec<Piece>) -> Vec<Piece> {
+        let mut pieces = name;
+        pieces.push(Piece::Byte(0));
+        for pattern in &self.patterns {
             if pattern == "**" {
                 pieces.push(Piece::Arguments);
                 continue;
             }
-            pieces.extend(
-                pattern.bytes().map(|byte| if byte == b'*' { Piece::Star } else { Piece::Byte(byte) }),
-            );
+            pieces.extend(pieces_of(pattern.as_bytes()));
             pieces.push(Piece::Byte(0));
         }
         pieces
@@ -199,12 +202,12 @@ mod tests {
         fn the_automaton_agrees_with_the_definition(
             lists in prop::collection::vec(
                 prop::collection::vec(
-                    prop_oneof![3 => "[ab/]{0,3}", 2 => "[ab*]{1,3}".prop_filter("no **", |text| !text.contains("**")), 1 => Just("**".to_owned())],
+                    prop_oneof![3 => "[ab/]{0,3}", 2 => r"[ab*\\]{1,3}".prop_filter("no **", |text| !has_partial_double_star(text)), 1 => Just("**".to_owned())],
                     0..4,
                 ),
                 1..4,
             ),
-            calls in prop::collection::vec(prop::collection::vec("[abc/\u{e9}]{0,3}", 0..5), 1..20),
+            calls in prop::collection::vec(prop::collection::vec("[abc/*\\\\\u{e9}]{0,3}", 0..5), 1..20),
         ) {
             let lists: Vec<Arguments> =
                 lists.into_iter().map(|list| Arguments::parse(Vec::new(), list).unwrap()).collect();
@@ -226,6 +229,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_star_in_a_path_is_no_wildcard_of_its_name() {
+        let none = Arguments::parse(Vec::new(), Vec::new()).unwrap();
+        let automaton = automaton("/opt/a*", &[(&none, 1)]).unwrap();
+        assert_eq!(automaton.grants(b"/opt/a*\0"), 1);
+        assert_eq!(automaton.grants(b"a*\0"), 1);
+        assert_eq!(automaton.grants(b"ab\0"), 0);
+        assert_eq!(automaton.grants(b"/opt/ab\0"), 0);
     }
 
     #[test]

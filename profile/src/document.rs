@@ -70,10 +70,10 @@ pub struct VolumeName(String);
 
 impl VolumeName {
     /// `None` for a text that is no volume's name: an empty or relative one, or one with a colon, which separates name
-    /// and path, or with control characters.
+    /// and path, or with control characters, or a path with `*`.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let is_path = text.starts_with('/') && Pattern::parse(text).is_ok_and(|pattern| pattern.is_exact());
+        let is_path = !text.contains('*') && Pattern::of_path(text).is_ok();
         let is_name = !text.is_empty() && !text.contains('/');
         let plain = text.chars().all(|character| character != ':' && !character.is_control());
         ((is_path || is_name) && plain && text.len() < VOLUME_NAME_CAPACITY).then(|| Self(text.to_owned()))
@@ -543,7 +543,12 @@ impl Reader<'_> {
         let mapping = self.mapping(node, field)?;
         let mut labels = BTreeMap::new();
         for (key, value) in mapping.iter() {
-            let value = self.text(value, &join(field, key.as_str()))?;
+            // Unlike other texts a label's value may be empty.
+            let Some(value) = value.as_scalar() else {
+                let remedy = "write one value, in quotes if it has special characters";
+                self.problem(value.span(), &join(field, key.as_str()), "must be a text", remedy);
+                return None;
+            };
             labels.insert(key.as_str().to_owned(), value.as_str().to_owned());
         }
         Some(labels)
@@ -667,9 +672,14 @@ impl Reader<'_> {
         for (field, node) in nodes {
             let text = self.text(node, &field)?;
             match Pattern::parse(text.as_str()) {
-                Ok(parent) if parent.is_exact() => drop(parents.insert(parent)),
+                Ok(parent) if parent.exact().is_some() => drop(parents.insert(parent)),
                 Ok(_) => {
-                    self.problem(node.span(), &field, "has wildcards", "write the path of one program");
+                    self.problem(
+                        node.span(),
+                        &field,
+                        "has wildcards",
+                        "write the path of one program, and \\* for a '*' in it",
+                    );
                     return None;
                 }
                 Err(error) => {
@@ -728,14 +738,14 @@ impl Reader<'_> {
 
     /// A condition is for one file.
     fn one_file(&mut self, node: &Node, field: &str, path: &Pattern) -> Option<()> {
-        if path.is_exact() {
+        if path.exact().is_some() {
             return Some(());
         }
         self.problem(
             node.span(),
             field,
             "the path has wildcards",
-            "write a rule for each file that it is for",
+            "write a rule for each file that it is for, and \\* for a '*' in its path",
         );
         None
     }
@@ -757,8 +767,13 @@ impl Reader<'_> {
                 message,
                 "write 64 hexadecimal digits, as sha256sum prints them",
             );
-        } else if !path.is_exact() {
-            self.problem(text.span(), field, "the path has wildcards", "write the path of one file");
+        } else if path.exact().is_none() {
+            self.problem(
+                text.span(),
+                field,
+                "the path has wildcards",
+                "write the path of one file, and \\* for a '*' in it",
+            );
         } else if *from != BTreeSet::from([Origin::Image]) {
             let remedy = "take `from` away: only the image's bytes stay what they are";
             self.problem(text.span(), field, "the file need not be the image's", remedy);
@@ -964,9 +979,16 @@ spec:
             let found = Origin::parse(good).map(|origin| origin.to_string());
             assert_eq!(found.as_deref(), Some(good));
         }
-        for bad in
-            ["volume:a:b", "volume:", "volume:a/b", "volume:/a//b", "volume:/a/../b", "volume:/*", "disk"]
-        {
+        for bad in [
+            "volume:/a\\\\*",
+            "volume:a:b",
+            "volume:",
+            "volume:a/b",
+            "volume:/a//b",
+            "volume:/a/../b",
+            "volume:/*",
+            "disk",
+        ] {
             let found = problems(&GOOD.replace("from: drift", &format!("from: \"{bad}\"")));
             assert!(found.len() == 1 && found[0].contains("is not an origin; write"), "{bad}: {found:?}");
         }

@@ -5,10 +5,10 @@ use palisade_abi::codes::{origin, reason};
 use crate::{
     condition::{Arguments, Condition},
     document::{Origin, distance},
-    glob::Pattern,
-    learn::quoted,
+    glob::{Pattern, escaped},
     policy::Policy,
     session::{Session, Sessions},
+    text::{may_have_other_bytes, yaml},
 };
 
 /// What was refused.
@@ -36,7 +36,7 @@ pub struct Refused<'a> {
     pub reason: &'a str,
     /// What called exec; empty when that is not known.
     pub caller: &'a str,
-    /// The path of a rule that leads to it by a symbolic link; empty when there is none.
+    /// The path of a rule, as it is written, that leads to it by a symbolic link; empty when there is none.
     pub rule_by_link: &'a str,
     /// The program's name first; `None` when not all of them are known.
     pub arguments: Option<&'a [String]>,
@@ -229,7 +229,7 @@ fn nearest(policy: &Policy, refused: &Refused<'_>) -> Vec<Near> {
         }
     }
     for (pattern, digest) in policy.pinned.keys() {
-        if pattern.as_str() == refused.path {
+        if pattern.exact() == Some(refused.path) {
             let difference = format!("is for the image's file with SHA-256 {digest} alone");
             found.push((Rank::Origin, Near { path: pattern.as_str().to_owned(), difference }));
         }
@@ -250,7 +250,7 @@ fn nearest(policy: &Policy, refused: &Refused<'_>) -> Vec<Near> {
                     Some((Rank::Origin, format!("is for {}, this is {}", allowed.join(", "), refused.origin)))
                 }
             }
-        } else if pattern.is_exact() && name(path) == name(refused.path) {
+        } else if pattern.exact().is_some_and(|exact| name(exact) == name(refused.path)) {
             Some((Rank::Name, "has the same name elsewhere".to_owned()))
         } else {
             letters(pattern, refused.path)
@@ -272,7 +272,7 @@ fn otherwise(condition: &Condition, sessions: Sessions, refused: &Refused<'_>) -
     }
     let for_whom = if sessions.is_any() { String::new() } else { format!("for {} ", list(sessions)) };
     let caller = match (&condition.parent, refused.caller) {
-        (Some(parent), caller) if parent.as_str() != caller && !caller.is_empty() => {
+        (Some(parent), caller) if parent.exact() != Some(caller) && !caller.is_empty() => {
             format!(", this is {caller}")
         }
         _ => String::new(),
@@ -291,25 +291,24 @@ fn name(path: &str) -> &str {
 
 /// In how many letters a path is another one, where they are few.
 fn letters(pattern: &Pattern, path: &str) -> Option<usize> {
-    let text = pattern.as_str();
-    let comparable = pattern.is_exact()
-        && text.len().max(path.len()) <= LONGEST_COMPARED
-        && text.len().abs_diff(path.len()) <= MOST_DIFFERENT;
+    let text = pattern.exact()?;
+    let comparable =
+        text.len().max(path.len()) <= LONGEST_COMPARED && text.len().abs_diff(path.len()) <= MOST_DIFFERENT;
     comparable.then(|| distance(text, path)).filter(|count| *count <= MOST_DIFFERENT)
 }
 
 /// The narrowest rule that would allow it.
 fn rule(policy: Option<&Policy>, refused: &Refused<'_>) -> Result<Addition, &'static str> {
-    let pattern = Pattern::parse(refused.path).map_err(|_| "its path cannot be written in a rule")?;
-    if !pattern.is_exact() {
-        return Err("its path has a '*', which stands for anything in a rule");
+    let pattern = Pattern::of_path(refused.path).map_err(|_| "its path cannot be written in a rule")?;
+    if may_have_other_bytes(refused.path) {
+        return Err(crate::learn::OTHER_BYTES);
     }
     let origin = Origin::parse(refused.origin).filter(|found| found.code() != origin::UNKNOWN);
     let origin = origin.ok_or("no rule allows bytes of unknown origin")?;
-    let path = quoted(refused.path);
+    let path = yaml(pattern.as_str());
     let mut fields = vec![format!("path: {path}")];
     if origin != Origin::Image {
-        fields.push(format!("from: {}", quoted(refused.origin)));
+        fields.push(format!("from: {}", yaml(refused.origin)));
     }
     if refused.act == Act::Map {
         let rule = format!("{{{}}}", fields.join(", "));
@@ -342,21 +341,21 @@ fn conditions(policy: Option<&Policy>, refused: &Refused<'_>) -> Result<Vec<Stri
     // Rules for the same file may ask for both.
     let rules = policy.and_then(|policy| policy.exec.as_ref());
     let asked = |wanted: &dyn Fn(&Condition) -> bool| {
-        let of_path = rules.into_iter().flatten().filter(|(pattern, _)| pattern.as_str() == refused.path);
+        let of_path =
+            rules.into_iter().flatten().filter(|(pattern, _)| pattern.exact() == Some(refused.path));
         of_path.flat_map(|(_, origins)| origins.values()).flat_map(|who| who.keys()).any(wanted)
     };
     let mut fields = Vec::new();
     if for_parent || asked(&|condition| condition.parent.is_some()) {
-        if !Pattern::parse(refused.caller).is_ok_and(|caller| caller.is_exact()) {
-            return Err(
-                "who executed it is not known as a program of the image, so a rule without `parents` would be for everybody",
-            );
-        }
-        fields.push(format!("parents: {}", quoted(refused.caller)));
+        let caller = Pattern::of_path(refused.caller).ok().filter(|_| !may_have_other_bytes(refused.caller));
+        let caller = caller.ok_or(
+            "who executed it is not known as a program of the image, so a rule without `parents` would be for everybody",
+        )?;
+        fields.push(format!("parents: {}", yaml(caller.as_str())));
     }
     if for_arguments || asked(&|condition| condition.arguments.is_some()) {
         fields.extend(arguments(refused).ok_or(
-            "its arguments cannot be written in a rule: not all are known, they are too long, not text, or have a '*'",
+            "its arguments cannot be written in a rule: not all are known, they are too long, or not text",
         )?);
     }
     Ok(fields)
@@ -365,19 +364,19 @@ fn conditions(policy: Option<&Policy>, refused: &Refused<'_>) -> Result<Vec<Stri
 /// The fields for these arguments and no others, where they can be written.
 fn arguments(refused: &Refused<'_>) -> Option<Vec<String>> {
     let all = refused.arguments?;
-    // Bytes that are not text stand as `\xNN` in records.
-    if all.iter().any(|argument| argument.contains('*') || argument.contains("\\x")) {
+    if all.iter().any(|argument| may_have_other_bytes(argument)) {
         return None;
     }
     let (called, arguments) = all.split_first()?;
     let by_itself = *called == refused.path || *called == name(refused.path);
-    let names = if by_itself { Vec::new() } else { vec![called.clone()] };
+    let names = if by_itself { Vec::new() } else { vec![escaped(called)] };
     // A field has no empty text.
     if names.iter().any(String::is_empty) {
         return None;
     }
-    let patterns = Arguments::parse(names, arguments.to_vec()).ok()?;
-    let list = |texts: &[String]| texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(", ");
+    let patterns =
+        Arguments::parse(names, arguments.iter().map(|argument| escaped(argument)).collect()).ok()?;
+    let list = |texts: &[String]| texts.iter().map(|text| yaml(text)).collect::<Vec<_>>().join(", ");
     let mut fields = vec![format!("args: [{}]", list(patterns.patterns()))];
     if !patterns.names().is_empty() {
         fields.push(format!("names: [{}]", list(patterns.names())));
@@ -473,7 +472,7 @@ mod tests {
         assert_eq!(without("/a", "image", "path-too-deep"), NOT_BY_A_RULE);
         assert_eq!(without("/a", "image", "escaped-to-host"), NOT_BY_A_RULE);
         assert!(without("/a", "unknown", "no-rule").contains("unknown origin"));
-        assert!(without("/a*", "image", "no-rule").contains("'*'"));
+        assert!(without("/a\\xff", "image", "no-rule").contains("not UTF-8"));
         assert!(without("memfd:x", "memory", "no-rule").contains("cannot be written"));
     }
 
@@ -499,23 +498,35 @@ mod tests {
         );
     }
 
+    /// Texts that mean something in a pattern, or in YAML.
+    const COMPONENT: &str = "[a-z \"'{}:,#*\\\\\n\u{ad}\\-]{1,6}|[ab*\\\\]{1,3}";
+    const ARGUMENT: &str = "[a-z \"'{}:,#*\\\\\n\u{ad}\\-]{0,6}|[ab*\\\\]{0,3}";
+
+    fn path(most: usize) -> impl Strategy<Value = String> {
+        prop::collection::vec(COMPONENT, 1..=most).prop_map(|components| format!("/{}", components.join("/")))
+    }
+
     proptest! {
-        /// What the explanation says would allow it, does.
+        /// What the explanation says would allow it does, and allows nothing else.
         #[test]
         fn the_rule_allows_what_was_refused(
-            path in "(/[a-z \"'{}:,#\\-]{1,6}){1,4}",
+            path in path(4),
             origin in prop::sample::select(vec!["image", "drift", "memory", "host", "volume:data"]),
             session in prop::sample::select(vec![("workload", 1_u8), ("admin", 2), ("unknown", 0)]),
             (mapped, reason) in prop_oneof![
                 Just((true, reason::NO_RULE)),
                 prop::sample::select(vec![reason::NO_RULE, reason::PARENT, reason::ARGUMENTS]).prop_map(|reason| (false, reason)),
             ],
-            caller in "(/[a-z \"'{}:,#\\-]{1,6}){1,2}",
-            called in prop_oneof![Just(None), "[a-z]{1,6}".prop_map(Some)],
-            rest in prop::collection::vec("[a-z \"'{}:,#\\-]{0,6}", 0..3),
+            caller in path(2),
+            called in prop::option::of(COMPONENT),
+            rest in prop::collection::vec(ARGUMENT, 0..3),
+            other_path in path(4),
+            other_caller in path(2),
+            other_rest in prop::collection::vec(ARGUMENT, 0..3),
         ) {
             let arguments = [vec![called.unwrap_or_else(|| path.clone())], rest].concat();
             let act = if mapped { Act::Map } else { Act::Execute };
+            let code = reason;
             let reason = reason::name(reason).unwrap();
             let refused = Refused {
                 caller: &caller,
@@ -525,30 +536,51 @@ mod tests {
             let rule = explain(Some(&policy(RULES)), &refused).rule;
             prop_assume!(rule.is_ok());
             let rule = rule.unwrap();
+            // Libraries without a list are every file of the image.
+            let whole = mapped && origin == "image";
             let policy = match rule.field {
                 "spec.exec.allow" => policy(&rule.text),
                 _ => policy(&format!("[]\n    {}", rule.text)),
             };
             let origin = Origin::parse(origin).unwrap();
-            let judged = match &origin {
-                Origin::Volume(name) => format!(":{}:{path}", name.as_str()),
-                _ => path.clone(),
-            };
-            let joined: Vec<u8> = arguments.iter().flat_map(|argument| argument.bytes().chain([0])).collect();
-            let execution = Execution {
-                path: judged.as_bytes(),
-                origin: origin.code(),
-                session: session.1,
-                failure: 0,
-                caller: Some(caller.as_bytes()),
-                arguments: Some(&joined),
-            };
             let image = compile(&policy).unwrap();
-            let decision = match act {
-                Act::Map => evaluate_mapping(&image, Some(&execution), false),
-                _ => evaluate(&image, &execution),
+            let allowed = |path: &str, caller: &str, arguments: &[String]| {
+                let judged = match &origin {
+                    Origin::Volume(name) => format!(":{}:{path}", name.as_str()),
+                    _ => path.to_owned(),
+                };
+                let joined: Vec<u8> = arguments.iter().flat_map(|argument| argument.bytes().chain([0])).collect();
+                let execution = Execution {
+                    path: judged.as_bytes(),
+                    origin: origin.code(),
+                    session: session.1,
+                    failure: 0,
+                    caller: Some(caller.as_bytes()),
+                    arguments: Some(&joined),
+                };
+                let decision = match act {
+                    Act::Map => evaluate_mapping(&image, Some(&execution), false),
+                    _ => evaluate(&image, &execution),
+                };
+                decision.verdict == palisade_abi::codes::verdict::ALLOWED
             };
-            prop_assert_eq!(decision.verdict, palisade_abi::codes::verdict::ALLOWED, "{:?}", policy);
+            prop_assert!(allowed(&path, &caller, &arguments), "{:?}", policy);
+            let others = [other_path, path.replace('*', "a"), path.replace("**", "a/b"), path.replace('\\', "")];
+            for other in others.iter().filter(|other| **other != path && !whole) {
+                prop_assert!(!allowed(other, &caller, &arguments), "{} by {:?}", other, policy);
+            }
+            for other in [&other_caller, &caller.replace('*', "a")] {
+                prop_assert!(code != reason::PARENT || *other == caller || !allowed(&path, other, &arguments), "{:?}", policy);
+            }
+            let with_rest = |rest: Vec<String>| [vec![arguments[0].clone()], rest].concat();
+            let starless = arguments.iter().skip(1).map(|argument| argument.replace('*', "a")).collect();
+            let called = [vec![arguments[0].replace('*', "a")], arguments[1..].to_vec()].concat();
+            for other in [with_rest(other_rest), with_rest(starless), called] {
+                let by_name = other[0] == path || other[0] == name(&path);
+                if code == reason::ARGUMENTS && other != arguments && !(by_name && other[1..] == arguments[1..]) {
+                    prop_assert!(!allowed(&path, &caller, &other), "{:?} by {:?}", other, policy);
+                }
+            }
         }
     }
 }

@@ -1,11 +1,15 @@
 //! Path patterns: exact paths, `*` within a component, `**` for any number of components.
 //!
+//! A backslash before `*` or `\` takes its meaning away: `\*` is the character `*`, `\\` a backslash. Before anything else a
+//! backslash stands for itself. The same holds wherever `*` is a wildcard: in arguments, names, selectors and queries.
+//!
 //! | pattern | matches | does not match |
 //! |---|---|---|
 //! | `/usr/bin/python3*` | `/usr/bin/python3.13` | `/usr/bin/python3/x` |
 //! | `/opt/*/bin/run` | `/opt/a/bin/run` | `/opt/a/b/bin/run` |
 //! | `/opt/**` | `/opt/a`, `/opt/a/b/c` | `/opt` |
 //! | `/opt/**/run` | `/opt/run`, `/opt/a/b/run` | `/opt/a/runner` |
+//! | `/opt/\*` | `/opt/*` | `/opt/a` |
 
 use palisade_abi::{PATH_CAPACITY, volume::MARK};
 use thiserror::Error;
@@ -56,10 +60,57 @@ pub(crate) enum Piece {
     Arguments,
 }
 
+/// The pieces of a text without separators, each [`Piece::Byte`] or [`Piece::Star`]: the one place that knows what a `*` and a
+/// backslash before it mean.
+pub(crate) fn pieces_of(text: &[u8]) -> impl Iterator<Item = Piece> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let (piece, length) = match rest {
+            [] => return None,
+            [b'*', ..] => (Piece::Star, 1),
+            [b'\\', escaped @ (b'*' | b'\\'), ..] => (Piece::Byte(*escaped), 2),
+            [byte, ..] => (Piece::Byte(*byte), 1),
+        };
+        rest = &rest[length..];
+        Some(piece)
+    })
+}
+
+/// The pattern that stands for `text` and nothing else.
+#[must_use]
+pub fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        if matches!(character, '*' | '\\') {
+            out.push('\\');
+        }
+        out.push(character);
+    }
+    out
+}
+
+/// What a text is that has no wildcards.
+fn unescaped(text: &str) -> Option<String> {
+    let bytes = pieces_of(text.as_bytes()).map(|piece| match piece {
+        Piece::Byte(byte) => Some(byte),
+        _ => None,
+    });
+    // Only bytes of ASCII are taken out of a text, so the rest is one.
+    String::from_utf8(bytes.collect::<Option<_>>()?).ok()
+}
+
+/// Whether a text has a run of `*` that is none of `**` by itself.
+pub(crate) fn has_partial_double_star(text: &str) -> bool {
+    let pieces: Vec<Piece> = pieces_of(text.as_bytes()).collect();
+    text != "**" && pieces.windows(2).any(|two| two == [Piece::Star, Piece::Star])
+}
+
 /// A valid pattern.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pattern {
     text: String,
+    /// The path that it stands for; `None` with wildcards.
+    exact: Option<String>,
 }
 
 impl Pattern {
@@ -70,8 +121,9 @@ impl Pattern {
     /// See [`PatternError`].
     pub fn parse(text: &str) -> Result<Self, PatternError> {
         let owned = || text.to_owned();
-        if text.len() > PATH_CAPACITY {
-            return Err(PatternError::TooLong(text.len()));
+        let length = pieces_of(text.as_bytes()).count();
+        if length > PATH_CAPACITY {
+            return Err(PatternError::TooLong(length));
         }
         if text.contains('\0') {
             return Err(PatternError::Zero(owned()));
@@ -82,12 +134,22 @@ impl Pattern {
                 "" => return Err(PatternError::EmptyComponent(owned())),
                 "." => return Err(PatternError::Dots(owned(), ".")),
                 ".." => return Err(PatternError::Dots(owned(), "..")),
-                "**" => {}
-                other if other.contains("**") => return Err(PatternError::PartialDoubleStar(owned())),
+                other if has_partial_double_star(other) => {
+                    return Err(PatternError::PartialDoubleStar(owned()));
+                }
                 _ => {}
             }
         }
-        Ok(Self { text: owned() })
+        Ok(Self { text: owned(), exact: unescaped(text) })
+    }
+
+    /// The pattern that stands for `path` and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// Where no pattern does; see [`PatternError`].
+    pub fn of_path(path: &str) -> Result<Self, PatternError> {
+        Self::parse(&escaped(path))
     }
 
     /// The pattern as written.
@@ -96,16 +158,10 @@ impl Pattern {
         &self.text
     }
 
-    /// Whether the pattern is a path without wildcards.
+    /// The one path that the pattern stands for; `None` with wildcards.
     #[must_use]
-    pub fn is_exact(&self) -> bool {
-        !self.text.contains('*')
-    }
-
-    /// The text of this pattern on the volume `name`; see [`palisade_abi::volume`].
-    pub(crate) fn text_on(&self, name: &str) -> String {
-        let mark = char::from(MARK);
-        format!("{mark}{name}{mark}{}", self.text)
+    pub fn exact(&self) -> Option<&str> {
+        self.exact.as_deref()
     }
 
     /// The pieces of this pattern on the volume `name`.
@@ -123,9 +179,7 @@ impl Pattern {
                 ("**", true) => pieces.push(Piece::Rest),
                 ("**", false) => pieces.push(Piece::Components),
                 (text, last) => {
-                    pieces.extend(
-                        text.bytes().map(|byte| if byte == b'*' { Piece::Star } else { Piece::Byte(byte) }),
-                    );
+                    pieces.extend(pieces_of(text.as_bytes()));
                     if !last {
                         pieces.push(Piece::Byte(b'/'));
                     }
@@ -164,21 +218,38 @@ fn components_match(pattern: &[&str], path: &[&str]) -> bool {
     }
 }
 
-/// `*` in `pattern` stands for any run of characters.
+/// Whether `text` is what `pattern` stands for: `*` is any run of characters, and a backslash before `*` or `\` takes its meaning
+/// away.
 #[must_use]
 pub fn text_matches(pattern: &[u8], text: &[u8]) -> bool {
-    match (pattern, text) {
-        ([], []) => true,
-        ([b'*', rest @ ..], text) => {
-            text_matches(rest, text) || matches!(text, [_, tail @ ..] if text_matches(pattern, tail))
+    let pieces: Vec<Piece> = pieces_of(pattern).collect();
+    let (mut piece, mut at) = (0, 0);
+    // Behind the last star, and how far into the text it reaches: only that one ever has to reach further.
+    let mut star = None;
+    while at < text.len() {
+        match pieces.get(piece) {
+            Some(Piece::Star) => {
+                piece += 1;
+                star = Some((piece, at));
+            }
+            Some(Piece::Byte(byte)) if *byte == text[at] => {
+                piece += 1;
+                at += 1;
+            }
+            _ => {
+                let Some((behind, reach)) = star else { return false };
+                star = Some((behind, reach + 1));
+                (piece, at) = (behind, reach + 1);
+            }
         }
-        ([first, pattern @ ..], [byte, text @ ..]) if first == byte => text_matches(pattern, text),
-        _ => false,
     }
+    pieces[piece..].iter().all(|piece| *piece == Piece::Star)
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -196,8 +267,63 @@ mod tests {
 
     #[test]
     fn what_no_canonical_path_can_match_is_refused() {
-        for text in ["usr/bin", "/usr//bin", "/usr/", "/usr/../bin", "/a/b**", ""] {
+        for text in ["usr/bin", "/usr//bin", "/usr/", "/usr/../bin", "/a/b**", "/a/\\\\**", ""] {
             assert!(Pattern::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_backslash_takes_the_meaning_from_a_star() {
+        let exact = |pattern: &str| Pattern::parse(pattern).unwrap().exact().map(str::to_owned);
+        for (pattern, path) in [
+            ("/a", "/a"),
+            (r"/a\*", "/a*"),
+            (r"/\*\*", "/**"),
+            (r"/a\\b", r"/a\b"),
+            (r"/a\\\*", r"/a\*"),
+            // As it was before there were escapes.
+            (r"/dev-a\x2db", r"/dev-a\x2db"),
+            (r"/a\/b", r"/a\/b"),
+            (r"/a\", r"/a\"),
+            (r"/\.", r"/\."),
+        ] {
+            assert_eq!(exact(pattern).as_deref(), Some(path), "{pattern}");
+        }
+        let matches = |pattern: &str, path: &str| Pattern::parse(pattern).unwrap().matches(path);
+        for (pattern, path) in [(r"/\**", "/*x"), (r"/\\*", r"/\x"), (r"/*\*", "/x*"), (r"/**/\*", "/a/*")] {
+            assert_eq!(exact(pattern), None, "{pattern}");
+            assert!(matches(pattern, path) && !matches(pattern, "/y"), "{pattern}");
+        }
+        assert!(text_matches(br"\*", b"*") && !text_matches(br"\*", b"x"));
+    }
+
+    #[test]
+    fn a_path_of_escapes_may_be_as_long_as_any() {
+        let path = format!("/{}", "*".repeat(PATH_CAPACITY - 1));
+        assert_eq!(Pattern::of_path(&path).unwrap().exact(), Some(&*path));
+        assert!(Pattern::of_path(&format!("{path}*")).is_err());
+    }
+
+    /// The definition.
+    fn defined(pattern: &[Piece], text: &[u8]) -> bool {
+        match (pattern, text) {
+            ([], []) => true,
+            ([Piece::Star, rest @ ..], text) => {
+                defined(rest, text) || matches!(text, [_, tail @ ..] if defined(pattern, tail))
+            }
+            ([Piece::Byte(first), pattern @ ..], [byte, text @ ..]) if first == byte => {
+                defined(pattern, text)
+            }
+            _ => false,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn texts_match_as_defined(pattern in r"[ab*\\]{0,8}", text in r"[ab*\\]{0,10}") {
+            let pieces: Vec<Piece> = pieces_of(pattern.as_bytes()).collect();
+            prop_assert_eq!(text_matches(pattern.as_bytes(), text.as_bytes()), defined(&pieces, text.as_bytes()));
+            prop_assert_eq!(text_matches(escaped(&text).as_bytes(), pattern.as_bytes()), text == pattern);
         }
     }
 }

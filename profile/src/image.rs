@@ -116,9 +116,10 @@ pub fn compile(policy: &Policy) -> Result<PolicyImage, CompileError> {
                 Origin::Volume(name) => Some(name.as_str()),
                 _ => None,
             };
-            if pattern.is_exact() {
+            if let Some(exact) = pattern.exact() {
+                let mark = char::from(volume::MARK);
                 let path =
-                    on_volume.map_or_else(|| pattern.as_str().to_owned(), |name| pattern.text_on(name));
+                    on_volume.map_or_else(|| exact.to_owned(), |name| format!("{mark}{name}{mark}{exact}"));
                 conditions.into_iter().for_each(|(condition, bits)| rules.add(&path, condition, bits));
             } else {
                 // A condition is for one file; a document with another is refused.
@@ -157,7 +158,8 @@ struct ExactRules<'a> {
 
 impl<'a> ExactRules<'a> {
     fn add(&mut self, path: &str, condition: &'a Condition, bits: u32) {
-        let parent = condition.parent.as_ref().map_or(0, |parent| self.number(parent.as_str()));
+        let parent =
+            condition.parent.as_ref().and_then(Pattern::exact).map_or(0, |parent| self.number(parent));
         self.found.entry(ExactKey::anybody(path.as_bytes())).or_default().0.any |= bits;
         let key = ExactKey { path: path.as_bytes().to_vec(), parent };
         let (rule, patterns) = self.found.entry(key).or_default();

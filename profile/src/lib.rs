@@ -20,3 +20,4 @@ pub mod policy;
 pub mod problem;
 pub mod selector;
 pub mod session;
+pub mod text;

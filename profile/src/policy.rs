@@ -111,7 +111,7 @@ impl Policy {
     #[must_use]
     pub fn verified(mut self, digest_of: impl Fn(&str) -> Option<Digest>) -> Self {
         for ((path, digest), who) in std::mem::take(&mut self.pinned) {
-            if digest_of(path.as_str()) == Some(digest) {
+            if path.exact().and_then(&digest_of) == Some(digest) {
                 let origins = self.exec.get_or_insert_default().entry(path).or_default();
                 add_who(origins.entry(Origin::Image).or_default(), &who);
             }
@@ -122,8 +122,11 @@ impl Policy {
     /// The policy as it is where every pinned file is as its rule says: the largest that it can become.
     #[must_use]
     pub fn verified_whole(self) -> Self {
-        let pinned: BTreeMap<String, Digest> =
-            self.pinned.keys().map(|(path, digest)| (path.as_str().to_owned(), *digest)).collect();
+        let pinned: BTreeMap<String, Digest> = self
+            .pinned
+            .keys()
+            .filter_map(|(path, digest)| Some((path.exact()?.to_owned(), *digest)))
+            .collect();
         self.verified(|path| pinned.get(path).copied())
     }
 
@@ -306,6 +309,37 @@ mod tests {
             name("{path: /a, parents: [/b, /c]}"),
             name("{path: /a, parents: /c}, {path: /a, parents: /b}")
         );
+    }
+
+    /// What agents of earlier builds have in force, and records name, is still called so.
+    #[test]
+    fn a_revision_keeps_its_name() {
+        let text = r#"apiVersion: palisade.dev/v1alpha1
+kind: ClusterProfile
+metadata: {name: a}
+spec:
+  selector: {}
+  mode: audit
+  exec:
+    allow:
+      - {path: '/usr/lib/dev\x2dsda', parents: /bin/sh, args: ['a\d*', "**"], names: 'b*'}
+      - {path: '/opt/*\n/**'}
+"#;
+        assert_eq!(alone(&parse("x", text).unwrap()[0]).revision_name(), "3a65e6ced79d");
+    }
+
+    #[test]
+    fn two_spellings_of_a_path_are_one_file() {
+        let image = |rules: &str| {
+            let text = format!(
+                "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {{name: a}}\n\
+                 spec: {{selector: {{}}, mode: audit, exec: {{allow: [{rules}]}}}}\n"
+            );
+            crate::image::compile(&alone(&parse("x", &text).unwrap()[0])).unwrap()
+        };
+        let (one, other) = (r"{path: '/a\b', parents: '/c\d'}", r"{path: '/a\\b', parents: '/c\\d'}");
+        assert_eq!(image(one), image(other));
+        assert_eq!(image(one), image(&format!("{one}, {other}")));
     }
 
     #[test]

@@ -251,7 +251,7 @@ impl Stage<'_> {
         let (drafted, kept) = (read("draft", draft)?, read(self.app.name, self.app.profile)?);
         let image = compile(&alone(&kept))?;
         for rule in drafted.exec.iter().flatten() {
-            let path = rule.path.as_str();
+            let path = rule.path.exact().context("a draft has a wildcard")?;
             let session = if rule.sessions.is_any() { session::WORKLOAD } else { session::ENTERED };
             let execution = Execution {
                 path: path.as_bytes(),

@@ -53,7 +53,7 @@ impl Agent {
         let open: Vec<String> = policy
             .pinned
             .keys()
-            .map(|(path, _)| path.as_str().to_owned())
+            .filter_map(|(path, _)| Some(path.exact()?.to_owned()))
             .filter(|path| !known.contains_key(path))
             .collect();
         if open.is_empty() {
@@ -89,13 +89,12 @@ impl Agent {
             container.digests.known.insert(path, digest.ok());
         }
         let known = &container.digests.known;
-        for (path, wanted) in
-            policy.pinned.keys().filter(|(path, _)| open.iter().any(|read| read == path.as_str()))
-        {
-            if let Some(Some(found)) = known.get(path.as_str())
+        for (path, wanted) in policy.pinned.keys() {
+            if let Some(path) = path.exact()
+                && open.iter().any(|read| read == path)
+                && let Some(Some(found)) = known.get(path)
                 && found != wanted
             {
-                let path = path.as_str();
                 tracing::warn!(container = id, path, %found, %wanted, "a rule with sha256 allows nothing: the image has other bytes there");
             }
         }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use palisade_profile::policy::Policy;
+use palisade_profile::{glob::Pattern, policy::Policy};
 use palisade_proto::v1;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2, readlinkat};
 
@@ -66,16 +66,20 @@ impl Agent {
     }
 }
 
-/// The exact paths of a policy, as many as are looked at.
-fn exact(policy: &Policy) -> Vec<String> {
-    let patterns = policy.exec.iter().flat_map(BTreeMap::keys).filter(|pattern| pattern.is_exact());
-    patterns.take(MOST_RULES).map(|pattern| pattern.as_str().to_owned()).collect()
+/// The exact rules of a policy, as many as are looked at.
+fn exact(policy: &Policy) -> Vec<Pattern> {
+    let patterns = policy.exec.iter().flat_map(BTreeMap::keys).filter(|pattern| pattern.exact().is_some());
+    patterns.take(MOST_RULES).cloned().collect()
 }
 
-/// Which of these paths are links below `root`, by what they lead to.
-fn links(root: &OwnedFd, rules: Vec<String>) -> BTreeMap<String, String> {
-    let found = rules.into_iter().filter_map(|rule| Some((target(root, &rule)?, rule)));
-    found.filter(|(target, rule)| target != rule).collect()
+/// Which of these rules are links below `root`, as they are written, by what they lead to.
+fn links(root: &OwnedFd, rules: Vec<Pattern>) -> BTreeMap<String, String> {
+    let led = |rule: Pattern| {
+        let path = rule.exact()?;
+        let target = target(root, path).filter(|target| target != path)?;
+        Some((target, rule.as_str().to_owned()))
+    };
+    rules.into_iter().filter_map(led).collect()
 }
 
 /// Where a path below `root` leads, without leaving its filesystem.
@@ -106,12 +110,16 @@ mod tests {
         std::os::unix::fs::symlink("usr/bin", at("bin")).unwrap();
         std::os::unix::fs::symlink("/usr/bin/dash", at("usr/bin/sh")).unwrap();
         std::os::unix::fs::symlink("/absent", at("usr/bin/broken")).unwrap();
+        std::fs::write(at("usr/bin/ash"), "").unwrap();
+        std::os::unix::fs::symlink("/usr/bin/ash", at("usr/bin/a*")).unwrap();
         let text = "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {name: a}\n\
              spec: {selector: {}, mode: audit, exec: {allow: [{path: /bin/sh}, {path: /usr/bin/dash}, {path: /usr/bin/broken}, \
-             {path: /absent}, {path: /bin/*}]}}\n";
+             {path: /absent}, {path: /bin/*}, {path: '/bin/a\\*'}]}}\n";
         let policy = alone(&parse("x", text).unwrap()[0]);
         let root: OwnedFd = std::fs::File::open(folder.path()).unwrap().into();
-        let expected = BTreeMap::from([("/usr/bin/dash".to_owned(), "/bin/sh".to_owned())]);
+        let expected = [("/usr/bin/ash", "/bin/a\\*"), ("/usr/bin/dash", "/bin/sh")]
+            .map(|(to, rule)| (to.to_owned(), rule.to_owned()));
+        let expected = BTreeMap::from(expected);
         assert_eq!(links(&root, exact(&policy)), expected);
     }
 }
