@@ -8,7 +8,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use palisade_abi::codes::mode;
-use palisade_transport::{dial::Target, files::Files, name::Name};
+use palisade_transport::{
+    dial::Target,
+    files::Files,
+    local::{self, Purpose},
+    name::Name,
+};
 use serde::{Deserialize, Deserializer};
 
 use crate::{delivery::Limits, kernel::Sizes};
@@ -82,8 +87,7 @@ impl SelfProtection {
 pub struct Config {
     /// Name of the node in records; absent: the host's name.
     pub node: Option<String>,
-    /// Where collectors listen: `https://` with `tls`, or `http://` on loopback. Those after the first are for when it cannot be
-    /// had.
+    /// Where collectors listen: `https://` with `tls`, or `unix://` without. Those after the first are for when it cannot be had.
     #[serde(deserialize_with = "one_or_several")]
     pub collector: Vec<String>,
     /// Certificates; the own one is for this node.
@@ -233,7 +237,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             node: None,
-            collector: vec!["http://127.0.0.1:7443".to_owned()],
+            collector: vec![Purpose::Deliver.address(local::FOLDER.as_ref())],
             tls: None,
             profiles: PathBuf::from("/etc/palisade/profiles"),
             unidentified: Unidentified::Audit,
@@ -424,19 +428,25 @@ mod tests {
     }
 
     #[test]
-    fn plaintext_beyond_this_machine_is_refused() {
-        assert!(problem("collector: http://192.0.2.1:7443\n").contains("loopback"));
+    fn tcp_without_tls_is_refused_with_both_remedies() {
+        for address in ["http://127.0.0.1:7443", "http://localhost:7443", "http://192.0.2.1:7443"] {
+            let error = problem(&format!("collector: {address}\n"));
+            for word in ["collector: ", "unix:///run/palisade/collector/", "https://", "palisade pki"] {
+                assert!(error.contains(word), "{address}: {error}");
+            }
+        }
         assert!(problem("collector: https://192.0.2.1:7443\n").contains("name the certificates"));
     }
 
     #[test]
     fn a_collector_is_an_address_or_a_list_of_them() {
         let read = |text: &str| -> Config { marked_yaml::from_yaml(0, text).unwrap() };
-        let one = "http://127.0.0.1:1";
+        let one = "unix:///run/one.sock";
         assert_eq!(read(&format!("collector: {one}\n")).collector, [one]);
-        assert_eq!(read(&format!("collector: [{one}, \"http://[::1]:2\"]\n")).targets().unwrap().len(), 2);
+        let two = format!("collector: [{one}, unix:///run/two.sock]\n");
+        assert_eq!(read(&two).targets().unwrap().len(), 2);
         assert!(problem("collector: []\n").contains("at least one"), "{}", problem("collector: []\n"));
-        assert!(problem(&format!("collector: [{one}, http://192.0.2.1:1]\n")).contains("loopback"));
+        assert!(problem(&format!("collector: [{one}, http://192.0.2.1:1]\n")).contains("without TLS"));
         let wrong = problem("collector: {host: a}\n");
         assert!(
             wrong.contains("an address or a list of addresses") && wrong.contains("agent.yaml"),
@@ -448,6 +458,14 @@ mod tests {
     fn sizes_out_of_bounds_are_refused_with_the_field() {
         assert!(problem("maps: {ringBytes: 100000}\n").contains("maps.ringBytes"));
         assert!(problem("maps: {slots: 0}\n").contains("maps.slots"));
+    }
+
+    #[test]
+    fn the_example_says_the_defaults() {
+        let text = include_str!("../../deploy/examples/agent.yaml");
+        let example: Config = marked_yaml::from_yaml(0, text).unwrap();
+        example.validate().unwrap();
+        assert_eq!(format!("{example:?}"), format!("{:?}", Config::default()));
     }
 
     #[test]

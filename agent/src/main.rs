@@ -136,7 +136,11 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             config.profiles.clone_from(profiles);
         }
     }
-    config.validate()?;
+    let checked = config.validate();
+    match &arguments.config {
+        Some(path) => checked.with_context(|| path.display().to_string())?,
+        None => checked?,
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

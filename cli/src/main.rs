@@ -14,7 +14,11 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use palisade_profile::text::printable;
-use palisade_transport::{dial::Target, files::Files};
+use palisade_transport::{
+    dial::Target,
+    files::Files,
+    local::{self, Purpose},
+};
 
 /// Reads the audit trail and writes profiles.
 ///
@@ -29,8 +33,8 @@ struct Arguments {
 /// Where the collector is.
 #[derive(clap::Args, Clone)]
 pub(crate) struct Collector {
-    /// Address of the collector
-    #[arg(long, env = "PALISADE_COLLECTOR", default_value = "http://127.0.0.1:7443", global = true)]
+    /// Address of the collector: unix:///PATH of its socket on this machine, or https://HOST:PORT
+    #[arg(long, env = "PALISADE_COLLECTOR", default_value_t = Purpose::Ask.address(local::FOLDER.as_ref()), global = true)]
     collector: String,
     /// Certificates of the authorities that are trusted, PEM; with an address that begins with https://
     #[arg(long, env = "PALISADE_CA", global = true, requires_all = ["certificate", "key"])]

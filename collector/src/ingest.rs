@@ -14,15 +14,16 @@ use palisade_proto::{
         collector_message, delivery_server::Delivery,
     },
 };
-use palisade_transport::{accept::Peer, name::Name};
+use palisade_transport::{name::Name, peer::Peer};
 use prost::Message as _;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    admission::Admission,
     log::Entry,
-    refusals::{OWN_BOOT, Refusals},
+    refusals::OWN_BOOT,
     store::{Store, StreamName},
     streams::Streams,
 };
@@ -42,14 +43,14 @@ const DISK_WAIT: Duration = Duration::from_secs(1);
 
 pub struct Ingest {
     store: Arc<Store>,
-    refusals: Refusals,
+    admission: Admission,
     streams: Streams,
     stopped: watch::Receiver<bool>,
 }
 
 impl Ingest {
-    pub fn new(store: Arc<Store>, refusals: Refusals, stopped: watch::Receiver<bool>) -> Self {
-        Self { store, refusals, streams: Streams::default(), stopped }
+    pub fn new(store: Arc<Store>, admission: Admission, stopped: watch::Receiver<bool>) -> Self {
+        Self { store, admission, streams: Streams::default(), stopped }
     }
 }
 
@@ -63,27 +64,21 @@ impl Delivery for Ingest {
         &self,
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::StreamStream>, Status> {
-        let Some(peer) = request.extensions().get::<Peer>().cloned() else {
-            return Err(Status::internal("the connection does not say who is at its other end"));
-        };
-        if let Some(name) = peer.name.as_ref().filter(|name| !matches!(name, Name::Node(_))) {
-            self.refusals.note(peer.address.ip(), &name.to_string(), "only agents deliver records");
-            return Err(Status::permission_denied(format!("{name} is no agent's certificate")));
-        }
-        let refusals = self.refusals.clone();
+        let peer = self.admission.deliverer(&request)?;
+        let admission = self.admission.clone();
         let (answers, receiver) = mpsc::channel(16);
         let store = Arc::clone(&self.store);
         let streams = self.streams.clone();
         let mut stopped = self.stopped.clone();
         let mut messages = request.into_inner();
         tokio::spawn(async move {
-            let work = take(&store, &refusals, &streams, &peer, &mut messages, &answers);
+            let work = take(&store, &admission, &streams, &peer, &mut messages, &answers);
             let result = tokio::select! {
                 result = work => result,
                 _ = stopped.wait_for(|stop| *stop) => Err(Status::unavailable("the collector is stopping")),
             };
             if let Err(status) = result {
-                tracing::warn!(peer = %peer.address, %status, "a stream ends");
+                tracing::warn!(address = peer.address(), %peer, %status, "a stream ends");
                 // Bounded, since the agent may not be reading.
                 let _agent_gone = tokio::time::timeout(LAST_WORD, answers.send(Err(status))).await;
             }
@@ -95,7 +90,7 @@ impl Delivery for Ingest {
 /// Takes the batches of one stream, in order.
 async fn take(
     store: &Arc<Store>,
-    refusals: &Refusals,
+    admission: &Admission,
     streams: &Streams,
     peer: &Peer,
     messages: &mut Streaming<AgentMessage>,
@@ -109,8 +104,10 @@ async fn take(
         return Err(Status::invalid_argument("the first message is no Hello"));
     };
     let name = named(&hello)?;
-    if let Some(certified) = peer.name.as_ref().filter(|peer| **peer != Name::Node(name.0.clone())) {
-        refusals.note(peer.address.ip(), &certified.to_string(), &format!("it claims to be node {}", name.0));
+    if let Peer::Certified { name: certified, .. } = peer
+        && *certified != Name::Node(name.0.clone())
+    {
+        admission.note(peer, &format!("it claims to be node {}", name.0));
         return Err(Status::permission_denied(format!(
             "the certificate is for {certified}, and Hello.node says {}",
             name.0
@@ -169,12 +166,7 @@ async fn take(
             }
             Err(Problem { why, never, wait }) => {
                 if never {
-                    let certified = peer.name.as_ref().map(ToString::to_string).unwrap_or_default();
-                    refusals.note(
-                        peer.address.ip(),
-                        &certified,
-                        &format!("a batch of node {} is not taken: {why}", name.0),
-                    );
+                    admission.note(peer, &format!("a batch of node {} is not taken: {why}", name.0));
                 }
                 let wait_ms = wait.as_millis() as u32;
                 collector_message::Message::NotTaken(NotTaken { next_position, why, never, wait_ms })

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod admission;
 mod config;
 mod filter;
 mod ingest;
@@ -24,11 +25,13 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use palisade_profile::text::{log_field, printable_lines};
 use palisade_proto::v1::{delivery_server::DeliveryServer, query_server::QueryServer};
-use palisade_transport::accept::{self, Security};
+use palisade_transport::{accept, local};
 use tokio::{net::TcpListener, sync::watch};
 use tracing_subscriber::{EnvFilter, field::MakeExt as _, fmt::format::debug_fn};
 
-use crate::{config::Config, ingest::Ingest, query::Queries, refusals::Refusals, store::Store};
+use crate::{
+    admission::Admission, config::Config, ingest::Ingest, query::Queries, refusals::Refusals, store::Store,
+};
 
 /// Takes audit records from agents, keeps them on disk, and answers queries.
 ///
@@ -39,7 +42,7 @@ struct Arguments {
     /// Configuration file; absent means all defaults
     #[arg(long, env = "PALISADE_COLLECTOR_CONFIG")]
     config: Option<PathBuf>,
-    /// Address to listen on, instead of the configured one (loopback only without TLS)
+    /// TCP address to listen on, instead of the configured one; only with certificates under tls
     #[arg(long)]
     listen: Option<SocketAddr>,
     /// Folder of the store, instead of the configured one
@@ -63,13 +66,17 @@ fn main() -> ExitCode {
 
 fn start(arguments: Arguments) -> Result<()> {
     let mut config = Config::read(arguments.config.as_deref())?;
-    if let Some(listen) = arguments.listen {
-        config.listen = listen;
+    if arguments.listen.is_some() {
+        config.listen = arguments.listen;
     }
     if let Some(store) = arguments.store {
         config.store = store;
     }
-    config.validate()?;
+    let checked = config.validate();
+    match &arguments.config {
+        Some(path) => checked.with_context(|| path.display().to_string())?,
+        None => checked?,
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -79,26 +86,29 @@ fn start(arguments: Arguments) -> Result<()> {
 
 async fn serve(config: Config) -> Result<()> {
     let store = Arc::new(Store::open(&config.store, config.segment_bytes, config.retention)?);
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("cannot listen on {}", config.listen))?;
-    tracing::info!(
-        listen = %listener.local_addr()?,
-        store = %config.store.display(),
-        records = store.end().records,
-        tls = config.tls.is_some(),
-        "collecting"
-    );
-    tokio::spawn(retain(Arc::clone(&store)));
     let refusals = Refusals::default();
+    let sockets = config.sockets();
+    let (connections, at) = match (config.tls, config.listen) {
+        (Some(files), Some(listen)) => {
+            let listener =
+                TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+            let at = listener.local_addr()?.to_string();
+            let told = refusals.clone();
+            let connections = accept::incoming(listener, files, move |refusal| {
+                told.note(&refusal.address.ip().to_string(), "", &refusal.why);
+            });
+            (connections.context("tls")?, at)
+        }
+        _ => {
+            let connections = local::listen(&sockets.rights()?).await.context("sockets")?;
+            (connections, sockets.folder.display().to_string())
+        }
+    };
+    tracing::info!(at, store = %config.store.display(), records = store.end().records, "collecting");
+    tokio::spawn(retain(Arc::clone(&store)));
     let own_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     tokio::spawn(refusals.clone().keep(Arc::clone(&store), own_name));
-    let security = config.tls.map_or(Security::Plain, Security::Mutual);
-    let told = refusals.clone();
-    let connections = accept::incoming(listener, security, move |refusal| {
-        told.note(refusal.address.ip(), "", &refusal.why);
-    })
-    .context("tls")?;
+    let admission = Admission::new(refusals, &sockets.agents);
     let (stop, stopped) = watch::channel(false);
     let server = tonic::transport::Server::builder()
         // A peer that is gone without a word is noticed.
@@ -106,10 +116,10 @@ async fn serve(config: Config) -> Result<()> {
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(MOST_CALLS)
         .add_service(
-            DeliveryServer::new(Ingest::new(Arc::clone(&store), refusals.clone(), stopped.clone()))
+            DeliveryServer::new(Ingest::new(Arc::clone(&store), admission.clone(), stopped.clone()))
                 .max_decoding_message_size(config::LARGEST_MESSAGE),
         )
-        .add_service(QueryServer::new(Queries::new(Arc::clone(&store), refusals, stopped.clone())));
+        .add_service(QueryServer::new(Queries::new(Arc::clone(&store), admission, stopped.clone())));
     let serving = server.serve_with_incoming_shutdown(connections, async move {
         let mut stopped = stopped;
         let _sender_gone = stopped.wait_for(|stop| *stop).await;

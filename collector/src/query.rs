@@ -11,41 +11,26 @@ use palisade_proto::v1::{
     CoverageRequest, CoverageResponse, EventsRequest, EventsResponse, Record, query_server::Query,
     record::Event,
 };
-use palisade_transport::{accept::Peer, name::Name};
 use prost::Message as _;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    admission::Admission,
     filter,
-    refusals::Refusals,
     store::{Place, Store},
 };
 
 pub struct Queries {
     store: Arc<Store>,
-    refusals: Refusals,
+    admission: Admission,
     stopped: watch::Receiver<bool>,
 }
 
 impl Queries {
-    pub fn new(store: Arc<Store>, refusals: Refusals, stopped: watch::Receiver<bool>) -> Self {
-        Self { store, refusals, stopped }
-    }
-
-    /// Refuses whoever has a certificate for something else than reading.
-    fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        let Some(peer) = request.extensions().get::<Peer>() else {
-            return Err(Status::internal("the connection does not say who is at its other end"));
-        };
-        match &peer.name {
-            None | Some(Name::Reader(_)) => Ok(()),
-            Some(name) => {
-                self.refusals.note(peer.address.ip(), &name.to_string(), "only readers ask");
-                Err(Status::permission_denied(format!("{name} is no reader's certificate")))
-            }
-        }
+    pub fn new(store: Arc<Store>, admission: Admission, stopped: watch::Receiver<bool>) -> Self {
+        Self { store, admission, stopped }
     }
 }
 
@@ -57,7 +42,7 @@ impl Query for Queries {
     type EventsStream = Pin<Box<dyn Stream<Item = Result<EventsResponse, Status>> + Send>>;
 
     async fn events(&self, request: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
-        self.admit(&request)?;
+        self.admission.asker(&request)?;
         let request = request.into_inner();
         let (found, receiver) = mpsc::channel(16);
         let store = Arc::clone(&self.store);
@@ -80,7 +65,7 @@ impl Query for Queries {
         &self,
         request: Request<CoverageRequest>,
     ) -> Result<Response<Self::CoverageStream>, Status> {
-        self.admit(&request)?;
+        self.admission.asker(&request)?;
         let ended = request.into_inner().ended;
         let store = Arc::clone(&self.store);
         let latest = tokio::task::spawn_blocking(move || {

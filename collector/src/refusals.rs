@@ -4,7 +4,6 @@
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -27,7 +26,8 @@ const LONGEST: usize = 256;
 
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
-    address: Option<IpAddr>,
+    /// Empty for those that are counted together.
+    address: String,
     peer: String,
     why: String,
 }
@@ -45,12 +45,12 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// Notes one. `peer` is who the certificate is for; empty when it names nobody.
-    pub fn note(&self, address: IpAddr, peer: &str, why: &str) {
-        let key = Key { address: Some(address), peer: cut(peer), why: cut(why) };
+    /// Notes one. `address` is where it came in, `peer` who it is; empty when that is not known.
+    pub fn note(&self, address: &str, peer: &str, why: &str) {
+        let key = Key { address: cut(address), peer: cut(peer), why: cut(why) };
         let mut gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
         let full = gathered.counts.len() >= MOST_DIFFERENT && !gathered.counts.contains_key(&key);
-        let others = Key { address: None, peer: String::new(), why: "others".to_owned() };
+        let others = Key { address: String::new(), peer: String::new(), why: "others".to_owned() };
         *gathered.counts.entry(if full { others } else { key }).or_default() += 1;
         drop(gathered);
         self.some.notify_one();
@@ -72,9 +72,9 @@ impl Refusals {
                 .into_iter()
                 .zip(position + 1..)
                 .map(|((key, count), sequence)| {
-                    let address = key.address.map(|address| address.to_string()).unwrap_or_default();
-                    tracing::warn!(address, peer = key.peer, why = key.why, count, "refused");
-                    let refusal = v1::Refusal { address, peer: key.peer, why: key.why, count };
+                    let Key { address, peer, why } = key;
+                    tracing::warn!(address, peer, why, count, "refused");
+                    let refusal = v1::Refusal { address, peer, why, count };
                     let record = Record {
                         node: node.clone(),
                         epoch,
@@ -129,13 +129,13 @@ mod tests {
         let store = Arc::new(Store::open(folder.path(), 1 << 20, Retention::default()).unwrap());
         let refusals = Refusals::default();
         let keeping = tokio::spawn(refusals.clone().keep(Arc::clone(&store), "hub".to_owned()));
-        let address = IpAddr::from([192, 0, 2, 1]);
+        let address = "192.0.2.1";
         for _ in 0..5 {
             refusals.note(address, "", "UnknownIssuer");
         }
         refusals.note(address, "node/a", &"x".repeat(1000));
         for number in 0..200_u8 {
-            refusals.note(IpAddr::from([192, 0, 2, number]), "", "late");
+            refusals.note(&format!("192.0.2.{number}"), "", "late");
         }
         let mut watch = store.watch();
         watch.wait_for(|end| end.records > 0).await.unwrap();

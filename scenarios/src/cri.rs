@@ -3,7 +3,6 @@
 use std::{collections::HashMap, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
     ExecSyncRequest, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
@@ -11,8 +10,8 @@ use k8s_cri::v1::{
     RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
     StopContainerRequest, StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
 };
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use palisade_transport::local;
+use tonic::transport::{Channel, Endpoint};
 
 /// Namespace of all pods here.
 pub const NAMESPACE: &str = "scenarios";
@@ -290,13 +289,9 @@ impl Runtime {
 
 /// Connects to the runtime at `socket` when it is needed.
 pub fn channel(socket: &Path) -> Channel {
-    let path = socket.to_owned();
-    Endpoint::from_static("http://runtime").timeout(DEADLINE).connect_with_connector_lazy(tower::service_fn(
-        move |_: Uri| {
-            let path = path.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-        },
-    ))
+    Endpoint::from_static(local::ANY)
+        .timeout(DEADLINE)
+        .connect_with_connector_lazy(local::Connector::new(socket))
 }
 
 /// Asks `attempt` again until it answers, or fails with what `what` describes.

@@ -12,6 +12,7 @@ use k8s_cri::v1::{
     LinuxContainerSecurityContext, Mount, NamespaceMode, NamespaceOption, SecurityProfile,
     security_profile::ProfileType,
 };
+use palisade_transport::local::Purpose;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -24,8 +25,6 @@ use crate::{
 const MANIFEST: &str = include_str!("../../deploy/kubernetes/palisade.yaml");
 /// The manifest's image as the tests have it.
 const IMAGE: &str = "palisade.test/palisade:1";
-/// Where the manifest has the collector listen; the pod shares the node's network here.
-const COLLECTOR: &str = "http://127.0.0.1:7443";
 
 pub async fn run(cri: &Path) -> Result<ExitCode> {
     let mut report = Report::new();
@@ -42,7 +41,9 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         .await
     };
     report.case("the agent's pod runs with the manifest's rights", running).await;
-    report.case("it guards: what is allowed runs, what is not is refused", guards(&runtime)).await;
+    report
+        .case("it guards: what is allowed runs, what is not is refused", guards(&daemonset, &runtime))
+        .await;
     report
         .case(
             "under whenAgentAbsent: deny its replacement starts, others do not",
@@ -57,7 +58,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
                 let next = restarted(&daemonset, &runtime, &pod, &before).await?;
                 again.replace(next);
             }
-            guards(&runtime).await
+            guards(&daemonset, &runtime).await
         })
         .await;
     let agent = again.into_inner();
@@ -82,16 +83,11 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     Ok(report.close())
 }
 
-fn palisade(arguments: &[&str]) -> Result<String> {
-    let output = Command::new("palisade").args(arguments).args(["--collector", COLLECTOR]).output()?;
-    ensure!(output.status.success(), "palisade {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
 /// Waits until the agent reports the container in `mode`.
-async fn in_mode(container: &str, mode: &str) -> Result<()> {
+async fn in_mode(daemonset: &DaemonSet, container: &str, mode: &str) -> Result<()> {
     until(&format!("{container} is in mode {mode}"), async || {
-        let found = palisade(&["coverage", "--json"])?
+        let found = daemonset
+            .palisade(&["coverage", "--json"])?
             .lines()
             .filter_map(|line| serde_json::from_str::<Value>(line).ok())
             .any(|record| record["container"]["id"] == container && record["container"]["mode"] == mode);
@@ -100,17 +96,17 @@ async fn in_mode(container: &str, mode: &str) -> Result<()> {
     .await
 }
 
-async fn guards(runtime: &Runtime) -> Result<()> {
+async fn guards(daemonset: &DaemonSet, runtime: &Runtime) -> Result<()> {
     let pod = runtime.pod("pod-guarded", "guarded", "").await?;
     let id = runtime.container(&pod, "c-guarded", WORKLOAD_IMAGE, &[]).await?;
-    in_mode(&id, "enforce").await?;
+    in_mode(daemonset, &id, "enforce").await?;
     let good = runtime.exec(&id, &["/usr/bin/workload", "payload"]).await?;
     ensure!(good.code == PAYLOAD_RAN, "{good:?}");
     let bad = runtime.exec(&id, &["/usr/bin/attacker", "attack", "copy", "daemonset"]).await?;
     ensure!(bad.code != PAYLOAD_RAN, "{bad:?}");
     until("the refusal is stored", async || {
-        Ok((!palisade(&["events", "--json", "--verdict", "denied", "--container", &id])?.is_empty())
-            .then_some(()))
+        let stored = daemonset.palisade(&["events", "--json", "--verdict", "denied", "--container", &id])?;
+        Ok((!stored.is_empty()).then_some(()))
     })
     .await?;
     runtime.remove_pod(&pod).await
@@ -178,7 +174,7 @@ impl DaemonSet {
             }
             std::fs::write(config.join(name), text)?;
         }
-        for name in ["profiles", "store", "spool", "scratch"] {
+        for name in ["profiles", "store", "spool", "scratch", "run", "sockets"] {
             std::fs::create_dir(folder.path().join(name))?;
         }
         std::fs::write(folder.path().join("profiles/guarded.yaml"), profile("guarded", "enforce"))?;
@@ -275,6 +271,18 @@ impl DaemonSet {
         };
         let log = self.folder.path().join("logs");
         runtime.run(pod, config, &log).await
+    }
+
+    /// Runs `palisade` against the pod's collector, by the folder that a kubelet would have made for the volume of its sockets.
+    fn palisade(&self, arguments: &[&str]) -> Result<String> {
+        let address = Purpose::Ask.address(&self.volume("sockets")?);
+        let output = Command::new("palisade").args(arguments).args(["--collector", &address]).output()?;
+        ensure!(
+            output.status.success(),
+            "palisade {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// What a container of the pod has written.

@@ -52,7 +52,7 @@ fn read_all(mut stream: impl std::io::Read) -> Result<String> {
 }
 
 /// The command must end with `code` and say every one of `words`.
-fn fails(command: &mut Command, code: i32, words: &[&str]) -> Result<()> {
+pub fn fails(command: &mut Command, code: i32, words: &[&str]) -> Result<()> {
     let (found, said) = ends(command)?;
     ensure!(found == Some(code), "exit code {found:?} instead of {code}: {said}");
     for word in words {
@@ -67,10 +67,12 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     let at = |name: &str| folder.path().join(name);
     report
         .case("a wrong configuration of the agent names file and field", async {
-            std::fs::write(at("agent.yaml"), "colector: http://127.0.0.1:1\n")?;
+            std::fs::write(at("agent.yaml"), "colector: unix:///run/a.sock\n")?;
             let mut command = Command::new("palisade-agent");
             command.arg("--config").arg(at("agent.yaml")).arg("run");
-            fails(&mut command, 1, &["agent.yaml", "colector"])
+            fails(&mut command, 1, &["agent.yaml", "colector"])?;
+            std::fs::write(at("agent.yaml"), "collector: http://127.0.0.1:1\n")?;
+            fails(&mut command, 1, &["agent.yaml", "collector", "without TLS", "unix:///run/palisade/"])
         })
         .await;
     report
@@ -78,7 +80,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
             std::fs::write(at("collector.yaml"), "listen: 0.0.0.0:7443\n")?;
             let mut command = Command::new("palisade-collector");
             command.arg("--config").arg(at("collector.yaml"));
-            fails(&mut command, 1, &["listen", "loopback"])
+            fails(&mut command, 1, &["collector.yaml", "listen", "without TLS", "/run/palisade/collector"])
         })
         .await;
     report
@@ -140,15 +142,15 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     report
         .case("a store that cannot be written is named", async {
             let mut command = Command::new("palisade-collector");
-            command.args(["--listen", "127.0.0.1:0", "--store", "/proc/store"]);
+            command.args(["--store", "/proc/store"]);
             fails(&mut command, 1, &["cannot make the store's folder /proc/store"])
         })
         .await;
     report
         .case("a query without a collector says how to name it", async {
             let mut command = Command::new("palisade");
-            command.args(["events", "--collector", "http://127.0.0.1:1"]);
-            fails(&mut command, 1, &["cannot reach the collector at http://127.0.0.1:1", "--collector"])
+            command.args(["events", "--collector", "unix:///nowhere/ask.sock"]);
+            fails(&mut command, 1, &["cannot reach the collector at unix:///nowhere/ask.sock", "--collector"])
         })
         .await;
     report

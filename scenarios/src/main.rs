@@ -47,6 +47,7 @@ mod starts;
 mod switches;
 mod tampering;
 mod tls;
+mod users;
 mod volumes;
 mod who;
 
@@ -104,8 +105,16 @@ enum Command {
     Elevation,
     /// A container that floods the ring, and one beside it that loses nothing by that
     Noisy,
-    /// Peers of the collector that are broken or hostile; needs no container runtime
+    /// Peers of the collector that are broken or hostile, and users of its machine; needs no container runtime
     Peers,
+    /// Deliver one record: what `peers` has other users do
+    #[command(hide = true)]
+    Deliver {
+        #[arg(long)]
+        collector: String,
+        #[arg(long)]
+        node: String,
+    },
     /// Delivery under mutual TLS, with certificates that `palisade pki` made
     Tls,
     /// Rules that ask for a file's SHA-256
@@ -334,6 +343,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Apps { only } => apps::run(&cri, &only).await,
             Command::Noisy => noisy::run(&cri).await,
             Command::Peers => peers::run(&cri).await,
+            Command::Deliver { collector, node } => users::deliver_one(&collector, &node).await,
             Command::Tls => tls::run(&cri).await,
             Command::Conditions => conditions::run(&cri).await,
             Command::Who => who::run(&cri).await,

@@ -9,9 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use palisade_transport::local::Purpose;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::cri::{until, until_within};
 
@@ -41,16 +42,19 @@ pub fn cgroup_root() -> Result<PathBuf> {
 /// A running collector, and an agent when one was started.
 pub struct Node {
     pub folder: tempfile::TempDir,
+    /// Where it listens under TLS.
     pub collector_address: SocketAddr,
     collector: Option<Child>,
     agent: Option<Child>,
     cri: PathBuf,
-    /// Folder of certificates that `palisade pki` made; without one there is no TLS.
+    /// Folder of certificates that `palisade pki` made; without one there is no TLS, but unix sockets.
     pub tls: Option<PathBuf>,
-    /// What is between agent and collector, if anything is.
+    /// What is between agent and collector under TLS, if anything is.
     pub proxy: Option<SocketAddr>,
     /// Further lines of the collector's configuration.
     pub collector_settings: &'static str,
+    /// Further fields of its sockets, each behind a comma.
+    pub socket_settings: &'static str,
 }
 
 /// How to start the agent.
@@ -117,6 +121,7 @@ impl Node {
             tls: None,
             proxy: None,
             collector_settings: "",
+            socket_settings: "",
         })
     }
 
@@ -124,15 +129,17 @@ impl Node {
     pub async fn start_collector(&mut self) -> Result<()> {
         let log = std::fs::File::create(self.folder.path().join("collector.log"))?;
         let config = self.folder.path().join("collector.yaml");
-        let settings = match (&self.tls, self.collector_settings) {
-            (None, "") => "{}\n".to_owned(),
-            (_, more) => self.tls_settings("collector", ", revoked: {}/revoked.pem") + more,
+        let doors = if self.tls.is_some() {
+            let tls = self.tls_settings("collector", ", revoked: {}/revoked.pem");
+            format!("listen: {}\n{tls}", self.collector_address)
+        } else {
+            format!("sockets: {{folder: {}{}}}\n", self.sockets().display(), self.socket_settings)
         };
-        std::fs::write(&config, settings)?;
+        std::fs::write(&config, doors + self.collector_settings)?;
         let collector = Command::new("palisade-collector")
             .arg("--config")
             .arg(&config)
-            .args(["--listen", &self.collector_address.to_string(), "--store"])
+            .arg("--store")
             .arg(self.folder.path().join("store"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -144,7 +151,13 @@ impl Node {
             if let Some(status) = self.collector.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
                 bail!("the collector ended with {status}: {}", self.log("collector"));
             }
-            Ok(TcpStream::connect(self.collector_address).await.ok())
+            let listens = if self.tls.is_some() {
+                TcpStream::connect(self.collector_address).await.is_ok()
+            } else {
+                UnixStream::connect(self.socket(Purpose::Deliver)).await.is_ok()
+                    && UnixStream::connect(self.socket(Purpose::Ask)).await.is_ok()
+            };
+            Ok(listens.then_some(()))
         })
         .await?;
         Ok(())
@@ -161,9 +174,22 @@ impl Node {
         )
     }
 
-    /// How agents and readers find the collector at an address.
-    fn uri(&self, address: SocketAddr) -> String {
-        format!("{}://{address}", if self.tls.is_some() { "https" } else { "http" })
+    fn sockets(&self) -> PathBuf {
+        self.folder.path().join("sockets")
+    }
+
+    /// A socket of the collector without TLS.
+    pub fn socket(&self, purpose: Purpose) -> PathBuf {
+        self.sockets().join(purpose.file())
+    }
+
+    /// How agents or readers find the collector.
+    pub fn address(&self, purpose: Purpose) -> String {
+        if self.tls.is_none() {
+            return purpose.address(&self.sockets());
+        }
+        let proxy = self.proxy.filter(|_| purpose == Purpose::Deliver);
+        format!("https://{}", proxy.unwrap_or(self.collector_address))
     }
 
     /// Kills the collector with SIGKILL.
@@ -219,7 +245,7 @@ impl Node {
             &config,
             format!(
                 "node: test-node\ncollector: {}\nprofiles: {}\npins: {}\nsocket: {}\nspool: {{path: {}}}\n{runtime}{tls}",
-                self.uri(self.proxy.unwrap_or(self.collector_address)),
+                self.address(Purpose::Deliver),
                 folder.join("profiles").display(),
                 pins.display(),
                 folder.join("agent.sock").display(),
@@ -407,7 +433,7 @@ impl Node {
             command.arg("--certificate").arg(folder.join("reader-ana.pem"));
             command.arg("--key").arg(folder.join("reader-ana-key.pem"));
         }
-        command.args(["--collector", &self.uri(self.collector_address)]).stdin(Stdio::null()).stdout(output);
+        command.args(["--collector", &self.address(Purpose::Ask)]).stdin(Stdio::null()).stdout(output);
         command
     }
 }

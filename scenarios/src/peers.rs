@@ -17,16 +17,17 @@ use palisade_proto::{
         collector_message::Message as Answer, delivery_client::DeliveryClient, record::Event,
     },
 };
+use palisade_transport::{dial::Target, local::Purpose};
 use prost::{Message as _, bytes::Bytes};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::UnixStream,
     sync::mpsc,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, transport::Endpoint};
+use tonic::Streaming;
 
-use crate::{cri::until, events, node::Node, report::Report};
+use crate::{cri::until, events, node::Node, report::Report, users};
 
 /// How long an answer may take, also under emulation.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -62,6 +63,7 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         println!("--- the collector's log\n{}", node.log("collector"));
     }
     node.kill_collector()?;
+    users::cases(cri, &mut report).await?;
     Ok(report.close())
 }
 
@@ -89,18 +91,24 @@ pub struct Peer {
 impl Peer {
     /// Connects, and says nothing yet.
     async fn connect(node: &Node, name: &str) -> Result<Self> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", node.collector_address))?;
+        Self::connect_at(&node.address(Purpose::Deliver), name).await
+    }
+
+    async fn connect_at(address: &str, name: &str) -> Result<Self> {
+        let channel = Target::new(address, None)?.connect(|endpoint| endpoint).await?;
         let (messages, receiver) = mpsc::channel(4);
-        let answers = DeliveryClient::new(endpoint.connect().await?)
-            .stream(ReceiverStream::new(receiver))
-            .await?
-            .into_inner();
+        let answers = DeliveryClient::new(channel).stream(ReceiverStream::new(receiver)).await?.into_inner();
         Ok(Self { name: name.to_owned(), messages, answers })
     }
 
     /// Connects and says hello, as who has all positions from `first` on.
     pub async fn greet(node: &Node, name: &str, first: u64) -> Result<(Self, u64)> {
-        let mut peer = Self::connect(node, name).await?;
+        Self::greet_at(&node.address(Purpose::Deliver), name, first).await
+    }
+
+    /// The same at an address.
+    pub async fn greet_at(address: &str, name: &str, first: u64) -> Result<(Self, u64)> {
+        let mut peer = Self::connect_at(address, name).await?;
         peer.say(agent_message::Message::Hello(hello(name, first))).await?;
         match peer.answer().await? {
             Answer::Welcome(welcome) => Ok((peer, welcome.next_position)),
@@ -241,7 +249,7 @@ async fn noise(node: &Node) -> Result<()> {
         [preface.as_slice(), &frame(0, 4, 0, 0), &frame((1 << 24) - 1, 0, 0, 1)].concat(),
         endless_headers,
     ] {
-        let mut stream = TcpStream::connect(node.collector_address).await?;
+        let mut stream = UnixStream::connect(node.socket(Purpose::Deliver)).await?;
         // It may be closed before all is written.
         let _closed = stream.write_all(&bytes).await;
         let mut answer = Vec::new();
@@ -396,7 +404,7 @@ async fn slow_reader(node: &Node) -> Result<()> {
 async fn silent(node: &Node) -> Result<()> {
     let mut silent = Vec::new();
     for _ in 0..500 {
-        silent.push(TcpStream::connect(node.collector_address).await?);
+        silent.push(UnixStream::connect(node.socket(Purpose::Deliver)).await?);
     }
     ordinary(node).await
 }

@@ -1,4 +1,4 @@
-//! The collector's side: connections whose peer has shown a certificate.
+//! The collector's side of TCP: connections whose peer has shown a certificate.
 
 use std::{
     collections::HashMap,
@@ -13,7 +13,7 @@ use std::{
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UnixStream},
     sync::{Semaphore, mpsc, watch},
 };
 use tokio_rustls::TlsAcceptor;
@@ -23,6 +23,7 @@ use tonic::transport::server::Connected;
 use crate::{
     files::{Files, FilesError},
     name::Name,
+    peer::Peer,
     stream::Stream,
 };
 
@@ -39,27 +40,11 @@ const LOOK_AT_FILES: Duration = Duration::from_secs(5);
 /// How long to wait when no connection can be accepted, for want of descriptors for example.
 const BREATH: Duration = Duration::from_millis(100);
 
-/// Who is at the other end.
-#[derive(Clone, Debug)]
-pub struct Peer {
-    pub address: SocketAddr,
-    /// `None` without TLS.
-    pub name: Option<Name>,
-}
-
 /// A peer that was not let in, and why.
 #[derive(Clone, Debug)]
 pub struct Refusal {
     pub address: SocketAddr,
     pub why: String,
-}
-
-/// What connections are secured with.
-#[derive(Clone, Debug)]
-pub enum Security {
-    /// Nothing: for loopback alone.
-    Plain,
-    Mutual(Files),
 }
 
 /// Accepts connections until what is returned is dropped. Peers that are refused are told to `refused`.
@@ -69,13 +54,10 @@ pub enum Security {
 /// When the files cannot be used at the start. Later the last good ones stay in use, and the log says so.
 pub fn incoming(
     listener: TcpListener,
-    security: Security,
+    files: Files,
     refused: impl Fn(Refusal) + Send + Sync + 'static,
 ) -> Result<ReceiverStream<io::Result<Connection>>, FilesError> {
-    let mut current = match security {
-        Security::Plain => None,
-        Security::Mutual(files) => Some(Current::read(files)?),
-    };
+    let mut current = Current::read(files)?;
     let (accepted, connections) = mpsc::channel(MOST_WAITING);
     let refused = Arc::new(refused);
     let slots = Arc::new(Semaphore::new(MOST_HANDSHAKES));
@@ -89,7 +71,7 @@ pub fn incoming(
             let (stream, address) = tokio::select! {
                 () = accepted.closed() => return,
                 _ = look.tick() => {
-                    if current.as_mut().is_some_and(Current::look) {
+                    if current.look() {
                         changes.send_replace(());
                     }
                     continue;
@@ -103,10 +85,10 @@ pub fn incoming(
                     }
                 },
             };
-            if current.as_mut().is_some_and(Current::look) {
+            if current.look() {
                 changes.send_replace(());
             }
-            let config = current.as_ref().map(|current| Arc::clone(&current.config));
+            let config = Arc::clone(&current.config);
             let Some(place) = Place::take(&from, address.ip()) else {
                 refused(Refusal {
                     address,
@@ -162,14 +144,10 @@ impl Drop for Place {
 async fn secure(
     stream: TcpStream,
     address: SocketAddr,
-    config: Option<Arc<ServerConfig>>,
+    config: Arc<ServerConfig>,
     mut changes: watch::Receiver<()>,
 ) -> Result<Connection, String> {
     stream.set_nodelay(true).map_err(|error| error.to_string())?;
-    let Some(config) = config else {
-        let changed = Box::pin(std::future::pending());
-        return Ok(Connection { stream: Stream::Plain(stream), peer: Peer { address, name: None }, changed });
-    };
     let shaken = tokio::time::timeout(HANDSHAKE_DEADLINE, TlsAcceptor::from(config).accept(stream)).await;
     let stream = shaken
         .map_err(|_| format!("no certificate within {} s", HANDSHAKE_DEADLINE.as_secs()))?
@@ -179,7 +157,7 @@ async fn secure(
     let name = Name::of(certificate).map_err(|error| format!("its certificate names nobody: {error}"))?;
     Ok(Connection {
         stream: Stream::Mutual(Box::new(stream.into())),
-        peer: Peer { address, name: Some(name) },
+        peer: Peer::Certified { address: address.ip(), name },
         // Whoever accepts may be gone, and connections outlive that.
         changed: Box::pin(async move {
             if changes.changed().await.is_err() {
@@ -226,12 +204,19 @@ impl Current {
     }
 }
 
-/// A connection that was let in. It ends when the certificates or the list of the revoked ones change, so that who was let in
-/// has to show again that he may.
+/// A connection that was let in. One under TLS ends when the certificates or the list of the revoked ones change, so that its peer
+/// has to show again that it may.
 pub struct Connection {
     stream: Stream,
     peer: Peer,
     changed: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl Connection {
+    /// At a unix socket, where nothing changes.
+    pub(crate) fn local(stream: UnixStream, peer: Peer) -> Self {
+        Self { stream: Stream::Local(stream), peer, changed: Box::pin(std::future::pending()) }
+    }
 }
 
 impl Connected for Connection {

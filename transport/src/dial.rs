@@ -1,6 +1,6 @@
 //! The side of agents and readers.
 
-use std::{io, sync::Arc};
+use std::{error::Error as _, io, path::PathBuf, sync::Arc};
 
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, pki_types::ServerName};
@@ -10,7 +10,9 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::{
+    address::{Address, AddressError},
     files::{Files, FilesError},
+    local,
     name::Name,
     stream::Stream,
 };
@@ -18,18 +20,19 @@ use crate::{
 /// Why there is no connection.
 #[derive(Debug, Error)]
 pub enum DialError {
-    #[error("{0:?} is not an address; write https://HOST:PORT, or http://127.0.0.1:PORT without TLS")]
-    Address(String),
-    #[error(
-        "{0} is not a loopback address; without TLS records go to this machine alone, so write https:// and name certificates"
-    )]
-    Plain(String),
+    #[error(transparent)]
+    Address(#[from] AddressError),
     #[error("{0} asks for TLS; name the certificates")]
     NoFiles(String),
     #[error("{0} goes without TLS, but certificates are named; write https://, or leave them out")]
     Unused(String),
     #[error(transparent)]
     Files(#[from] FilesError),
+    #[error(
+        "{} is not open to this user: root gets in, and for asking the members of its group (sockets.group of the collector)",
+        .0.display()
+    )]
+    Rights(PathBuf),
     #[error(transparent)]
     Connect(#[from] tonic::transport::Error),
 }
@@ -37,30 +40,27 @@ pub enum DialError {
 /// Where to connect to, and as whom.
 #[derive(Clone, Debug)]
 pub struct Target {
-    uri: Uri,
+    address: Address,
+    /// With an address that asks for TLS, and with no other.
     files: Option<Files>,
 }
 
 impl Target {
-    /// Checks an address: `https://` goes with files, `http://` with loopback.
+    /// Checks an address: `https://` goes with files, `unix://` without.
     ///
     /// # Errors
     ///
     /// See [`DialError`].
     pub fn new(address: &str, files: Option<Files>) -> Result<Self, DialError> {
-        let uri: Uri = address.parse().map_err(|_| DialError::Address(address.to_owned()))?;
-        let named = || address.to_owned();
-        match (uri.scheme_str(), &files) {
-            (Some("https"), None) => return Err(DialError::NoFiles(named())),
-            (Some("http"), _) if !is_loopback(&uri) => return Err(DialError::Plain(named())),
-            (Some("http"), Some(_)) => return Err(DialError::Unused(named())),
-            (Some("https" | "http"), _) if uri.host().is_some() && uri.port().is_some() => {}
-            _ => return Err(DialError::Address(named())),
+        let parsed = Address::parse(address)?;
+        match (&parsed, &files) {
+            (Address::Tls(_), None) => Err(DialError::NoFiles(address.to_owned())),
+            (Address::Socket(_), Some(_)) => Err(DialError::Unused(address.to_owned())),
+            _ => Ok(Self { address: parsed, files }),
         }
-        Ok(Self { uri, files })
     }
 
-    /// The files that it connects with; `None` without TLS.
+    /// The files that it connects with; `None` at a unix socket.
     #[must_use]
     pub fn files(&self) -> Option<&Files> {
         self.files.as_ref()
@@ -70,31 +70,48 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// When the files cannot be used, or nobody answers who is a collector.
+    /// When the files cannot be used, the socket is not open to this user, or no collector answers.
     pub async fn connect(&self, settings: impl FnOnce(Endpoint) -> Endpoint) -> Result<Channel, DialError> {
-        let config = self.files.as_ref().map(Files::client).transpose()?;
-        let endpoint = settings(Endpoint::from(self.uri.clone()));
-        let connector = tower::service_fn(move |uri: Uri| secure(uri, config.clone()));
-        Ok(endpoint.connect_with_connector(connector).await?)
+        match (&self.address, &self.files) {
+            (Address::Socket(path), _) => {
+                let endpoint = settings(Endpoint::from_static(local::ANY));
+                endpoint.connect_with_connector(local::Connector::new(path)).await.map_err(|error| {
+                    if is_denied(&error) { DialError::Rights(path.clone()) } else { error.into() }
+                })
+            }
+            (Address::Tls(uri), Some(files)) => {
+                let config = files.client()?;
+                let endpoint = settings(Endpoint::from(uri.clone()));
+                let connector = tower::service_fn(move |uri: Uri| secure(uri, Arc::clone(&config)));
+                Ok(endpoint.connect_with_connector(connector).await?)
+            }
+            (Address::Tls(_), None) => Err(DialError::NoFiles(self.to_string())),
+        }
     }
 }
 
 impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.uri)
+        write!(f, "{}", self.address)
     }
 }
 
-fn is_loopback(uri: &Uri) -> bool {
-    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+/// Whether file rights were in the way.
+fn is_denied(error: &tonic::transport::Error) -> bool {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return error.kind() == io::ErrorKind::PermissionDenied;
+        }
+        cause = error.source();
+    }
+    false
 }
 
-pub(crate) async fn secure(uri: Uri, config: Option<Arc<ClientConfig>>) -> io::Result<TokioIo<Stream>> {
+pub(crate) async fn secure(uri: Uri, config: Arc<ClientConfig>) -> io::Result<TokioIo<Stream>> {
     let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
     let stream = TcpStream::connect((host.as_str(), uri.port_u16().unwrap_or_default())).await?;
     stream.set_nodelay(true)?;
-    let Some(config) = config else { return Ok(TokioIo::new(Stream::Plain(stream))) };
     let name = ServerName::try_from(host).map_err(io::Error::other)?;
     let stream = TlsConnector::from(config).connect(name, stream).await?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);

@@ -13,13 +13,7 @@ use tokio::{
 use tokio_stream::StreamExt as _;
 use tonic::transport::{Uri, server::Connected as _};
 
-use crate::{
-    accept::{self, Security},
-    dial,
-    files::Files,
-    name::Name,
-    pki,
-};
+use crate::{accept, dial, files::Files, name::Name, pki};
 
 const DOMAIN: &str = "test";
 const DAYS: u32 = 2;
@@ -67,11 +61,11 @@ async fn serve(files: Files) -> (Uri, Arc<Mutex<Vec<String>>>) {
     let refused = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&refused);
     let tell = move |refusal: accept::Refusal| told.lock().unwrap().push(refusal.why);
-    let mut connections = accept::incoming(listener, Security::Mutual(files), tell).unwrap();
+    let mut connections = accept::incoming(listener, files, tell).unwrap();
     tokio::spawn(async move {
         while let Some(connection) = connections.next().await {
             let mut connection = connection.unwrap();
-            let name = connection.connect_info().name.unwrap().to_string();
+            let name = connection.connect_info().to_string();
             tokio::spawn(async move {
                 let _peer_gone = connection.write_all(name.as_bytes()).await;
                 let _peer_gone = connection.shutdown().await;
@@ -84,8 +78,7 @@ async fn serve(files: Files) -> (Uri, Arc<Mutex<Vec<String>>>) {
 /// Who the collector takes these files for, or why it does not answer.
 async fn ask(uri: &Uri, files: &Files) -> Result<String, String> {
     let config = files.client().map_err(|error| error.to_string())?;
-    let mut stream =
-        dial::secure(uri.clone(), Some(config)).await.map_err(|error| error.to_string())?.into_inner();
+    let mut stream = dial::secure(uri.clone(), config).await.map_err(|error| error.to_string())?.into_inner();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.map_err(|error| error.to_string())?;
     Ok(answer)
@@ -139,10 +132,9 @@ async fn who_is_revoked_loses_the_connection_that_is_open() {
     let site = Site::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let uri: Uri = format!("https://{}", listener.local_addr().unwrap()).parse().unwrap();
-    let security = Security::Mutual(site.files("collector"));
-    let mut connections = accept::incoming(listener, security, |_| {}).unwrap();
+    let mut connections = accept::incoming(listener, site.files("collector"), |_| {}).unwrap();
     let config = site.files("node").client().unwrap();
-    let mut node = dial::secure(uri.clone(), Some(config)).await.unwrap().into_inner();
+    let mut node = dial::secure(uri.clone(), config).await.unwrap().into_inner();
     let mut open = connections.next().await.unwrap().unwrap();
     node.write_all(b"record").await.unwrap();
     open.read_exact(&mut [0; 6]).await.unwrap();
@@ -150,7 +142,7 @@ async fn who_is_revoked_loses_the_connection_that_is_open() {
     // Nothing more is read, neither now nor from somebody else's connection, which is taken in between.
     let reading = tokio::spawn(async move { open.read_u8().await });
     let reader = site.files("reader").client().unwrap();
-    let _reader = dial::secure(uri, Some(reader)).await.unwrap();
+    let _reader = dial::secure(uri, reader).await.unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(20), reading).await.unwrap().unwrap();
     assert!(ended.unwrap_err().to_string().contains("have changed"));
 }
@@ -265,19 +257,38 @@ fn an_address_goes_with_what_secures_it() {
     let target = |address: &str, files: Option<&Files>| {
         dial::Target::new(address, files.cloned()).map(drop).map_err(|error| error.to_string())
     };
-    assert!(target("http://127.0.0.1:7443", None).is_ok());
-    assert!(target("http://localhost:7443", None).is_ok());
+    let socket = "unix:///run/palisade/collector/deliver.sock";
+    assert!(target(socket, None).is_ok());
     assert!(target("https://collector.example:7443", Some(&files)).is_ok());
     for (address, files, says) in [
-        ("http://192.0.2.1:7443", None, "not a loopback address"),
-        ("http://collector.example:7443", Some(&files), "not a loopback address"),
+        ("http://127.0.0.1:7443", None, "is TCP without TLS"),
+        ("http://collector.example:7443", Some(&files), "is TCP without TLS"),
         ("https://collector.example:7443", None, "name the certificates"),
-        ("http://127.0.0.1:7443", Some(&files), "write https://, or leave them out"),
-        ("collector.example:7443", None, "is not an address"),
-        ("https://collector.example", Some(&files), "is not an address"),
-        ("ftp://127.0.0.1:1", None, "is not an address"),
+        (socket, Some(&files), "write https://, or leave them out"),
+        ("collector.example:7443", None, "is not a collector's address"),
     ] {
         let error = target(address, files).unwrap_err();
         assert!(error.contains(says), "{address}: {error}");
     }
+}
+
+#[tokio::test]
+async fn a_socket_that_is_not_there_or_not_heard_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ask.sock");
+    let target = dial::Target::new(&format!("unix://{}", path.display()), None).unwrap();
+    let problem = async || {
+        let mut error: &dyn std::error::Error = &target.connect(|endpoint| endpoint).await.unwrap_err();
+        let mut said = error.to_string();
+        while let Some(cause) = error.source() {
+            said = format!("{said}: {cause}");
+            error = cause;
+        }
+        said
+    };
+    let said = problem().await;
+    assert!(said.contains("No such file"), "{said}");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let said = problem().await;
+    assert!(said.contains("refused"), "{said}");
 }

@@ -76,18 +76,44 @@ fn no_container_is_privileged_and_every_right_is_explained() {
     }
 }
 
-/// What the manifest configures is what agent and collector read: a field that they refuse keeps the pod from starting.
-#[test]
-fn the_configuration_in_the_manifest_has_known_fields_only() {
+fn configuration(file: &str) -> String {
     let map = documents()
         .into_iter()
         .find(|document| document["kind"] == "ConfigMap" && document["metadata"]["name"] == "palisade")
         .unwrap();
-    let example = include_str!("../../deploy/examples/agent.yaml");
-    for line in map["data"]["agent.yaml"].as_str().unwrap().lines() {
-        let field = line.split(':').next().unwrap();
-        let known =
-            example.lines().any(|known| known.trim_start_matches("# ").starts_with(&format!("{field}:")));
-        assert!(known, "{field} is not among the fields of deploy/examples/agent.yaml");
+    map["data"][file].as_str().unwrap().to_owned()
+}
+
+/// What the manifest configures is what agent and collector read: a field that they refuse keeps the pod from starting.
+#[test]
+fn the_configuration_in_the_manifest_has_known_fields_only() {
+    for (file, example) in [
+        ("agent.yaml", include_str!("../../deploy/examples/agent.yaml")),
+        ("collector.yaml", include_str!("../../deploy/examples/collector.yaml")),
+    ] {
+        for line in configuration(file).lines() {
+            let field = line.split(':').next().unwrap();
+            let known =
+                example.lines().any(|known| known.trim_start_matches("# ").starts_with(&format!("{field}:")));
+            assert!(known, "{field} is not among the fields of deploy/examples/{file}");
+        }
     }
+}
+
+/// Agent and collector meet in a folder that is in the pod and nowhere else: a hostPath would give it to whatever mounts that.
+#[test]
+fn agent_and_collector_share_the_folder_of_the_sockets() {
+    const FOLDER: &str = "/run/palisade/collector";
+    assert!(configuration("agent.yaml").contains(&format!("collector: unix://{FOLDER}/deliver.sock")));
+    assert!(configuration("collector.yaml").contains(&format!("sockets: {{folder: {FOLDER}}}")));
+    let set: DaemonSet = typed(&daemonset()).unwrap();
+    let pod = set.spec.unwrap().template.spec.unwrap();
+    let mounted = pod.containers.iter().map(|container| {
+        let mounts = container.volume_mounts.iter().flatten();
+        mounts.filter(|mount| mount.mount_path == FOLDER).map(|mount| mount.name.clone()).collect::<Vec<_>>()
+    });
+    let mounted: Vec<_> = mounted.collect();
+    assert_eq!(mounted, [["sockets"], ["sockets"]]);
+    let volume = pod.volumes.into_iter().flatten().find(|volume| volume.name == "sockets").unwrap();
+    assert!(volume.empty_dir.is_some());
 }

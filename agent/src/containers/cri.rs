@@ -1,22 +1,17 @@
 //! Asking the container runtime what a container is, over the Kubernetes runtime interface.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result};
-use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
     ContainerFilter, ContainerStatusRequest, ImageSpec, ImageStatusRequest, ListContainersRequest,
     PodSandboxStatusRequest, VersionRequest, image_service_client::ImageServiceClient,
     runtime_service_client::RuntimeServiceClient,
 };
 use palisade_profile::selector::ContainerFacts;
+use palisade_transport::local;
 use serde_json::Value;
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::{Channel, Endpoint};
 
 use super::{Identity, kubernetes, mounts};
 
@@ -25,23 +20,16 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Connects to the runtime at `socket` when it is needed; every answer has a deadline.
 pub fn connect(socket: &Path) -> Channel {
-    lazily(Endpoint::from_static(ANY).timeout(DEADLINE), socket)
+    lazily(Endpoint::from_static(local::ANY).timeout(DEADLINE), socket)
 }
 
 /// The same without a deadline for answers, for what is followed as it happens.
 pub fn connect_patiently(socket: &Path) -> Channel {
-    lazily(Endpoint::from_static(ANY), socket)
+    lazily(Endpoint::from_static(local::ANY), socket)
 }
 
-/// The URI is demanded by the interface and not used: the connector knows the socket.
-const ANY: &str = "http://runtime";
-
 fn lazily(endpoint: Endpoint, socket: &Path) -> Channel {
-    let path: PathBuf = socket.to_owned();
-    endpoint.connect_timeout(DEADLINE).connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
-        let path = path.clone();
-        async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-    }))
+    endpoint.connect_timeout(DEADLINE).connect_with_connector_lazy(local::Connector::new(socket))
 }
 
 /// Name and version of the runtime at `socket`.
