@@ -125,8 +125,8 @@ codes! {
         JIT = 19 => "jit-not-allowed",
         /// The memory or registers of a running process, and the profile has no `trace: allow`.
         TRACE = 20 => "trace-not-allowed",
-        /// What was executed while its container was not identified has an interpreter (the program that loads it) that is not
-        /// the image's.
+        /// The program that would load it (`PT_INTERP`) is not the unmodified file of the image to which that name leads in the
+        /// image, and no rule allows to execute it.
         INTERPRETER = 21 => "interpreter-not-allowed",
         /// The file is an executable of the image that the profile allows: changed, it would not be the image's any more, and
         /// the workload could not run.
@@ -139,6 +139,10 @@ codes! {
         /// Rules name the path, but not with these arguments. Beside an allowed verdict before the arguments are known: it depends
         /// on them.
         ARGUMENTS = 25 => "arguments-not-allowed",
+        /// Files are renamed beside the walk again and again, so that no moment has the whole path.
+        PATH_CHANGES = 26 => "path-changes",
+        /// The file is in a layer of an image, below the file systems of containers: changed there, it would pass for unmodified.
+        LAYER = 27 => "image-layer",
     }
 }
 
@@ -185,6 +189,8 @@ codes! {
         RENAME = 8 => "rename",
         /// Something is mounted over it.
         MOUNT_OVER = 9 => "mount-over",
+        /// A file of a layer of an image is opened to write, below the file systems of containers.
+        OPEN_LAYER = 10 => "open-layer",
     }
 }
 
@@ -234,11 +240,18 @@ codes! {
         DESCRIPTOR_SIGNAL = 28 => "descriptor-signal",
         /// A slot had as much in the ring already as it may have.
         RECORD_SHARE_USED = 29 => "record-share-used",
+        /// Renames beside a walk kept it from ever being of one moment.
+        WALK_TORN = 30 => "walk-torn",
+        INTERPRETER_MAP_FULL = 31 => "interpreter-map-full",
+        /// A process that was held went on without having been let go, and was stopped again.
+        HELD_WOKEN = 32 => "held-woken",
+        /// A process of a container made a cgroup that is named like a container's.
+        CGROUP_FORGED = 33 => "cgroup-forged",
     }
 }
 
 /// Entries of the `ERRORS` map.
-pub const ERROR_SITES: u32 = 32;
+pub const ERROR_SITES: u32 = 48;
 
 /// Bits of [`crate::record::ExecPart::flags`].
 pub mod exec_flags {
@@ -249,8 +262,7 @@ pub mod exec_flags {
     pub const VERDICT_OF_SCRIPT: u8 = 1 << 3;
     /// The process is in the host's mount namespace or root directory.
     pub const ESCAPED: u8 = 1 << 4;
-    /// It was executed while its container was not identified, and something that is not the image's was mapped executable
-    /// with it: its interpreter.
+    /// It was executed while its container was not identified, and its interpreter is not the image's, or not known.
     pub const FOREIGN_INTERPRETER: u8 = 1 << 5;
     /// Nothing was to be executed: the caller asked whether it may (`AT_EXECVE_CHECK`).
     pub const ONLY_ASKED: u8 = 1 << 6;
@@ -321,6 +333,7 @@ codes! {
         CODE_MEMORY_ALLOWED = 14 => "code-memory-allowed",
         CODE_TRACE_ALLOWED = 15 => "code-trace-allowed",
         CODE_EXECUTABLES_UNPROTECTED = 16 => "code-executables-unprotected",
+        INTERPRETER_UNJUDGED = 17 => "interpreter-unjudged",
     }
 }
 

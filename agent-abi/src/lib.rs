@@ -15,7 +15,7 @@ pub mod record;
 pub mod volume;
 
 /// Version of every layout in this crate. It names the pin directory, so that two layouts never share a map.
-pub const ABI_VERSION: u32 = if cfg!(feature = "another-abi") { 11 } else { 10 };
+pub const ABI_VERSION: u32 = if cfg!(feature = "another-abi") { 12 } else { 11 };
 
 /// Longest canonical path that is judged, in bytes. A longer one is [`codes::reason::PATH_TOO_LONG`].
 pub const PATH_CAPACITY: usize = 1024;

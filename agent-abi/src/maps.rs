@@ -19,6 +19,8 @@ pub struct Settings {
     /// Inode number of the host's mount namespace.
     pub host_mount_namespace: u32,
     pub reserved: u32,
+    /// Address of the sequence counter that goes up with every rename (`rename_lock`); 0 when it is not known.
+    pub rename_lock: u64,
 }
 
 /// What a set of programs and maps is, for the agent that finds it pinned; the one entry of `META`.
@@ -301,7 +303,27 @@ pub struct Process {
     pub script_device: u32,
     /// 1 between an exec's point of no return and its second judgement, where there is a hook at the former.
     pub committed: u8,
-    pub reserved_too: [u8; 3],
+    /// 1 from a pass on an ELF file until the kernel opens the interpreter that it names, if it names one.
+    pub expects_interpreter: u8,
+    /// 1 when the exec in progress has one, which is then in `INTERPRETERS`.
+    pub has_interpreter: u8,
+    pub reserved_too: u8,
+    /// The `struct linux_binprm` of the exec in progress, for the steps that are not given it.
+    pub bprm: u64,
+}
+
+/// The interpreter of the exec in progress of a process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct OpenedInterpreter {
+    /// Hash of its path, and of the name by which the file asks for it; 0 for one that is too long to be compared.
+    pub path: [u64; 2],
+    pub name: [u64; 2],
+    /// [`crate::codes::origin`].
+    pub origin: u64,
+    /// The end of its path, right-aligned, zero in front.
+    pub shown: [u8; crate::record::INTERPRETER],
 }
 
 impl Process {
@@ -328,7 +350,10 @@ impl Process {
             elevates: 0,
             script_device: 0,
             committed: 0,
-            reserved_too: [0; 3],
+            expects_interpreter: 0,
+            has_interpreter: 0,
+            reserved_too: 0,
+            bprm: 0,
         }
     }
 }
@@ -347,6 +372,37 @@ pub struct RootIdentity {
     /// Device number in the kernel's encoding (`major << 20 | minor`).
     pub device: u32,
     pub reserved: u32,
+}
+
+/// A name in the image of a slot that leads through symbolic links.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct LinkKey {
+    pub slot: u64,
+    /// Hash of the name.
+    pub name: [u64; 2],
+}
+
+/// Where it leads: the hash of the path of the file.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct LinkTarget {
+    pub path: [u64; 2],
+}
+
+/// The root folder of a layer of images. Its value in `LAYERS` is when it was seen first, in seconds since the Unix epoch by the clock
+/// of file systems: what was changed later there is not the image's any more. An inode of 0 stands for any layer on the device.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct LayerKey {
+    /// Of the host's file system on which it is.
+    pub device: u32,
+    /// Inode numbers are used again.
+    pub generation: u32,
+    pub inode: u64,
 }
 
 /// The root of a mount in a container: the inode itself, which the mount keeps alive. Its number would not do: on some
@@ -407,7 +463,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    Settings = 40,
+    Settings = 48,
     SetMeta = 48,
     Account = 32,
     AgentState = 48,
@@ -418,8 +474,12 @@ sizes! {
     RuleKey = 24,
     RuleValue = 24,
     GlobChunk = 64,
-    Process = 72,
+    Process = 80,
+    OpenedInterpreter = 40 + crate::record::INTERPRETER,
     RootIdentity = 40,
+    LinkKey = 24,
+    LinkTarget = 16,
+    LayerKey = 16,
     VolumeKey = 16,
     Volume = 24,
     VolumeName = VOLUME_NAME_CAPACITY + 8,
@@ -428,8 +488,9 @@ sizes! {
 #[cfg(feature = "user")]
 mod user {
     use super::{
-        Account, AdmittedKey, AgentState, GlobChunk, Process, Revision, RootIdentity, RuleKey, RuleValue,
-        SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
+        Account, AdmittedKey, AgentState, GlobChunk, LayerKey, LinkKey, LinkTarget, OpenedInterpreter,
+        Process, Revision, RootIdentity, RuleKey, RuleValue, SetMeta, Settings, Slot, SlotPolicy, Volume,
+        VolumeKey, VolumeName,
     };
 
     macro_rules! pod {
@@ -446,6 +507,10 @@ mod user {
         AdmittedKey,
         AgentState,
         GlobChunk,
+        LayerKey,
+        LinkKey,
+        LinkTarget,
+        OpenedInterpreter,
         Process,
         Revision,
         RootIdentity,

@@ -13,7 +13,7 @@ pub struct Field {
     /// Name in [`KernelOffsets`].
     pub name: &'static str,
     pub structure: &'static str,
-    /// Members from the outside in, separated by dots.
+    /// Members from the outside in, separated by dots. Empty for the structure itself: then its size is meant, not a place.
     pub member: &'static str,
     /// Size that the member must have, in bytes; 0 when any will do.
     pub size: u32,
@@ -101,7 +101,13 @@ offsets! {
     vma_file = "vm_area_struct" "vm_file" 8 required;
     vma_flags = "vm_area_struct" "vm_flags" 8 required;
     vma_anonymous = "vm_area_struct" "anon_vma" 8 required;
+    task_nameidata = "task_struct" "nameidata" 8 optional;
+    nameidata_name = "nameidata" "name" 8 optional;
+    filename_name = "filename" "name" 8 optional;
+    filename_user = "filename" "uptr" 8 optional;
+    task_flags = "task_struct" "flags" 4 required;
     file_open_mode = "file" "f_mode" 4 required;
+    file_flags = "file" "f_flags" 4 required;
     file_inode = "file" "f_inode" 8 required;
     backing_file_user_dentry = "backing_file" "user_path.dentry" 8 optional;
     path_dentry = "path" "dentry" 8 required;
@@ -110,18 +116,25 @@ offsets! {
     dentry_parent = "dentry" "d_parent" 8 required;
     dentry_name = "dentry" "d_name.name" 8 required;
     dentry_name_length = "dentry" "d_name.len" 4 required;
+    dentry_private = "dentry" "d_fsdata" 8 required;
     dentry_inode = "dentry" "d_inode" 8 required;
     dentry_superblock = "dentry" "d_sb" 8 required;
     vfsmount_superblock = "vfsmount" "mnt_sb" 8 required;
+    vfsmount_root = "vfsmount" "mnt_root" 8 required;
     map_id = "bpf_map" "id" 4 required;
     program_aux = "bpf_prog" "aux" 8 required;
     program_aux_id = "bpf_prog_aux" "id" 4 required;
+    superblock_private = "super_block" "s_fs_info" 8 required;
     superblock_root = "super_block" "s_root" 8 required;
     superblock_device = "super_block" "s_dev" 4 required;
     superblock_magic = "super_block" "s_magic" 8 required;
     superblock_user_ns = "super_block" "s_user_ns" 8 required;
     inode_number = "inode" "i_ino" 8 required;
+    inode_generation = "inode" "i_generation" 4 required;
     inode_mode = "inode" "i_mode" 2 required;
+    inode_changed = "inode" "i_ctime_sec" 8 optional;
+    inode_changed_before_6_11 = "inode" "__i_ctime.tv_sec" 8 optional;
+    inode_changed_before_6_6 = "inode" "i_ctime.tv_sec" 8 optional;
     file_dentry = "file" "f_path.dentry" 8 required;
     binprm_cred = "linux_binprm" "cred" 8 required;
     cred_euid = "cred" "euid" 4 required;
@@ -140,6 +153,7 @@ offsets! {
     kernfs_name = "kernfs_node" "name" 8 required;
     kernfs_id = "kernfs_node" "id" 8 required;
     css_set_default_cgroup = "css_set" "dfl_cgrp" 8 required;
+    pt_regs_di = "pt_regs" "di" 8 optional;
     pt_regs_si = "pt_regs" "si" 8 optional;
     pt_regs_dx = "pt_regs" "dx" 8 optional;
     pt_regs_r8 = "pt_regs" "r8" 8 optional;
@@ -149,7 +163,13 @@ offsets! {
     ovl_inode_redirect = "ovl_inode" "redirect" 8 optional;
     ovl_inode_entry = "ovl_inode" "oe" 8 optional;
     ovl_entry_lowers = "ovl_entry" "__lowerstack" 0 optional;
+    ovl_entry_lowers_before_6_5 = "ovl_entry" "lowerstack" 0 optional;
+    ovl_path_layer = "ovl_path" "layer" 8 optional;
     ovl_path_dentry = "ovl_path" "dentry" 8 optional;
+    ovl_layer_mount = "ovl_layer" "mnt" 8 optional;
+    ovl_layer_size = "ovl_layer" "" 0 optional;
+    ovl_fs_layers = "ovl_fs" "layers" 8 optional;
+    ovl_fs_layer_count = "ovl_fs" "numlayer" 4 optional;
 }
 
 #[cfg(test)]

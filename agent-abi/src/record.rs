@@ -129,11 +129,16 @@ pub struct ExecPart {
     pub script_length: u16,
     /// [`crate::codes::origin`] of the script.
     pub script_origin: u8,
-    pub reserved_too: u8,
+    /// [`crate::codes::origin`] of the interpreter.
+    pub interpreter_origin: u8,
     /// Device of the script.
     pub script_device: u32,
     /// [`crate::maps::Process::program`] of what called exec.
     pub caller: [u64; 2],
+    /// Hash of the path of the interpreter (`PT_INTERP`), and of the name by which the file asks for it; 0 without one.
+    pub interpreter: [u64; 2],
+    pub interpreter_name: [u64; 2],
+    pub reserved_too: [u8; 8],
 }
 
 /// A process came to be.
@@ -251,10 +256,15 @@ pub struct ExecRecord<const PATH: usize, const CWD: usize, const ARGV: usize, co
     pub cwd: [u8; CWD],
     /// The script that named this executable as its interpreter. As long as a path.
     pub script: [u8; PATH],
+    /// The end of the path of the program that loads this executable, right-aligned, zero in front; empty without one.
+    pub interpreter: [u8; INTERPRETER],
     pub argv: [u8; ARGV],
     /// Room behind the arguments, so that a string of bounded length may be copied to any place among them.
     pub slack: [u8; SLACK],
 }
+
+/// Bytes of an interpreter's path that travel; a power of two. Of a longer one it is the end.
+pub const INTERPRETER: usize = 128;
 
 /// Bytes for each variable part in the small class; powers of two.
 pub const SMALL_PATH: usize = 128;
@@ -298,7 +308,7 @@ pub struct ControlRecord {
 const _: () = assert!(size_of::<Header>() == 40);
 const _: () = assert!(size_of::<ProcessPart>() == 96);
 const _: () = assert!(size_of::<ContextPart>() == 96);
-const _: () = assert!(size_of::<ExecPart>() == 64);
+const _: () = assert!(size_of::<ExecPart>() == 104);
 const _: () = assert!(size_of::<SessionPart>() == 16);
 const _: () = assert!(size_of::<ForkRecord>() == 152);
 const _: () = assert!(size_of::<ExitRecord>() == 160);
@@ -306,10 +316,11 @@ const _: () = assert!(size_of::<TamperRecord>() == 168);
 const _: () = assert!(size_of::<CodePart>() == 40);
 const _: () = assert!(size_of::<SmallCode>() == 192 + SMALL_PATH);
 const _: () = assert!(size_of::<LargeCode>() == 192 + LARGE_PATH);
-const _: () = assert!(size_of::<ExecHead>() == 312);
-const _: () = assert!(size_of::<SmallExec>() == 312 + 2 * SMALL_PATH + SMALL_CWD + SMALL_ARGV);
-const _: () =
-    assert!(size_of::<LargeExec>() == 312 + 2 * LARGE_PATH + LARGE_CWD + LARGE_ARGV + LONGEST_ARGUMENT);
+const _: () = assert!(size_of::<ExecHead>() == 352);
+const _: () = assert!(size_of::<SmallExec>() == 352 + 2 * SMALL_PATH + SMALL_CWD + INTERPRETER + SMALL_ARGV);
+const _: () = assert!(
+    size_of::<LargeExec>() == 352 + 2 * LARGE_PATH + LARGE_CWD + INTERPRETER + LARGE_ARGV + LONGEST_ARGUMENT
+);
 const _: () = assert!(size_of::<ControlRecord>() == 24 + CGROUP_NAME + CGROUP_PATH);
 
 #[cfg(feature = "user")]
@@ -321,6 +332,10 @@ mod decode {
     use crate::{ABI_VERSION, codes::kind};
 
     /// A record whose lengths have all been checked against its bytes.
+    #[expect(
+        clippy::large_enum_variant,
+        reason = "it lives on the stack for a moment; a box would be one more allocation a record"
+    )]
     #[derive(Clone, Copy, Debug)]
     pub enum Decoded<'a> {
         Fork(ForkRecord),
@@ -344,6 +359,7 @@ mod decode {
         pub path: &'a [u8],
         pub cwd: &'a [u8],
         pub script: &'a [u8],
+        pub interpreter: &'a [u8],
         /// Arguments, each ended by a zero byte (the last may be cut).
         pub argv: &'a [u8],
     }
@@ -400,6 +416,12 @@ mod decode {
         bytes.get(at..at + length).ok_or(DecodeError::Short { have: bytes.len(), need: at + length })
     }
 
+    /// What stands behind the zero bytes in front.
+    fn behind_zeros(bytes: &[u8]) -> &[u8] {
+        let start = bytes.iter().position(|byte| *byte != 0).unwrap_or(bytes.len());
+        &bytes[start..]
+    }
+
     /// Reads one record out of the ring's bytes.
     ///
     /// # Errors
@@ -427,7 +449,20 @@ mod decode {
                     path: part(bytes, "path", at, path, fixed.exec.path_length)?,
                     cwd: part(bytes, "working directory", at + path, cwd, fixed.exec.cwd_length)?,
                     script: part(bytes, "script", at + path + cwd, path, fixed.exec.script_length)?,
-                    argv: part(bytes, "arguments", at + 2 * path + cwd, argv, fixed.exec.argv_length)?,
+                    interpreter: behind_zeros(part(
+                        bytes,
+                        "interpreter",
+                        at + 2 * path + cwd,
+                        INTERPRETER,
+                        INTERPRETER as u16,
+                    )?),
+                    argv: part(
+                        bytes,
+                        "arguments",
+                        at + 2 * path + cwd + INTERPRETER,
+                        argv,
+                        fixed.exec.argv_length,
+                    )?,
                 }))
             }
             kind::CODE => {
@@ -471,7 +506,7 @@ mod tests {
     fn the_bytes_of_a_fork_are_golden() {
         let mut bytes = Vec::new();
         bytes.extend(1_u16.to_le_bytes()); // kind
-        bytes.extend(10_u16.to_le_bytes()); // abi
+        bytes.extend(11_u16.to_le_bytes()); // abi
         bytes.extend(152_u32.to_le_bytes()); // size
         bytes.extend(0x1122_u64.to_le_bytes()); // slot
         bytes.extend(7_u64.to_le_bytes()); // sequence
@@ -500,7 +535,7 @@ mod tests {
             (fork.session.start, fork.session.pid, fork.session.kind),
             (30, 9, codes::session::ENTERED)
         );
-        assert_eq!(ABI_VERSION, 10, "a new ABI version needs new golden bytes");
+        assert_eq!(ABI_VERSION, 11, "a new ABI version needs new golden bytes");
     }
 
     #[test]

@@ -11,14 +11,15 @@ use aya_ebpf::{
 use palisade_abi::{
     ABI_VERSION,
     codes::{control, error, slot_flags},
-    maps::{HOST_ROOT, RootIdentity, Slot},
+    maps::{HOST_ROOT, LayerKey, RootIdentity, Slot},
+    offsets::ABSENT,
     record::{CGROUP_NAME, CGROUP_PATH, ControlRecord},
 };
 
 use crate::{
     context, count,
     kernel::KernelPtr,
-    maps::{CGROUPS, CONTROL, NAMES, PROCESSES, ROOT_SLOTS, ROOTS, SLOT_POLICIES, SLOTS, offset},
+    maps::{CGROUPS, CONTROL, LAYERS, NAMES, PROCESSES, ROOT_SLOTS, ROOTS, SLOT_POLICIES, SLOTS, offset},
     origin,
     processes::{self, Address, slot_of_cgroup},
 };
@@ -159,6 +160,8 @@ pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
     if palisade_slot_of_cgroup(cgroup.0) != 0 {
         return None;
     }
+    // SAFETY: only presence matters.
+    let by_container = unsafe { PROCESSES.get(processes::current_pid()) }.is_some();
     let mut name = [0_u8; CGROUP_NAME];
     let Some(place) = cgroup.follow(offset!(cgroup_kn)).and_then(|kn| kn.follow(offset!(kernfs_name))) else {
         count::error(error::CGROUP_READ);
@@ -171,6 +174,12 @@ pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
     };
     let name_length = read.len() as u32;
     if !carries_container_id(&name) || is_monitors(&name) {
+        return None;
+    }
+    if by_container {
+        // A runtime is outside of its containers; one inside makes its own below. So this is a name that a container has chosen: it
+        // gets no slot, and cannot take over another container's. Who made it stays in his.
+        count::error(error::CGROUP_FORGED);
         return None;
     }
     let slot = Slot {
@@ -279,13 +288,14 @@ pub extern "C" fn palisade_is_arriving(slot: u64) -> u64 {
     u64::from(slot_of_task(KernelPtr(parent)).is_none())
 }
 
-/// Stores the current task's root directory as that of `slot`. Returns whether it could.
+/// Stores the current task's root directory as that of `slot`, at `now` in seconds since the Unix epoch. Returns whether it could.
 #[inline(always)]
-pub fn learn_root(slot: u64) -> bool {
+pub fn learn_root(slot: u64, now: u64) -> bool {
     let Some(root) = origin::current_root() else {
         count::error(error::ROOT_READ);
         return false;
     };
+    palisade_learn_layers(root.superblock, now);
     store_root(slot, root, u64::from(BPF_ANY))
 }
 
@@ -294,8 +304,46 @@ pub fn learn_root(slot: u64) -> bool {
 pub fn first_root(slot: u64, root: RootIdentity) {
     // SAFETY: only presence matters.
     if unsafe { ROOTS.get(slot) }.is_none() {
+        // Its own folder was made after the layers, and before anything of the container ran.
+        palisade_learn_layers(root.superblock, origin::palisade_changed(root.dentry));
         store_root(slot, root, u64::from(BPF_NOEXIST));
     }
+}
+
+/// Most layers of an image that are noted.
+const MOST_LAYERS: u32 = 128;
+
+/// Notes the layers of the overlay at `superblock`, those that are not known yet as of `now`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_learn_layers(superblock: u64, now: u64) -> u64 {
+    let (size, mount) = (offset!(ovl_layer_size), offset!(ovl_layer_mount));
+    let superblock = KernelPtr(superblock);
+    if now == 0
+        || size == ABSENT
+        || mount == ABSENT
+        || superblock.read::<u64>(offset!(superblock_magic)) != Some(origin::OVERLAYFS)
+    {
+        return 0;
+    }
+    let Some(overlay) = superblock.follow(offset!(superblock_private)) else { return 0 };
+    let Some(layers) = overlay.follow(offset!(ovl_fs_layers)) else { return 0 };
+    let count: u32 = overlay.read(offset!(ovl_fs_layer_count)).unwrap_or(0);
+    // The first is the container's own.
+    let mut index = 1;
+    while index < MOST_LAYERS {
+        if index >= count {
+            break;
+        }
+        let key = origin::layer_at(KernelPtr(layers.0 + u64::from(index) * u64::from(size)));
+        if let Some(key) = key {
+            let _known_already = LAYERS.insert(key, now, u64::from(BPF_NOEXIST));
+            let any = LayerKey { device: key.device, generation: 0, inode: 0 };
+            let _as_above = LAYERS.insert(any, now, u64::from(BPF_NOEXIST));
+        }
+        index += 1;
+    }
+    1
 }
 
 #[inline(always)]
@@ -324,7 +372,17 @@ fn store_root(slot: u64, root: RootIdentity, flags: u64) -> bool {
 /// container has ended: the superblock's address may by then be another's.
 #[inline(always)]
 pub fn slot_of_root() -> Option<u64> {
-    let root = origin::current_root()?;
+    slot_of(origin::current_root()?, false)
+}
+
+/// The slot on whose root filesystem the file at `dentry` is.
+#[inline(always)]
+pub fn slot_of_file(dentry: KernelPtr) -> Option<u64> {
+    slot_of(origin::identity(dentry)?, true)
+}
+
+#[inline(always)]
+fn slot_of(root: RootIdentity, any_file: bool) -> Option<u64> {
     // SAFETY: one word, written when the root is learned.
     let slot = *unsafe { ROOT_SLOTS.get(root.superblock) }?;
     // SAFETY: as above.
@@ -334,6 +392,6 @@ pub fn slot_of_root() -> Option<u64> {
     let same =
         known.superblock == root.superblock && known.device == root.device && known.magic == root.magic;
     // Other filesystems than overlays may be shared by containers; then only the very directory tells.
-    let own = root.magic == origin::OVERLAYFS || known.dentry == root.dentry;
+    let own = root.magic == origin::OVERLAYFS || (!any_file && known.dentry == root.dentry);
     (same && own && ended == 0).then_some(slot)
 }

@@ -16,16 +16,17 @@ use palisade_abi::{
     codes::{action, argv_source, error, exec_flags, kind, mode, origin, reason, slot_flags, verdict},
     maps::{HOST_ROOT, Process},
     record::{
-        ExecPart, ExecRecord, LARGE_ARGV, LARGE_CWD, LARGE_PATH, LONGEST_ARGUMENT, SMALL_ARGV, SMALL_CWD,
-        SMALL_PATH,
+        ExecPart, ExecRecord, INTERPRETER, LARGE_ARGV, LARGE_CWD, LARGE_PATH, LONGEST_ARGUMENT, SMALL_ARGV,
+        SMALL_CWD, SMALL_PATH,
     },
 };
 
 use crate::{
     containers, context, count,
+    interpreter::palisade_recall_interpreter,
     judge::{palisade_code_rules, palisade_judge, rules_forbid_elevation, rules_mode, unexamined},
-    kernel::{KernelPtr, read_user_word},
-    maps::{PROCESSES, ROOTS, SCRIPTS, SLOT_POLICIES, SLOTS, offset, planted, setting},
+    kernel::{KernelPtr, plain, read_user_word},
+    maps::{INTERPRETERS, PROCESSES, ROOTS, SCRIPTS, SLOT_POLICIES, SLOTS, offset, planted, setting},
     origin::{self as origins, palisade_classify},
     path::{self, palisade_walk},
     processes::{self, Address},
@@ -44,13 +45,25 @@ const SYS_EXECVEAT: u64 = 322;
 const AT_EXECVE_CHECK: u64 = 0x10000;
 /// `#!`, little endian.
 const SCRIPT_MAGIC: u64 = 0x2123;
+/// `\x7fELF`, little endian.
+const ELF_MAGIC: u64 = 0x464c_457f;
+/// `execveat` of 32-bit programs.
+const SYS_EXECVEAT_32: u64 = 358;
+/// The same by the numbers of x32.
+const SYS_EXECVEAT_X32: u64 = 0x4000_0221;
 /// Most arguments of a refused exec that are read.
 const MOST_ARGUMENTS: u64 = 64;
 
 /// The LSM hook: whether to refuse this pass. With `asked`, nothing will be executed.
 #[inline(always)]
 pub fn check(bprm: Address, asked: bool) -> bool {
+    processes::palisade_adopt_started(plain(bprm));
     let Some(process) = processes::current() else { return false };
+    if process.held != 0 {
+        // It was to wait for a verdict on what it executed before this.
+        kill();
+        return true;
+    }
     let task = bpf_get_current_pid_tgid();
     let Some(scratch) = scratch::claim(task) else {
         let denied = unexamined(process.slot) == verdict::DENIED;
@@ -120,7 +133,10 @@ pub fn check(bprm: Address, asked: bool) -> bool {
             if first {
                 (&raw mut (*entry).foreign_interpreter).write_volatile(0);
                 (&raw mut (*entry).elevates).write_volatile(0);
+                (&raw mut (*entry).has_interpreter).write_volatile(0);
             }
+            (&raw mut (*entry).bprm).write_volatile((&raw const (*scratch).bprm).read_volatile());
+            (&raw mut (*entry).expects_interpreter).write_volatile(u8::from(is_elf(scratch)));
             keep_script(scratch, entry, first);
             if first || verdict > pending || pending == verdict::ALLOWED {
                 (&raw mut (*entry).pending_verdict).write_volatile(verdict);
@@ -161,6 +177,18 @@ unsafe fn is_script(scratch: *mut Scratch) -> bool {
     // SAFETY: the caller's promise.
     let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
     context::palisade_word(bprm, u64::from(offset!(binprm_buffer))) & 0xffff == SCRIPT_MAGIC
+}
+
+/// Whether what is executed in this pass begins as an ELF file.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory.
+#[inline(always)]
+unsafe fn is_elf(scratch: *mut Scratch) -> bool {
+    // SAFETY: the caller's promise.
+    let bprm = unsafe { (&raw const (*scratch).bprm).read_volatile() };
+    context::palisade_word(bprm, u64::from(offset!(binprm_buffer))) & 0xffff_ffff == ELF_MAGIC
 }
 
 /// Keeps the canonical path of a script for the record of the exec, which names the interpreter.
@@ -236,7 +264,7 @@ pub fn elevates(bprm: Address) -> bool {
 
 /// Notes that the current process is in no exec, since that was refused.
 #[inline(always)]
-fn no_exec_any_more() {
+pub fn no_exec_any_more() {
     if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
         // SAFETY: as in `check`.
         unsafe { (&raw mut (*entry).pending_verdict).write_volatile(0) };
@@ -307,6 +335,7 @@ fn waits_for_arguments(process: &Process) -> bool {
 /// The tracepoint: an exec that passed its point of no return.
 #[inline(always)]
 pub fn executed(bprm: Address) {
+    processes::palisade_adopt_started(plain(bprm));
     let Some(mut process) = processes::current() else { return };
     let task = bpf_get_current_pid_tgid();
     let waits = waits_for_arguments(&process);
@@ -339,6 +368,7 @@ pub fn executed(bprm: Address) {
         (*scratch).arguments_known = 1;
         (*scratch).caller = if process.committed == 0 { process.program } else { process.caller };
     }
+    let interpreter_is_lost = process.has_interpreter != 0 && palisade_recall_interpreter(task) != 0;
     let mut verdict = examine(task, scratch, bprm, &process);
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
@@ -348,6 +378,10 @@ pub fn executed(bprm: Address) {
             (*scratch).verdict = verdict;
             (*scratch).reason = process.pending_reason;
             (*scratch).of_script = 1;
+        } else if process.pending_reason == reason::INTERPRETER && process.pending_verdict > verdict {
+            verdict = process.pending_verdict;
+            (*scratch).verdict = verdict;
+            (*scratch).reason = reason::INTERPRETER;
         }
         if process.elevates != 0 {
             (*scratch).flags |= exec_flags::ELEVATED;
@@ -370,6 +404,9 @@ pub fn executed(bprm: Address) {
         }
         if verdict == verdict::HELD && process.foreign_interpreter != 0 {
             (*scratch).flags |= exec_flags::FOREIGN_INTERPRETER;
+        }
+        if verdict == verdict::HELD && interpreter_is_lost {
+            (*scratch).reason = reason::LOOKUP_MISSED;
         }
         if verdict == verdict::HELD && process.passes > 1 {
             // It can only be settled later if its script is known: one, by its whole path.
@@ -456,6 +493,18 @@ fn stop(entry: *mut Process) -> bool {
     false
 }
 
+/// A task that comes back from having been stopped: one that is held goes on being so, whatever let it go.
+#[inline(always)]
+pub fn woken() {
+    let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) else { return };
+    // SAFETY: the pointer comes from a map lookup; the entry belongs to this process, and the agent changes it before it lets it go.
+    if unsafe { (&raw const (*entry).held).read_volatile() } == 0 {
+        return;
+    }
+    count::error(error::HELD_WOKEN);
+    let _killed_instead = !stop(entry);
+}
+
 /// The same at the tracepoint, where it is recorded.
 ///
 /// # Safety
@@ -480,7 +529,7 @@ unsafe fn hold(scratch: *mut Scratch) {
 
 /// Ends the current process before it returns to user space.
 #[inline(always)]
-fn kill() -> bool {
+pub fn kill() -> bool {
     // SAFETY: the helper has no preconditions; the signal goes to the current process.
     let sent = unsafe { bpf_send_signal(SIGKILL) } == 0;
     if !sent {
@@ -706,8 +755,13 @@ pub fn is_called() -> bool {
 #[inline(always)]
 fn only_asked() -> bool {
     let Some(registers) = registers() else { return false };
-    registers.read::<u64>(offset!(pt_regs_orig_ax)) == Some(SYS_EXECVEAT)
-        && registers.read::<u64>(offset!(pt_regs_r8)).is_some_and(|flags| flags & AT_EXECVE_CHECK != 0)
+    let flags: Option<u64> = match registers.read::<u64>(offset!(pt_regs_orig_ax)) {
+        Some(SYS_EXECVEAT | SYS_EXECVEAT_X32) => registers.read(offset!(pt_regs_r8)),
+        // Also of a 64-bit program, by `int 0x80`.
+        Some(SYS_EXECVEAT_32) => registers.read(offset!(pt_regs_di)),
+        _ => None,
+    };
+    flags.is_some_and(|flags| flags & AT_EXECVE_CHECK != 0)
 }
 
 /// From the registers of the system call that is being refused.
@@ -888,6 +942,16 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
             length = copy_path(script.cast(), start, &raw mut (*place).script);
         }
         note(&raw mut (*scratch).script_length, length, scratch, 0);
+        let of_interpreter = &raw mut (*place).interpreter;
+        let found = match INTERPRETERS.get_ptr_mut(processes::current_pid()) {
+            Some(found) if (*scratch).interpreter != [0; 2] => found,
+            _ => core::ptr::null_mut(),
+        };
+        if found.is_null() {
+            of_interpreter.write([0; INTERPRETER]);
+        } else {
+            of_interpreter.write((*found).shown);
+        }
         let argv = &raw mut (*place).argv;
         let source = &raw mut (*scratch).argv_source;
         match kind {
@@ -947,7 +1011,10 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
         (&raw mut (*exec).class).write(class);
         (&raw mut (*exec).script_length).write((&raw const (*scratch).script_length).read_volatile());
         (&raw mut (*exec).script_origin).write((*scratch).script_origin);
-        (&raw mut (*exec).reserved_too).write(0);
+        (&raw mut (*exec).interpreter_origin).write((*scratch).interpreter_origin);
+        (&raw mut (*exec).interpreter).write((*scratch).interpreter);
+        (&raw mut (*exec).interpreter_name).write((*scratch).interpreter_name);
+        (&raw mut (*exec).reserved_too).write([0; 8]);
         (&raw mut (*exec).script_device).write((*scratch).script_device);
         (&raw mut (*exec).caller).write((*scratch).caller);
     }

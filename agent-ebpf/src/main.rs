@@ -17,6 +17,7 @@ mod count;
 mod exec;
 #[cfg(feature = "generator")]
 mod generate;
+mod interpreter;
 mod judge;
 mod kernel;
 mod maps;
@@ -29,8 +30,8 @@ mod tamper;
 mod volumes;
 
 use aya_ebpf::{
-    macros::{lsm, raw_tracepoint},
-    programs::{LsmContext, RawTracePointContext},
+    macros::{fexit, lsm, raw_tracepoint},
+    programs::{FExitContext, LsmContext, RawTracePointContext},
 };
 use palisade_abi::codes::{code_act, tampering};
 
@@ -114,7 +115,9 @@ pub fn ptrace_traceme(ctx: LsmContext) -> i32 {
 /// `int security_file_open(struct file *file)`
 #[lsm(hook = "file_open")]
 pub fn file_open(ctx: LsmContext) -> i32 {
-    if code::opens_memory(ctx.arg(0)) { -1 } else { 0 }
+    let refused =
+        code::opens_memory(ctx.arg(0)) || interpreter::opens(ctx.arg(0)) || code::opens_layer(ctx.arg(0));
+    if refused { -1 } else { 0 }
 }
 
 /// `int security_mmap_file(struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags)`: `prot` is what
@@ -220,6 +223,14 @@ pub fn sb_umount(ctx: LsmContext) -> i32 {
     if tamper::on_mount(ctx.arg(0)) { -1 } else { 0 }
 }
 
+/// `bool get_signal(struct ksignal *ksig)`, when it is done: the task was stopped in it, and is on its way back to user space. The
+/// kernel itself lets go what is stopped (an orphaned process group, a terminal that hangs up), and asks nobody.
+#[fexit(function = "get_signal")]
+pub fn get_signal(_ctx: FExitContext) -> u32 {
+    exec::woken();
+    0
+}
+
 /// `TP_PROTO(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub fn sched_process_exec(ctx: RawTracePointContext) -> i32 {
@@ -274,12 +285,13 @@ pub fn generate_records(ctx: RawTracePointContext) -> i32 {
 }
 
 /// Never attached: the agent runs it on demand (`BPF_PROG_TEST_RUN`) from a thread whose root directory is the
-/// one to learn. The first argument is the slot, or `HOST_ROOT`. Written out, since the macro of the others
+/// one to learn. The first argument is the slot, or `HOST_ROOT`, the second the time, in seconds since the Unix epoch. Written out, since the macro of the others
 /// discards the result.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "raw_tp")]
 pub extern "C" fn learn_root(ctx: *mut core::ffi::c_void) -> u32 {
-    u32::from(!containers::learn_root(RawTracePointContext::new(ctx).arg(0)))
+    let ctx = RawTracePointContext::new(ctx);
+    u32::from(!containers::learn_root(ctx.arg(0), ctx.arg(1)))
 }
 
 /// Never attached, run on demand by a thread that holds the root of a mount open. The arguments are the slot, the file
@@ -291,11 +303,11 @@ pub extern "C" fn learn_volume(ctx: *mut core::ffi::c_void) -> u32 {
     u32::from(!volumes::learn(ctx.arg(0), ctx.arg(1), ctx.arg(2), ctx.arg(3)))
 }
 
-/// Never attached, run on demand: the origin that the overlay logic gives the current working directory.
+/// Never attached, run on demand: the origin that the overlay logic gives the file that is open as the first argument says.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "raw_tp")]
-pub extern "C" fn probe_origin(_ctx: *mut core::ffi::c_void) -> u32 {
-    u32::from(origin::of_working_directory())
+pub extern "C" fn probe_origin(ctx: *mut core::ffi::c_void) -> u32 {
+    u32::from(origin::of_descriptor(RawTracePointContext::new(ctx).arg(0)))
 }
 
 #[unsafe(link_section = "license")]

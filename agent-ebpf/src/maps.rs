@@ -10,8 +10,9 @@ use aya_ebpf::{
 use palisade_abi::{
     codes,
     maps::{
-        Account, AdmittedKey, AgentState, GlobChunk, Process, Revision, RingShare, RootIdentity, RuleKey,
-        RuleValue, SetMeta, Settings, Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
+        Account, AdmittedKey, AgentState, GlobChunk, LayerKey, LinkKey, LinkTarget, OpenedInterpreter,
+        Process, Revision, RingShare, RootIdentity, RuleKey, RuleValue, SetMeta, Settings, Slot, SlotPolicy,
+        Volume, VolumeKey, VolumeName,
     },
     offsets::KernelOffsets,
     record::CGROUP_NAME,
@@ -103,6 +104,18 @@ pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
 #[map]
 pub static SCRIPTS: LruHashMap<u32, [u8; palisade_abi::PATH_CAPACITY]> = LruHashMap::with_max_entries(512, 0);
 
+/// Interpreters of execs in progress, by tgid. Those of execs that failed give way to new ones.
+#[map]
+pub static INTERPRETERS: LruHashMap<u32, OpenedInterpreter> = LruHashMap::with_max_entries(512, 0);
+
+/// Names in images that lead through symbolic links: those by which programs ask for their interpreters.
+#[map]
+pub static LINKS: HashMap<LinkKey, LinkTarget> = HashMap::with_max_entries(8192, 0);
+
+/// Layers of images. The one that is longest unused gives way.
+#[map]
+pub static LAYERS: LruHashMap<LayerKey, u64> = LruHashMap::with_max_entries(4096, 0);
+
 /// How much of `RECORDS` each slot has. The entry that is longest unused gives way; its slot begins anew.
 #[map]
 pub static RING_SHARES: LruHashMap<u64, RingShare> = LruHashMap::with_max_entries(2048, 0);
@@ -130,6 +143,7 @@ pub static SETTINGS: Settings = Settings {
     pt_regs_at: 0x7b00_0004,
     host_mount_namespace: 0x7b00_0005,
     reserved: 0x7b00_0006,
+    rename_lock: 0x7b00_0007_7b00_0008,
 };
 
 /// Reads one offset.

@@ -3,7 +3,7 @@
 //! Neither the string that was typed nor the process's root or mount namespace takes part, so no symlink, bind
 //! mount, chroot or namespace changes the outcome.
 
-use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
+use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_kernel_buf};
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY, PATH_DEPTH,
@@ -48,11 +48,72 @@ fn prepend(area: *mut Area, start: u32, dentry: KernelPtr, separator: u32) -> Re
     Ok(start)
 }
 
-/// Walks from `dentry` to the root of its superblock and writes the path into the memory of `task`, area
-/// `which`. Returns 0, or the [`reason`] why the path is not known.
+/// Walks that are tried until one is of one moment: a rename takes a microsecond.
+const WALKS: u32 = 4;
+
+/// How often names have changed on this node (`rename_lock` of fs/dcache.c): odd while one does. Always 0 where that cannot be read.
+#[inline(always)]
+fn renames() -> u32 {
+    match setting!(rename_lock) {
+        0 => 0,
+        // SAFETY: the helper checks the address.
+        place => unsafe { bpf_probe_read_kernel(place as *const u32) }.unwrap_or(1),
+    }
+}
+
+/// Walks from `dentry` to the root of its superblock and writes the path into the memory of `task`, area `which`. Returns 0, or
+/// the [`reason`] why the path is not known.
+///
+/// A rename beside it could give a walk half of the old name and half of the new one, so it is repeated until nothing was renamed
+/// meanwhile.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
+    let mut turn = 0;
+    while turn < WALKS {
+        let before = renames();
+        let failure = palisade_walk_once(task, dentry, which);
+        if before & 1 == 0 && renames() == before {
+            return failure;
+        }
+        turn += 1;
+        palisade_clear_front(task, which);
+    }
+    count::error(error::WALK_TORN);
+    let Some(scratch) = scratch::of(task) else { return u64::from(reason::NO_SCRATCH) };
+    // SAFETY: the memory belongs to this task until it is released.
+    unsafe {
+        let walk = if which == EXECUTABLE {
+            &raw mut (*scratch).executable
+        } else {
+            &raw mut (*scratch).working_directory
+        };
+        (&raw mut (*walk).failure).write_volatile(u32::from(reason::PATH_CHANGES));
+    }
+    u64::from(reason::PATH_CHANGES)
+}
+
+/// Clears the place of a path that was walked, so that nothing of it is hashed with the next one.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_clear_front(task: u64, which: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    // SAFETY: the memory belongs to this task until it is released.
+    let area =
+        unsafe { if which == EXECUTABLE { &raw mut (*scratch).path } else { &raw mut (*scratch).cwd } };
+    let mut word = 0;
+    while word < PATH_CAPACITY / 8 {
+        // SAFETY: the index is within the area, whose own alignment is eight (a map value).
+        unsafe { area.cast::<u64>().add(word).write_volatile(0) };
+        word += 1;
+    }
+    0
+}
+
+/// One walk, whatever is renamed meanwhile.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_walk_once(task: u64, dentry: u64, which: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return u64::from(reason::NO_SCRATCH) };
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, area, walk) = unsafe {
@@ -70,7 +131,6 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
         reason::READ_FAILED => count::error(error::WALK_READ),
         _ => {}
     }
-    // SAFETY: as above.
     let Way { start, superblock, volume, renamed } = way;
     // SAFETY: as above.
     unsafe { walk.write(Walk { superblock, start, failure: u32::from(failure), volume, renamed }) };

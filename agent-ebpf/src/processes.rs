@@ -48,6 +48,34 @@ pub fn current() -> Option<Process> {
     Some(process)
 }
 
+/// `PF_KTHREAD` of include/linux/sched.h.
+const OF_KERNEL: u32 = 0x0020_0000;
+
+/// Gives the current process, which executes what the `struct linux_binprm` at `bprm` says, to a container if the kernel itself starts
+/// it from that one's file (`core_pattern`, `modprobe`, `uevent_helper`, `release_agent`, request-key): it is that container's doing. A
+/// process of the host that executes such a file is the host's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_adopt_started(bprm: u64) -> u64 {
+    // SAFETY: only presence matters.
+    if unsafe { PROCESSES.get(current_pid()) }.is_some() {
+        return 0;
+    }
+    let Some(parent) = KernelPtr::current_task().follow(offset!(task_real_parent)) else { return 0 };
+    if parent.read::<u32>(offset!(task_flags)).unwrap_or(0) & OF_KERNEL == 0 {
+        return 0;
+    }
+    let file =
+        KernelPtr(bprm).follow(offset!(binprm_file)).and_then(|file| file.follow(offset!(file_dentry)));
+    let Some(slot) = file.and_then(containers::slot_of_file) else { return 0 };
+    let mut process = Process::new(slot, 0);
+    process.session_start = context::palisade_start_time(KernelPtr::current_task().0);
+    process.session_pid = current_pid();
+    process.session_kind = session::ENTERED;
+    store(current_pid(), process);
+    1
+}
+
 /// Gives the process `pid` to `slot`.
 #[inline(always)]
 pub fn adopt(pid: u32, slot: u64, entering: u8) {

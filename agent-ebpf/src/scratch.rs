@@ -88,7 +88,8 @@ pub struct Scratch {
     pub act: u8,
     /// 1 once the arguments of what is executed stand in the new address space.
     pub arguments_known: u8,
-    pub reserved: [u8; 6],
+    pub interpreter_origin: u8,
+    pub reserved: [u8; 5],
     /// What rules would grant with certain arguments, and the automata that read them: of the rule for anybody, and of the one
     /// for the program that calls exec.
     pub with_arguments: u32,
@@ -96,6 +97,9 @@ pub struct Scratch {
     pub automata: [Automaton; 2],
     /// Hash of the path of the program that calls exec, or maps; 0 when it is not the image's.
     pub caller: [u64; 2],
+    /// Those of [`palisade_abi::maps::Process`].
+    pub interpreter: [u64; 2],
+    pub interpreter_name: [u64; 2],
     pub session: SessionPart,
     pub executable: Walk,
     pub working_directory: Walk,
@@ -133,11 +137,14 @@ static EMPTY: Scratch = Scratch {
     target: 0,
     act: 0,
     arguments_known: 0,
-    reserved: [0; 6],
+    interpreter_origin: 0,
+    reserved: [0; 5],
     with_arguments: 0,
     reserved_too: 0,
     automata: [Automaton { base: 0, width: 0 }; 2],
     caller: [0; 2],
+    interpreter: [0; 2],
+    interpreter_name: [0; 2],
     session: SessionPart { start: 0, pid: 0, kind: 0, reserved: [0; 3] },
     executable: NOTHING,
     working_directory: NOTHING,

@@ -51,7 +51,7 @@ pub fn learn(slot: u64, descriptor: u64, name: u64, flags: u64) -> bool {
 
 /// The dentry of a file that the current process has open.
 #[inline(always)]
-fn opened(descriptor: u64) -> Option<KernelPtr> {
+pub fn opened(descriptor: u64) -> Option<KernelPtr> {
     let table = KernelPtr::current_task().follow(offset!(task_files))?.follow(offset!(files_table))?;
     let files = table.follow(offset!(table_files))?;
     KernelPtr(files.0 + descriptor * POINTER).follow(0)?.follow(offset!(file_dentry))

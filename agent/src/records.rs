@@ -135,11 +135,23 @@ pub struct Held {
     pub escaped: bool,
     /// Whether it has an interpreter that is not the image's.
     pub foreign_interpreter: bool,
+    /// The program that loads it; `None` without one, or where the kernel does not tell.
+    pub interpreter: Option<Interpreter>,
     pub elevated: bool,
     /// Hash of the path of what executed it, as the kernel has it; 0 when that is not the image's.
     pub caller: [u64; 2],
     /// The arguments, each ended by a zero byte; `None` when they are too many to be compared.
     pub arguments: Option<Vec<u8>>,
+}
+
+/// The program that loads another one.
+pub struct Interpreter {
+    /// Of a path longer than [`palisade_abi::record::INTERPRETER`] the end.
+    pub path: Vec<u8>,
+    pub origin: u8,
+    /// The hash of the path, and of the name by which it was asked for.
+    pub path_hash: [u64; 2],
+    pub name_hash: [u64; 2],
 }
 
 /// Turns a decoded record into an event, and keeps the process table up to date with it. `slot_of` is the kernel's
@@ -218,6 +230,11 @@ fn make_exec(
     } else {
         named(record.script, part.script_origin)
     };
+    let (interpreter, interpreter_origin) = if record.interpreter.is_empty() {
+        (String::new(), String::new())
+    } else {
+        named(record.interpreter, part.interpreter_origin)
+    };
     // The kernel has a hash of its path, and none of what is not the image's.
     let caller = Some(processes.executable(key(process)))
         .filter(|program| source.hash(program.as_bytes()) == part.caller)
@@ -277,6 +294,8 @@ fn make_exec(
             .collect(),
         held: 0,
         rule_by_link: String::new(),
+        interpreter,
+        interpreter_origin,
     };
     let held = (part.verdict == codes::verdict::HELD).then(|| Held {
         path: record.path.to_vec(),
@@ -286,6 +305,12 @@ fn make_exec(
         script: (!record.script.is_empty()).then(|| (record.script.to_vec(), part.script_origin)),
         escaped: has(exec_flags::ESCAPED),
         foreign_interpreter: has(exec_flags::FOREIGN_INTERPRETER),
+        interpreter: (part.interpreter != [0; 2]).then(|| Interpreter {
+            path: record.interpreter.to_vec(),
+            origin: part.interpreter_origin,
+            path_hash: part.interpreter,
+            name_hash: part.interpreter_name,
+        }),
         elevated: has(exec_flags::ELEVATED),
         caller: part.caller,
         arguments: compared(record.argv, has(exec_flags::ARGV_TRUNCATED)),

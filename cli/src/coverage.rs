@@ -55,6 +55,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
             "TIER",
             "IN FORCE SINCE",
             "FIRST EXEC",
+            "OBJECTION",
         ],
         &rows,
     )
@@ -78,5 +79,6 @@ fn row(record: &Record) -> Vec<String> {
         coverage.tier,
         moment(coverage.in_force_since),
         moment(coverage.first_exec),
+        if coverage.objection.is_empty() { "-".to_owned() } else { coverage.objection },
     ]
 }

@@ -66,6 +66,13 @@ const BINFMT: &str = "binfmt";
 /// The second before 5.11.
 const MAY_BE_IMPOSSIBLE: &[&str] = &[BINFMT, "userns-overlay"];
 
+impl Attack {
+    /// Whether only the LSM hooks see it: a tracepoint sees the interpreter of a script, and none of an ELF file.
+    pub fn needs_hooks(&self) -> bool {
+        self.name == "script" || self.name.starts_with("interpreter")
+    }
+}
+
 pub const ATTACKS: &[Attack] = &[
     by_anybody("third", "/usr/bin/third", "image", "no-rule"),
     by_anybody("script", "/usr/bin/script", "image", "no-rule"),
@@ -81,6 +88,8 @@ pub const ATTACKS: &[Attack] = &[
     by_anybody("userns-bind-folder", "/tmp/attack/bin/workload", "drift", "no-rule"),
     Attack { spoils: "mount-over", ..attack("userns-bind", "/tmp/attack/workload", "drift", "no-rule") },
     by_anybody(BINFMT, "/usr/bin/third", "image", "no-rule"),
+    by_anybody("interpreter-link", "/usr/bin/attached-interpreter", "image", "interpreter-not-allowed"),
+    by_anybody("interpreter-bind", "/usr/bin/attached-interpreter", "image", "interpreter-not-allowed"),
     by_anybody("memfd", "memfd:workload", "memory", "path-outside-its-filesystem"),
     attack("tmpfs", "/workload", "memory", "no-rule"),
     by_anybody("proc-fd", "/usr/bin/third", "image", "no-rule"),
@@ -265,6 +274,10 @@ fn check(
     let named = if attack.name == "script" && runs { "/usr/bin/workload" } else { attack.executable };
     if !named.is_empty() {
         same("executable", &exec["executable"], named);
+    }
+    if attack.name.starts_with("interpreter") {
+        same("interpreter", &exec["interpreter"], "/usr/bin/loader");
+        same("interpreter's origin", &exec["interpreter_origin"], "image");
     }
     if named != attack.executable {
         same("script", &exec["script"], attack.executable);

@@ -39,8 +39,7 @@ pub async fn run(cri: &Path, only: &[String]) -> Result<ExitCode> {
     ] {
         let pod = runtime.pod(&format!("pod-{app}"), app, "").await?;
         report.case(&format!("{mode}: what is allowed runs"), allowed(&node, &runtime, &pod, mode)).await;
-        // Only the hook sees a script; the tracepoint sees its interpreter, which is allowed.
-        let seen = |attack: &&Attack| attack.name != "script" || tier == "full";
+        let seen = |attack: &&Attack| !attack.needs_hooks() || tier == "full";
         let all: Vec<&Attack> = ATTACKS.iter().filter(wanted).filter(seen).collect();
         // What spoils its container has one of its own.
         let (alone, together): (Vec<&Attack>, Vec<&Attack>) =

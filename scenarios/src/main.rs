@@ -27,6 +27,7 @@ mod fake_runtime;
 mod faults;
 mod gate;
 mod generator;
+mod layers;
 mod limits;
 mod members;
 mod node;
@@ -41,6 +42,7 @@ mod proxy;
 mod races;
 mod random;
 mod report;
+mod rootfs;
 mod smoke;
 mod soak;
 mod starts;
@@ -101,6 +103,8 @@ enum Command {
     },
     /// Options of overlayfs under which a file of the image has another name, or other attributes
     Overlay,
+    /// Layers of images that are written to below the file systems of containers
+    Layers,
     /// Set-user-id programs: recorded, and refused where the profile says so
     Elevation,
     /// A container that floods the ring, and one beside it that loses nothing by that
@@ -192,6 +196,9 @@ enum Command {
         /// Repeat the moments of an earlier run
         #[arg(long)]
         seed: Option<u64>,
+        /// Kill it after two steps of an upgrade instead of each
+        #[arg(long)]
+        short: bool,
     },
     /// Pins and programs are tampered with: the agent notices, withdraws its claim, and mends them
     Claims,
@@ -227,6 +234,8 @@ enum Command {
         #[arg(long, default_value_t = 100)]
         arrivals: u64,
     },
+    /// Containers that ran before the agent and have another root than the runtime gave them: only the runtime's is the image
+    Rootfs,
     /// Numbered execs: each is stored or counted
     Generator {
         #[arg(long, default_value_t = 5000)]
@@ -336,6 +345,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Switches { changes, containers, seed } => {
                 switches::run(&cri, &switches::Options { changes, containers, seed }).await
             }
+            Command::Layers => layers::run(&cri).await,
             Command::Elevation => elevation::run(&cri).await,
             Command::Races { count } => races::run(&cri, count).await,
             Command::Overlay => overlay::run(&cri).await,
@@ -359,8 +369,9 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
                 limits::run(&limits::Options { containers, profiles, executions, memory }).await
             }
             Command::Members { arrivals } => members::run(&cri, arrivals).await,
-            Command::Outlives { kills, turns, other, attacks, seed } => {
-                outlives::run(&cri, &outlives::Options { kills, turns, other, attacks, seed }).await
+            Command::Rootfs => rootfs::run(&cri).await,
+            Command::Outlives { kills, turns, other, attacks, seed, short } => {
+                outlives::run(&cri, &outlives::Options { kills, turns, other, attacks, seed, short }).await
             }
             Command::Claims => claims::run(&cri).await,
             Command::Tampering => tampering::run(&cri).await,

@@ -31,6 +31,8 @@ pub struct Options {
     pub attacks: u64,
     /// Where the random moments come from; printed, so that they can be repeated.
     pub seed: Option<u64>,
+    /// An agent is killed after two steps of an upgrade instead of each.
+    pub short: bool,
 }
 
 /// A set of another layout stays for a minute where a container is not identified.
@@ -79,11 +81,11 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
         .await;
     let other = AgentOptions { settings: "maps: {rules: 8192}\n", ..AgentOptions::default() };
     let name = "killed after each step of an upgrade, and back";
-    report.case(name, upgraded(&mut node, &runtime, &pod, &other, true)).await;
+    report.case(name, upgraded(&mut node, &runtime, &pod, &other, true, options.short)).await;
     if let Some(program) = &options.other {
         let other = AgentOptions { program: Some(program.clone()), ..AgentOptions::default() };
         let name = format!("the same with {}", program.display());
-        report.case(&name, upgraded(&mut node, &runtime, &pod, &other, false)).await;
+        report.case(&name, upgraded(&mut node, &runtime, &pod, &other, false, options.short)).await;
     }
     report
         .case("--keep-enforcing stops the agent and leaves the verdicts", kept(&mut node, &runtime, &pod))
@@ -293,6 +295,8 @@ const STEPS: [&str; 5] = [
 ];
 
 const COPIED: &str = "the state is copied";
+/// The steps after which most may go wrong.
+const IN_SHORT: [&str; 2] = [COPIED, "this set records"];
 
 /// Two agents take turns, each under attack, and each is killed when it has said that it has taken a step; then it is begun
 /// anew and finishes.
@@ -302,6 +306,7 @@ async fn upgraded(
     pod: &Pod,
     other: &AgentOptions,
     same_layout: bool,
+    short: bool,
 ) -> Result<()> {
     let container = runtime.container(pod, "c-upgraded", WORKLOAD_IMAGE, &[]).await?;
     events::in_mode(node, &container, "enforce").await?;
@@ -315,11 +320,14 @@ async fn upgraded(
         for (step, agent) in STEPS
             .iter()
             .filter(|step| same_layout || **step != COPIED)
+            .filter(|step| !short || IN_SHORT.contains(step))
             .flat_map(|step| turns.map(|agent| (*step, agent)))
         {
             node.kill_agent()?;
             node.spawn_agent(agent)?;
-            until(step, async || Ok(node.log("agent").contains(step).then_some(()))).await?;
+            // It loads its programs first.
+            until_within(UNREADABLE, step, async || Ok(node.log("agent").contains(step).then_some(())))
+                .await?;
             node.kill_agent()?;
             in_order(&node.log("agent"), step, same_layout)?;
             // Begun anew it goes all the way.

@@ -19,13 +19,14 @@ use crate::{
 };
 
 /// Enough to notice each bug of the exec's verdict; the first failure ends a trial.
-const TRIAL: &[&str] = &["third", "script", "copy", "drop-in", "memfd", "deep"];
+const TRIAL: &[&str] = &["third", "script", "copy", "drop-in", "memfd", "deep", "interpreter-link"];
 /// What a bug of the exec's verdict lets through, which is tried first.
 const FIRST: &[(u32, &str)] = &[
     (bug::ORIGIN_IGNORED, "drop-in"),
     (bug::FAILED_WALK_ALLOWED, "deep"),
     (bug::DRIFT_IS_IMAGE, "drop-in"),
     (bug::SCRIPTS_UNJUDGED, "script"),
+    (bug::INTERPRETER_UNJUDGED, "interpreter-link"),
 ];
 /// How bugs are called that are about other code than what is executed, about sessions, about conditions, and about the ring: what
 /// they break is tried first.

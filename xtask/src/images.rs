@@ -61,6 +61,19 @@ const MARK: &[u8] = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\
     \xb8\x3c\0\0\0\
     \x0f\x05";
 
+/// The same with a segment that ends with a page: as an interpreter, older kernels clear the rest of the last one, which is not
+/// writable.
+fn whole_page(program: &[u8]) -> Vec<u8> {
+    const PAGE: usize = 0x1000;
+    let mut program = program.to_vec();
+    program.resize(PAGE, 0);
+    // Size in the file and in memory, of the one segment.
+    for size in [96, 104] {
+        program[size..size + 8].copy_from_slice(&(PAGE as u64).to_le_bytes());
+    }
+    program
+}
+
 /// A program that the kernel leaves to `interpreter`, by a path of at most 63 bytes: an ELF header, the name, and a page of nothing
 /// at 0x600000.
 fn interpreted_by(interpreter: &str) -> Vec<u8> {
@@ -155,8 +168,15 @@ pub fn make(binaries: &Path) -> Result<Vec<Image>> {
         }
         std::fs::write(root.join(CAPABLE), MARK)?;
         executable(&root.join(CAPABLE))?;
-        std::fs::write(root.join("usr/bin/mark"), MARK)?;
-        executable(&root.join("usr/bin/mark"))?;
+        for (path, bytes) in [
+            ("usr/bin/mark", MARK.to_vec()),
+            ("usr/bin/loader", whole_page(MARK)),
+            // For who writes to a layer of the image.
+            ("usr/libexec/layered", MARK.to_vec()),
+        ] {
+            std::fs::write(root.join(path), bytes)?;
+            executable(&root.join(path))?;
+        }
         std::os::unix::fs::symlink("mark", root.join("usr/bin/link-to-mark"))?;
         let steps = root.join("usr/bin/steps");
         std::fs::write(&steps, "#!/usr/bin/workload steps\n/usr/libexec/tree/two/two/two\n")?;

@@ -151,6 +151,7 @@ impl Agent {
 fn known((name, point): (String, String)) -> Option<Volume> {
     let mounted = Mounted {
         id: 0,
+        parent: 0,
         device: String::new(),
         root: point.clone().into(),
         point: point.into(),

@@ -141,7 +141,7 @@ impl Agent {
                     namespace: facts.namespace,
                     pod: facts.pod,
                     name: facts.name,
-                    mode: container.mode.to_owned(),
+                    mode: container.claimed_mode().to_owned(),
                     revision: container.revision.clone(),
                     made,
                     delivered: settled.saturating_sub(lost + spooled),

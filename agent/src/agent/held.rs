@@ -1,8 +1,9 @@
 //! What is stopped until its container is identified: settled, let go or killed, and recorded.
 
 use palisade_abi::{
-    codes::{action, mode, reason, verdict},
+    codes::{action, mode, origin, reason, verdict},
     maps::Process,
+    record::INTERPRETER,
 };
 use palisade_profile::{
     evaluate::{Execution, evaluate},
@@ -13,7 +14,7 @@ use palisade_profile::{
 use super::{Agent, flow::HeldExec};
 use crate::{
     processes::{self, ProcessKey},
-    records::Held,
+    records::{Held, Interpreter},
 };
 
 impl Agent {
@@ -28,7 +29,8 @@ impl Agent {
             .and_then(|identity| self.profiles.policy_for(&identity.facts))
             .map(|policy| self.verified(slot, policy));
         for exec in held {
-            let decision = judge(policy.as_ref(), &exec.held, |path| self.source.hash(path));
+            let leads = |name, path| self.leads(slot, name, path);
+            let decision = judge(policy.as_ref(), &exec.held, |path| self.source.hash(path), leads);
             self.finish(slot, exec, decision);
         }
     }
@@ -147,7 +149,13 @@ impl Settled {
 }
 
 /// Judges what was held as the kernel would have: the script first, then its interpreter, and the worse of the two.
-fn judge(policy: Option<&Policy>, held: &Held, hash: impl Fn(&[u8]) -> [u64; 2]) -> Settled {
+/// `leads` says whether a name leads to a file in the image, both by their hashes.
+fn judge(
+    policy: Option<&Policy>,
+    held: &Held,
+    hash: impl Fn(&[u8]) -> [u64; 2],
+    leads: impl Fn([u64; 2], [u64; 2]) -> bool,
+) -> Settled {
     let Some(policy) = policy else {
         return Settled { verdict: verdict::ALLOWED, reason: reason::NO_PROFILE, mode: 0, of_script: false };
     };
@@ -161,7 +169,7 @@ fn judge(policy: Option<&Policy>, held: &Held, hash: impl Fn(&[u8]) -> [u64; 2])
     if held.escaped {
         return mismatch(reason::ESCAPED);
     }
-    if held.foreign_interpreter && policy.exec.is_some() {
+    if held.foreign_interpreter && held.interpreter.is_none() && policy.exec.is_some() {
         return mismatch(reason::INTERPRETER);
     }
     // A policy that cannot be compiled was not applied either.
@@ -169,6 +177,17 @@ fn judge(policy: Option<&Policy>, held: &Held, hash: impl Fn(&[u8]) -> [u64; 2])
     let Held { session, failure, .. } = *held;
     let parents = image.exact.iter().filter(|(_, rule)| rule.parent != 0).map(|(key, _)| key.path.as_slice());
     let caller = parents.into_iter().find(|path| hash(path) == held.caller);
+    if let Some(Interpreter { path, origin, path_hash, name_hash }) = &held.interpreter
+        && policy.exec.is_some()
+    {
+        let of_image = *origin == origin::IMAGE && (path_hash == name_hash || leads(*name_hash, *path_hash));
+        let loader = Execution { path, origin: *origin, session, failure: 0, caller, arguments: None };
+        // What is cut is no path that a rule names.
+        let named = path.len() < INTERPRETER && evaluate(&image, &loader).verdict == verdict::ALLOWED;
+        if !of_image && !named {
+            return mismatch(reason::INTERPRETER);
+        }
+    }
     let own = Execution {
         path: &held.path,
         origin: held.origin,

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -16,7 +15,7 @@ use palisade_profile::policy::Policy;
 use super::{Agent, held::Settled, volumes};
 use crate::{
     containers::{
-        Container, Identity, NO_PROFILE, UNIDENTIFIED,
+        Container, Identity, NO_PROFILE, RootFilesystem, UNIDENTIFIED,
         cgroups::{self, Found},
         containerd::RuntimeEvent,
         nri::{Described, Notice, Question},
@@ -43,10 +42,8 @@ impl Agent {
     }
 
     fn take_over_or_say(&mut self, found: &Found) {
-        if let Some(container) = self.containers.get(&found.slot) {
-            if container.found_running && !self.kernel.maps.has_root(found.slot) {
-                self.learn_root(found, &found.members());
-            }
+        if self.containers.contains_key(&found.slot) {
+            self.compare_root(found);
             return;
         }
         if let Err(error) = self.take_over(found) {
@@ -54,7 +51,7 @@ impl Agent {
         }
     }
 
-    /// Gives a running container's cgroup and processes to its slot, and learns its root. Every step may be
+    /// Gives a running container's cgroup and processes to its slot, and learns its root filesystem. Every step may be
     /// repeated: after a failure the next scan begins anew.
     fn take_over(&mut self, found: &Found) -> Result<()> {
         let first = processes::oldest(&found.members()).unwrap_or(0);
@@ -104,30 +101,14 @@ impl Agent {
             self.kernel.maps.remove_process(*process);
         }
         self.processes.seed(found.slot, &still);
-        if !self.kernel.maps.has_root(found.slot) {
-            self.learn_root(found, &still);
-        }
         // A slot that the kernel made itself has a time of creation.
         let found_running =
             is_new || self.kernel.maps.ledger.slot(found.slot).is_some_and(|slot| slot.created == 0);
         let mut container = Container::new(found.id.clone(), found.folder.clone(), found_running);
         container.members_known = members_known;
+        container.root = self.find_root(found, &still, found_running);
         self.begin(found.slot, container);
         Ok(())
-    }
-
-    /// Learns a running container's root from its oldest process, which the runtime set up: its start time cannot be
-    /// forged, a number can be hit.
-    fn learn_root(&mut self, found: &Found, members: &[u32]) {
-        let Some(first) = processes::oldest(members) else { return };
-        let root = PathBuf::from(format!("/proc/{first}/root"));
-        if let Err(error) = self.kernel.learn_root(found.slot, &root) {
-            tracing::warn!(
-                container = found.id,
-                error = format!("{error:#}"),
-                "its root file system is not known yet, so the origin of its files is unknown; this is tried again"
-            );
-        }
     }
 
     /// A container is there; find out what it is.
@@ -135,7 +116,20 @@ impl Agent {
         if self.containers.contains_key(&slot) {
             return;
         }
-        self.slots.insert(container.id.clone(), slot);
+        // A name is its first cgroup's as long as that is there: what the runtime says of it is not for another one that is made later
+        // under the same name.
+        match self.slots.get(&container.id) {
+            Some(first) if self.containers.contains_key(first) => {
+                tracing::warn!(
+                    container = container.id,
+                    slot,
+                    "another cgroup has the name of a container that is there already"
+                );
+            }
+            _ => {
+                self.slots.insert(container.id.clone(), slot);
+            }
+        }
         self.containers.insert(slot, container);
         self.tell_coverage(slot, "found", 0);
         self.ask_about(slot);
@@ -303,7 +297,8 @@ impl Agent {
         self.awaiting_mounts.remove(&slot);
         let mut complete = true;
         let policy = policy.map(|policy| {
-            complete = self.read_digests(slot, &policy);
+            // Both, also where one is not done yet.
+            complete = self.read_digests(slot, &policy) & self.learn_interpreters(slot, &policy);
             self.verified(slot, policy)
         });
         let Some(container) = self.containers.get_mut(&slot) else { return };
@@ -311,7 +306,9 @@ impl Agent {
         let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
         // Only where the kernel has no other root for it: a `chroot` into a mounted host directory must not count.
         let has_own_root = self.kernel.maps.has_root(slot);
-        let mut flags = if is_its_own && !has_own_root && self.kernel.has_hosts_root(first) {
+        // Nor where one that ran before has gone there by itself.
+        let is_given = !container.found_running || container.root == RootFilesystem::Runtimes;
+        let mut flags = if is_its_own && is_given && !has_own_root && self.kernel.has_hosts_root(first) {
             tracing::warn!(container = container.id, "its root file system is the host's own");
             slot_flags::ROOT_IS_HOSTS
         } else {

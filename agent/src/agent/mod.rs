@@ -8,10 +8,12 @@ pub mod digests;
 mod flow;
 mod health;
 mod held;
+pub mod interpreters;
 mod lifecycle;
 pub mod links;
 mod others;
 mod report;
+mod root;
 mod self_probe;
 mod volumes;
 

@@ -20,6 +20,8 @@ impl Agent {
             records_made,
             answered_in: container.answered_in,
             answer_deadline: container.answer_deadline,
+            root_filesystem: container.root.as_str().to_owned(),
+            objection: container.root.objection().unwrap_or_default().to_owned(),
             volumes: container
                 .volumes
                 .iter()
@@ -74,6 +76,7 @@ impl Agent {
         if misses > 0 {
             evidence.push(("recursion-misses".to_owned(), misses));
         }
+        self.note_skipped(misses);
         for (site, count) in &evidence {
             if !self.evidence.iter().any(|(known, before)| known == site && before == count) {
                 tracing::warn!(site, count, "errors in the kernel programs");

@@ -27,6 +27,9 @@ use crate::kernel::Tier;
 pub const REFUSED: u8 = 77;
 /// Exit code of a child whose signal to the agent was not.
 pub const SIGNAL_LET_THROUGH: u8 = 78;
+/// How long nothing is claimed after the kernel has skipped a program.
+const AFTER_SKIP: Duration = Duration::from_secs(300);
+const SKIPPED: &str = "the kernel has skipped a program";
 /// When to try again after a failure.
 const SOON: Duration = Duration::from_secs(1);
 /// How long the proof may take before it counts as failed.
@@ -54,6 +57,9 @@ pub(super) struct SelfProbe {
     ran: bool,
     /// The revision that allows nothing.
     revision: Option<u32>,
+    /// How often the kernel has skipped a program, and when that last went up.
+    skips: u64,
+    skipped: Option<Instant>,
 }
 
 /// A child that proves something.
@@ -78,7 +84,15 @@ impl SelfProbe {
             leftover: Vec::new(),
             ran: false,
             revision: None,
+            skips: 0,
+            skipped: None,
         }
+    }
+
+    /// What speaks against the claim, as long as the kernel skipped a program not long ago.
+    fn has_skipped(&self) -> Option<String> {
+        let recent = self.skipped.is_some_and(|last| last.elapsed() < AFTER_SKIP);
+        recent.then(|| format!("{SKIPPED} {} times: it was in it already", self.skips))
     }
 
     /// Takes a record of the probe's own slot.
@@ -249,7 +263,24 @@ impl Agent {
             // Soon again: what was mended must prove itself.
             self.self_probe.due = Instant::now() + SOON;
         }
+        failures.extend(self.self_probe.has_skipped());
         self.claim(failures);
+    }
+
+    /// The kernel has skipped programs `skips` times by now, since it was in them already. If that is more than before, something may
+    /// have passed that must not, and the claim is withdrawn at once; it comes back when it has not happened for [`AFTER_SKIP`].
+    pub(super) fn note_skipped(&mut self, skips: u64) {
+        if skips <= self.self_probe.skips {
+            return;
+        }
+        self.self_probe.skips = skips;
+        self.self_probe.skipped = Some(Instant::now());
+        // Before the first proof nothing is claimed.
+        if let Some(mut failures) = self.self_probe.failures.clone() {
+            failures.retain(|failure| !failure.starts_with(SKIPPED));
+            failures.extend(self.self_probe.has_skipped());
+            self.claim(failures);
+        }
     }
 
     /// Says what is claimed from now on.

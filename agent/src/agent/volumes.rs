@@ -232,6 +232,7 @@ mod tests {
     fn what_is_held_is_named_before_it_is_judged() {
         let mounted = Mounted {
             id: 1,
+            parent: 0,
             device: "8:1".to_owned(),
             root: "/v/tools".into(),
             point: "/tools".into(),
@@ -255,6 +256,7 @@ mod tests {
             script: Some((b"/v/tools/start.sh".to_vec(), origin::HOST)),
             escaped: false,
             foreign_interpreter: false,
+            interpreter: None,
             elevated: false,
             caller: [0; 2],
             arguments: None,

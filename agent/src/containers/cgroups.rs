@@ -121,6 +121,13 @@ pub fn of_process(root: &Path, pid: u32, id: String) -> Option<Found> {
     Some(Found { slot: cgroup_id(&folder)?, id, folder })
 }
 
+/// Whether the process `pid` is in a container's cgroup, or in one below it. One that has ended counts as such.
+pub fn holds_container(pid: u32) -> bool {
+    let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/cgroup")) else { return true };
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    path.is_none_or(|path| path.split('/').any(|name| container_id(name).is_some()))
+}
+
 /// The cgroup below `root` that lists the process `pid`.
 fn holder(root: &Path, pid: u32) -> Option<PathBuf> {
     let mut open: Vec<PathBuf> = Vec::from([root.to_owned()]);

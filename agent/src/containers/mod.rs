@@ -1,5 +1,6 @@
 //! Containers: found by their cgroups, identified by the runtime.
 
+pub mod bundle;
 pub mod cgroups;
 pub mod containerd;
 pub mod cri;
@@ -13,12 +14,12 @@ pub mod storage;
 use std::{collections::HashMap, path::PathBuf};
 
 use bytes::Bytes;
-use palisade_profile::selector::ContainerFacts;
+use palisade_profile::{document::Mode, selector::ContainerFacts};
 use palisade_proto::v1;
 use prost::Message as _;
 
 use self::mounts::{Described, Volume};
-use crate::agent::{digests::Digests, links::Links};
+use crate::agent::{digests::Digests, interpreters::Interpreters, links::Links};
 
 /// What the runtime says of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,6 +49,54 @@ impl Identity {
     }
 }
 
+/// What the root filesystem of a container was found to be. The text is for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum RootFilesystem {
+    #[default]
+    NotCompared,
+    /// What the kernel takes for its image is what the runtime has made.
+    Runtimes,
+    /// The same, but its first process has gone to another one.
+    Left(String),
+    /// The kernel saw it begin on another one than the runtime names.
+    Another(String),
+    /// What the runtime has made cannot be found, so nothing counts as its image.
+    NotFound(String),
+    /// It is no overlay.
+    NotExamined,
+}
+
+impl RootFilesystem {
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::NotCompared => "",
+            Self::Runtimes => "runtime",
+            Self::Left(_) => "left",
+            Self::Another(_) => "another",
+            Self::NotFound(_) => "not-found",
+            Self::NotExamined => "not-examined",
+        }
+    }
+
+    /// What speaks against it.
+    pub fn objection(&self) -> Option<&str> {
+        match self {
+            Self::Left(why) | Self::Another(why) | Self::NotFound(why) => Some(why),
+            Self::NotCompared | Self::Runtimes | Self::NotExamined => None,
+        }
+    }
+
+    /// Whether what the kernel takes for the image is that, as far as it was found out.
+    fn is_the_image(&self) -> bool {
+        !matches!(self, Self::Another(_) | Self::NotFound(_))
+    }
+
+    /// Whether another look would find nothing else.
+    pub fn is_settled(&self) -> bool {
+        !matches!(self, Self::NotCompared | Self::NotFound(_))
+    }
+}
+
 /// A container on this node.
 #[derive(Clone, Debug)]
 pub struct Container {
@@ -64,6 +113,7 @@ pub struct Container {
     pub found_running: bool,
     /// Whether the kernel knows every process that was there when it was found running.
     pub members_known: bool,
+    pub root: RootFilesystem,
     /// Its cgroup's folder; empty when it is not known.
     pub cgroup: PathBuf,
     /// Its mounts that are volumes; `None` until they are known.
@@ -74,6 +124,7 @@ pub struct Container {
     pub adopted: bool,
     /// Digests of files of its image that rules ask for.
     pub digests: Digests,
+    pub interpreters: Interpreters,
     /// Rules of its policy that are symbolic links in its image.
     pub links: Links,
     /// Since when they are, nanoseconds since boot.
@@ -99,7 +150,7 @@ pub const UNIDENTIFIED: &str = "unidentified";
 /// Mode of a container that no profile names.
 pub const NO_PROFILE: &str = "none";
 
-/// Mode of a container whose agent has stopped.
+/// Mode of a container whose agent has stopped, or of which it claims nothing.
 pub const NOT_IN_FORCE: &str = "not-in-force";
 
 impl Container {
@@ -113,11 +164,13 @@ impl Container {
             in_force_since: 0,
             found_running,
             members_known: false,
+            root: RootFilesystem::default(),
             cgroup,
             volumes: None,
             withdrawn: false,
             adopted: false,
             digests: Digests::default(),
+            interpreters: Interpreters::default(),
             links: Links::default(),
             volumes_since: 0,
             volumes_open: false,
@@ -135,6 +188,12 @@ impl Container {
     /// Whether it is identified and its policy stands in the kernel.
     pub fn is_under_policy(&self) -> bool {
         self.identity.is_some() && self.mode != UNIDENTIFIED
+    }
+
+    /// Its mode as far as the agent claims it.
+    pub fn claimed_mode(&self) -> &'static str {
+        let enforces = self.mode == Mode::Enforce.as_str();
+        if self.withdrawn || enforces && !self.root.is_the_image() { NOT_IN_FORCE } else { self.mode }
     }
 
     /// Encodes the container block anew. To be called after every change.
@@ -162,7 +221,7 @@ impl Container {
             class: if identity.sandbox { "sandbox" } else { "container" }.to_owned(),
             profiles: self.profiles.clone(),
             revision: self.revision.clone(),
-            mode: if self.withdrawn { NOT_IN_FORCE } else { self.mode }.to_owned(),
+            mode: self.claimed_mode().to_owned(),
             identified_by: identity.by.to_owned(),
         }
     }
@@ -170,3 +229,34 @@ impl Container {
 
 /// All containers of this node, by slot.
 pub type Containers = HashMap<u64, Container>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn enforce_is_claimed_only_where_the_image_is_known() {
+        let claimed = |mode, root: RootFilesystem| {
+            let mut container = Container::new("c".to_owned(), PathBuf::new(), true);
+            (container.mode, container.root) = (mode, root);
+            assert_eq!(container.to_proto().mode, container.claimed_mode());
+            container.claimed_mode()
+        };
+        let why = || "why".to_owned();
+        let enforce = Mode::Enforce.as_str();
+        for root in [RootFilesystem::NotFound(why()), RootFilesystem::Another(why())] {
+            assert_eq!(claimed(enforce, root.clone()), NOT_IN_FORCE, "{root:?}");
+            for mode in [Mode::Audit.as_str(), NO_PROFILE, UNIDENTIFIED] {
+                assert_eq!(claimed(mode, root.clone()), mode, "{root:?}");
+            }
+        }
+        for root in [
+            RootFilesystem::NotCompared,
+            RootFilesystem::Runtimes,
+            RootFilesystem::NotExamined,
+            RootFilesystem::Left(why()),
+        ] {
+            assert_eq!(claimed(enforce, root.clone()), enforce, "{root:?}");
+        }
+    }
+}

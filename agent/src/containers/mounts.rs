@@ -207,6 +207,7 @@ mod tests {
     fn mounted(filesystem: &str, point: &str) -> Mounted {
         Mounted {
             id: 1,
+            parent: 0,
             device: "8:1".to_owned(),
             root: "/".into(),
             point: point.into(),

@@ -9,6 +9,13 @@ use thiserror::Error;
 mod hooks;
 
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+/// Fields that have had several names.
+const ALTERNATIVES: &[&[&str]] = &[
+    &["inode_changed", "inode_changed_before_6_11", "inode_changed_before_6_6"],
+    &["ovl_entry_lowers", "ovl_entry_lowers_before_6_5"],
+    // Before 6.5 the dentry has the entry.
+    &["ovl_inode_entry", "ovl_entry_lowers_before_6_5"],
+];
 const OVERLAY: &str = "/sys/kernel/btf/overlay";
 
 /// Why the kernel's layout is not known.
@@ -50,7 +57,7 @@ pub enum OverlayLayout {
     Inferred,
 }
 
-/// The functions that stand for the LSM's hooks, for attaching to them.
+/// The functions that stand for the LSM's hooks, and others that programs attach to.
 ///
 /// # Errors
 ///
@@ -59,7 +66,7 @@ pub(super) fn lsm_hooks() -> Result<aya::Btf, BtfError> {
     let path = Path::new(VMLINUX);
     let malformed = |message: String| BtfError::Malformed { path: path.to_owned(), message };
     let raw = std::fs::read(path).map_err(|source| BtfError::Missing { path: path.to_owned(), source })?;
-    let hooks = hooks::functions(&raw, b"bpf_lsm_")
+    let hooks = hooks::functions(&raw, &[b"bpf_lsm_", super::load::AT_RETURN.as_bytes()])
         .ok_or_else(|| malformed("it has types of a kind that this build does not know".to_owned()))?;
     aya::Btf::parse(&hooks, aya::Endianness::default()).map_err(|error| malformed(error.to_string()))
 }
@@ -106,6 +113,12 @@ impl Layout {
                 }
             }
         }
+        // Of names for one thing in different versions one is enough.
+        for names in ALTERNATIVES {
+            if names.iter().any(|name| !absent.contains(name)) {
+                absent.retain(|name| !names.contains(name));
+            }
+        }
         let mut offsets: KernelOffsets = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&values));
         let mut source = OverlayLayout::Btf;
         if offsets.ovl_inode_upper == ABSENT {
@@ -144,6 +157,10 @@ fn structure(btf: &Btf, name: &str) -> Option<Struct> {
 /// Byte offset and size of `member` (dotted) in `name`.
 fn find(btf: &Btf, name: &str, member: &str) -> Result<(u32, u32), String> {
     let structure = structure(btf, name).ok_or_else(|| format!("there is no struct {name}"))?;
+    if member.is_empty() {
+        let size = structure.size() as u32;
+        return Ok((size, size));
+    }
     let mut current = structure;
     let mut offset = 0;
     let mut names = member.split('.').peekable();

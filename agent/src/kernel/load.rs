@@ -10,7 +10,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, MapData},
     programs::{
-        Lsm, Program, RawTracePoint,
+        FExit, Lsm, Program, RawTracePoint,
         links::{FdLink, PinnedLink},
     },
 };
@@ -28,7 +28,7 @@ use super::{
     btf::{OverlayLayout, lsm_hooks},
     pins::SetFolder,
     roots,
-    sets::{adoptable, pinned_lsm, pinned_tracepoint, recording, ring},
+    sets::{adoptable, pinned_at_return, pinned_lsm, pinned_tracepoint, recording, ring},
     volumes,
 };
 use crate::{
@@ -135,6 +135,7 @@ pub struct Kernel {
     folder: SetFolder,
     learn_root: RawTracePoint,
     learn_volume: RawTracePoint,
+    probe_origin: RawTracePoint,
     /// Everything that is pinned, to pin it again.
     all_programs: Vec<(&'static str, Program)>,
     all_maps: Vec<(String, MapData)>,
@@ -186,6 +187,8 @@ pub(super) const LSM: &[&str] = &[
     "move_mount",
     "sb_umount",
 ];
+/// A function of the kernel, and the program that runs when it returns.
+pub(super) const AT_RETURN: &str = "get_signal";
 /// The map that all sets share.
 const ACTIVE_EPOCH: &str = "ACTIVE_EPOCH";
 
@@ -255,6 +258,9 @@ impl Kernel {
         for name in LSM.iter().filter(|_| tier == Tier::Full) {
             all_programs.push((*name, Program::Lsm(pinned_lsm(&folder, name)?)));
         }
+        if tier == Tier::Full {
+            all_programs.push((AT_RETURN, Program::FExit(pinned_at_return(&folder, AT_RETURN)?)));
+        }
         let mut all_maps = Vec::new();
         for name in folder.map_names()? {
             // What is no map, somebody else has put there; what is needed is opened below.
@@ -277,6 +283,7 @@ impl Kernel {
             host: host_process(),
             learn_root: pinned_tracepoint(&folder, LEARN_ROOT)?,
             learn_volume: pinned_tracepoint(&folder, LEARN_VOLUME)?,
+            probe_origin: pinned_tracepoint(&folder, PROBE_ORIGIN)?,
             all_programs,
             all_maps,
             active_epoch,
@@ -357,7 +364,7 @@ impl Kernel {
     /// The programs that are attached on this tier.
     fn to_attach(&self) -> impl Iterator<Item = &'static str> + use<> {
         let full = self.tier == Tier::Full;
-        TRACEPOINTS.iter().chain(LSM.iter().filter(move |_| full)).copied()
+        TRACEPOINTS.iter().chain(LSM.iter().chain([&AT_RETURN]).filter(move |_| full)).copied()
     }
 
     /// Looks whether everything is pinned that keeps enforcement up without the agent, and pins again what is not. Returns
@@ -433,6 +440,15 @@ impl Kernel {
         roots::learn(&self.learn_root, slot, path)
     }
 
+    /// The origin of a file that is open on a container's root filesystem, as code of [`palisade_abi::codes::origin`].
+    ///
+    /// # Errors
+    ///
+    /// When the program cannot be run.
+    pub fn origin_of(&self, file: std::os::fd::BorrowedFd) -> anyhow::Result<u8> {
+        roots::origin_of(&self.probe_origin, file)
+    }
+
     /// Opens the mounts of the process `pid` that may be volumes; see [`volumes::open_mounts`].
     ///
     /// # Errors
@@ -498,12 +514,13 @@ impl Kernel {
 
     /// Whether a process has the host's own root directory, as the runtime has while it prepares a container.
     pub fn has_hosts_root(&self, pid: u32) -> bool {
-        use std::os::unix::fs::MetadataExt as _;
-        let root = |process: &Path| {
-            std::fs::metadata(process.join("root/.")).map(|metadata| (metadata.dev(), metadata.ino())).ok()
-        };
-        let found = root(&std::path::PathBuf::from(format!("/proc/{pid}")));
-        found.is_some() && found == root(self.host)
+        let found = root_of(&std::path::PathBuf::from(format!("/proc/{pid}")));
+        found.is_some() && found == root_of(self.host)
+    }
+
+    /// Whether the directory with this device number and inode is the host's own root.
+    pub fn is_hosts_root(&self, directory: (u64, u64)) -> bool {
+        root_of(self.host) == Some(directory)
     }
 
     /// Times that the kernel skipped a program because it was already running on that CPU (5.12 and later tell).
@@ -520,6 +537,12 @@ impl Kernel {
         }
         sum
     }
+}
+
+/// Device number and inode of the root directory of the process at `process`.
+fn root_of(process: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(process.join("root/.")).map(|metadata| (metadata.dev(), metadata.ino())).ok()
 }
 
 /// Parsing BTF takes tens of megabytes that are never needed again.
@@ -549,7 +572,11 @@ fn load(
     if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
         tracing::debug!(%error, "the limit on locked memory stays; it matters before kernel 5.11");
     }
-    let layout = Layout::of_running_kernel()?;
+    let mut layout = Layout::of_running_kernel()?;
+    let rename_lock = address_of("rename_lock");
+    if rename_lock == 0 {
+        layout.absent.push("rename_lock");
+    }
     // Before the maps are made, which count against the same limit.
     give_back_memory();
     let meta = SetMeta {
@@ -569,6 +596,7 @@ fn load(
         pt_regs_at: if layout.pt_regs_size == 0 { 0 } else { THREAD_SIZE - layout.pt_regs_size },
         host_mount_namespace: mount_namespace(host_process())?,
         reserved: 0,
+        rename_lock,
     };
     let btf = lsm_hooks()?;
     let folder = pins.begin(set)?;
@@ -588,6 +616,7 @@ fn load(
         .map_max_entries("REVISIONS", slots)
         .map_max_entries("CGROUPS", slots * 2)
         .map_max_entries("PROCESSES", processes)
+        .map_max_entries("LINKS", slots * LINKS_PER_SLOT)
         .map_max_entries("RULES", rules)
         .map_max_entries("GLOBS", glob_bytes.div_ceil(size_of::<GlobChunk>() as u32))
         .map_max_entries("VOLUMES", volumes)
@@ -622,6 +651,10 @@ fn load(
             programs.push(report(name, program.info()));
             program.pin(folder.program(name)).with_context(|| format!("cannot pin {name}"))?;
         }
+        let program: &mut FExit = program(&mut ebpf, AT_RETURN)?;
+        program.load(AT_RETURN, &btf).map_err(|error| refused(AT_RETURN, &error))?;
+        programs.push(report(AT_RETURN, program.info()));
+        program.pin(folder.program(AT_RETURN)).with_context(|| format!("cannot pin {AT_RETURN}"))?;
     }
     // Passes on what the programs log in debug builds.
     #[cfg(debug_assertions)]
@@ -629,6 +662,25 @@ fn load(
         tracing::debug!(%error, "the programs were built without debug messages");
     }
     Ok(Fresh { folder, meta, layout, programs })
+}
+
+/// Names that lead to interpreters, for each container: most images have one or two.
+const LINKS_PER_SLOT: u32 = 4;
+
+/// The address of a variable of the kernel; 0 where that is hidden (`kptr_restrict`) or not told (without `CONFIG_KALLSYMS_ALL`).
+fn address_of(variable: &str) -> u64 {
+    use std::io::BufRead as _;
+    let Ok(symbols) = std::fs::File::open("/proc/kallsyms") else { return 0 };
+    std::io::BufReader::with_capacity(1 << 16, symbols)
+        .split(b'\n')
+        .map_while(Result::ok)
+        .find_map(|line| {
+            // "ffffffff82a3b4c0 D rename_lock"
+            let line = line.strip_suffix(variable.as_bytes())?.strip_suffix(b" ")?;
+            let address = std::str::from_utf8(line).ok()?.split(' ').next()?;
+            u64::from_str_radix(address, 16).ok()
+        })
+        .unwrap_or(0)
 }
 
 /// Names a set by everything that makes it another: layout, programs and map sizes.
@@ -642,7 +694,11 @@ fn set_name(object: &[u8], sizes: &Sizes) -> String {
 
 /// Attaches a pinned program for good.
 fn attach(folder: &SetFolder, name: &str, pin: &Path) -> Result<PinnedLink, LoadError> {
-    let link: FdLink = if LSM.contains(&name) {
+    let link: FdLink = if name == AT_RETURN {
+        let mut program = pinned_at_return(folder, name)?;
+        let link = program.attach().map_err(|error| refused(name, &error))?;
+        program.take_link(link).map_err(|error| refused(name, &error))?.into()
+    } else if LSM.contains(&name) {
         let mut program = pinned_lsm(folder, name)?;
         let link = program.attach().map_err(|error| refused(name, &error))?;
         program.take_link(link).map_err(|error| refused(name, &error))?.into()

@@ -8,12 +8,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Array, HashMap, MapData};
+use bytemuck::Zeroable as _;
 use palisade_abi::{
     codes,
     hash::hash_path,
     maps::{
-        AdmittedKey, AgentState, GLOB_CHUNK, GlobChunk, PROBE_SLOT, Process, Revision, RootIdentity, RuleKey,
-        RuleValue, SetMeta, Slot, SlotPolicy,
+        AdmittedKey, AgentState, GLOB_CHUNK, GlobChunk, LayerKey, LinkKey, LinkTarget, PROBE_SLOT, Process,
+        Revision, RootIdentity, RuleKey, RuleValue, SetMeta, Slot, SlotPolicy,
     },
 };
 use palisade_profile::{
@@ -121,6 +122,8 @@ pub struct Maps {
     processes: HashMap<MapData, u32, Process>,
     roots: HashMap<MapData, u64, RootIdentity>,
     root_slots: HashMap<MapData, u64, u64>,
+    links: HashMap<MapData, LinkKey, LinkTarget>,
+    layers: HashMap<MapData, LayerKey, u64>,
     pub(super) volumes: VolumeMaps,
     agent: Array<MapData, AgentState>,
     meta: Array<MapData, SetMeta>,
@@ -129,6 +132,8 @@ pub struct Maps {
     protected: HashMap<MapData, u64, u32>,
     errors: Array<MapData, u64>,
     hash_key: [u64; 2],
+    /// The names in `links`, by slot.
+    links_of: Table<u64, Vec<[u64; 2]>>,
     installed: Table<u32, Installed>,
     retired: Vec<(Instant, u32)>,
     next_revision: u32,
@@ -149,6 +154,8 @@ impl Maps {
             processes: take("PROCESSES")?.try_into()?,
             roots: take("ROOTS")?.try_into()?,
             root_slots: take("ROOT_SLOTS")?.try_into()?,
+            links: take("LINKS")?.try_into()?,
+            layers: take("LAYERS")?.try_into()?,
             volumes: VolumeMaps::new(take("VOLUMES")?.try_into()?, take("VOLUME_NAMES")?.try_into()?),
             agent: take("AGENT")?.try_into()?,
             hash_key: meta.get(&0, 0)?.hash_key,
@@ -157,6 +164,7 @@ impl Maps {
             admitted: take("ADMITTED")?.try_into()?,
             protected: take("PROTECTED")?.try_into()?,
             errors: take("ERRORS")?.try_into()?,
+            links_of: Table::new(),
             installed: Table::new(),
             retired: Vec::new(),
             next_revision: 1,
@@ -281,6 +289,10 @@ impl Maps {
             for key in orphans {
                 let _gone_is_gone = self.rules.remove(&key);
             }
+        }
+        for link in self.links.keys() {
+            let LinkKey { slot, name } = link?;
+            self.links_of.entry(slot).or_default().push(name);
         }
         self.volumes.read_back()?;
         Ok(found)
@@ -484,12 +496,25 @@ impl Maps {
 
     /// Whether the slot's root file system is known.
     pub fn has_root(&self, slot: u64) -> bool {
-        self.roots.get(&slot, 0).is_ok()
+        self.root_device(slot).is_some()
     }
 
     /// Device of the root filesystem of `slot`, in the kernel's encoding.
     pub fn root_device(&self, slot: u64) -> Option<u64> {
-        self.roots.get(&slot, 0).ok().map(|root| u64::from(root.device))
+        let root = self.roots.get(&slot, 0).ok().filter(|root| root.superblock != 0);
+        root.map(|root| u64::from(root.device))
+    }
+
+    /// Says that nothing is the root filesystem of `slot`. Else the kernel would take the first root for it that a process
+    /// has which enters, and that may be one that the container has made.
+    ///
+    /// # Errors
+    ///
+    /// When the map is full.
+    pub fn set_no_root(&mut self, slot: u64) -> Result<()> {
+        self.roots
+            .insert(slot, RootIdentity::zeroed(), BPF_ANY)
+            .context("the map of root filesystems is full; raise maps.slots in the agent's configuration")
     }
 
     /// Slots that are under a revision and have not ended.
@@ -536,6 +561,23 @@ impl Maps {
         self.ledger.remove(slot);
         let _as_above = self.cgroups.remove(&slot);
         self.volumes.forget(slot);
+        for name in self.links_of.remove(&slot).unwrap_or_default() {
+            let _as_above = self.links.remove(&LinkKey { slot, name });
+        }
+    }
+
+    /// Notes that `name` leads to the file at `path` in the image of `slot`, by links of the image.
+    ///
+    /// # Errors
+    ///
+    /// When the map is full.
+    pub fn learn_link(&mut self, slot: u64, name: &str, path: &str) -> Result<()> {
+        let [name, path] = [name, path].map(|path| hash_path(self.hash_key, path.as_bytes()));
+        self.links
+            .insert(LinkKey { slot, name }, LinkTarget { path }, BPF_ANY)
+            .context("the map of links is full; raise maps.slots in the agent's configuration")?;
+        self.links_of.entry(slot).or_default().push(name);
+        Ok(())
     }
 
     /// The kernel's error counters that are not zero, by name.

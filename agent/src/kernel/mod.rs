@@ -19,4 +19,4 @@ pub use pins::Pins;
 pub use probe::{Features, features};
 pub use ring::Ring;
 pub use sets::{OldSet, Whole, agent_state, held_processes};
-pub use volumes::{Mounted, Opened, Table};
+pub use volumes::{Mounted, Opened, Table, mount_of, mounted};

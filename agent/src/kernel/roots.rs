@@ -1,6 +1,10 @@
 //! Acts that need another root directory or mount namespace, each on a thread of its own that ends with it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya::programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _};
@@ -29,19 +33,28 @@ fn apart<T: Send>(mounts: bool, work: impl FnOnce() -> Result<T> + Send) -> Resu
     })
 }
 
-/// Lets the program `learn_root` store the superblock of `root` under `slot`.
+/// Lets the program `learn_root` store the superblock of `root` under `slot`, and what layers it has.
 pub(super) fn learn(program: &RawTracePoint, slot: u64, root: &Path) -> Result<()> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     apart(false, || {
         rustix::process::chroot(root).with_context(|| format!("cannot enter {}", root.display()))?;
         std::env::set_current_dir("/").ok();
         let mut options = RawTracePointRunOptions::default();
         options.args[0] = slot;
+        options.args[1] = now;
         let result = program.test_run(options)?;
         if result.return_value != 0 {
             bail!("the kernel could not store the root {}", root.display());
         }
         Ok(())
     })
+}
+
+/// What the program `probe_origin` says of a file that is open: a code of [`origin`].
+pub(super) fn origin_of(program: &RawTracePoint, file: BorrowedFd) -> Result<u8> {
+    let mut options = RawTracePointRunOptions::default();
+    options.args[0] = u64::try_from(file.as_raw_fd())?;
+    Ok(u8::try_from(program.test_run(options)?.return_value).unwrap_or(origin::UNKNOWN))
 }
 
 /// Proves that the program `probe_origin` tells a file of a lower layer from one of the upper layer, on an
@@ -62,13 +75,13 @@ pub(super) fn prove_overlay(program: &RawTracePoint) -> Result<()> {
         mount("overlay", &merged, "overlay", MountFlags::empty(), options.as_c_str())
             .context("cannot mount a scratch overlay")?;
         for (folder, expected) in [("of-image", origin::IMAGE), ("of-container", origin::DRIFT)] {
-            std::env::set_current_dir(merged.join(folder))?;
-            let result = program.test_run(RawTracePointRunOptions::default())?;
-            if result.return_value != u32::from(expected) {
+            let opened = std::fs::File::open(merged.join(folder))?;
+            let found = origin_of(program, opened.as_fd())?;
+            if found != expected {
                 bail!(
                     "a folder that is {} was taken for {}",
                     origin::name(expected).unwrap_or("?"),
-                    u8::try_from(result.return_value).ok().and_then(origin::name).unwrap_or("nothing known")
+                    origin::name(found).unwrap_or("nothing known")
                 );
             }
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use aya::{
     maps::{Array, Map, MapData, RingBuf},
-    programs::{Lsm, RawTracePoint, links::PinnedLink},
+    programs::{FExit, Lsm, RawTracePoint, links::PinnedLink},
 };
 use palisade_abi::{
     ABI_VERSION,
@@ -16,7 +16,7 @@ use palisade_abi::{
 
 use super::{
     Kernel, Ledger, Maps, Pins, Ring,
-    load::{LSM, ON_DEMAND, TRACEPOINTS},
+    load::{AT_RETURN, LSM, ON_DEMAND, TRACEPOINTS},
     pins::SetFolder,
 };
 
@@ -276,7 +276,7 @@ pub(super) fn adoptable(pins: &Pins, folder: &SetFolder, full: bool) -> anyhow::
     anyhow::ensure!(active == meta.epoch, "another set makes the records");
     // Opening them checks the types of all maps.
     Maps::open(folder, pins)?;
-    for name in TRACEPOINTS.iter().chain(LSM.iter().filter(|_| full)) {
+    for name in TRACEPOINTS.iter().chain(LSM.iter().chain([&AT_RETURN]).filter(|_| full)) {
         anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
         PinnedLink::from_pin(folder.link(name))
             .with_context(|| format!("{name} is not attached any more"))?;
@@ -300,6 +300,12 @@ pub(super) fn pinned_tracepoint(folder: &SetFolder, name: &str) -> anyhow::Resul
 pub(super) fn pinned_lsm(folder: &SetFolder, name: &str) -> anyhow::Result<Lsm> {
     let path = folder.program(name);
     Lsm::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// One that runs when a function of the kernel returns.
+pub(super) fn pinned_at_return(folder: &SetFolder, name: &str) -> anyhow::Result<FExit> {
+    let path = folder.program(name);
+    FExit::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
 }
 
 pub(super) fn ring(folder: &SetFolder, name: &str) -> anyhow::Result<Ring> {

@@ -44,6 +44,8 @@ static LOOKING: AtomicUsize = AtomicUsize::new(0);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mounted {
     pub id: i32,
+    /// The number of the mount that it is mounted on.
+    pub parent: i32,
     /// Major and minor number of the superblock.
     pub device: String,
     /// What of the superblock is mounted, as a path in it.
@@ -197,17 +199,17 @@ fn table_of(pid: u32) -> Result<Vec<Mounted>> {
 
 /// One line of a table of mounts: `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw` (proc(5)). `None` for any
 /// other.
-fn mounted(line: &[u8]) -> Option<Mounted> {
+pub fn mounted(line: &[u8]) -> Option<Mounted> {
     let mut fields = line.split(|byte| *byte == b' ');
     let mut text = || std::str::from_utf8(fields.next()?).ok();
     let id = text()?.parse().ok()?;
-    let _parent = text()?;
+    let parent = text()?.parse().ok()?;
     let device = text()?.to_owned();
     let root = unescaped(fields.next()?);
     let point = unescaped(fields.next()?);
     fields.find(|field| *field == b"-")?;
     let filesystem = std::str::from_utf8(fields.next()?).ok()?.to_owned();
-    Some(Mounted { id, device, root, point, filesystem })
+    Some(Mounted { id, parent, device, root, point, filesystem })
 }
 
 /// A field of the table, in which blanks, line ends and backslashes stand as octal numbers.
@@ -244,7 +246,11 @@ fn look(root: &OwnedFd, path: &Path, links: bool) -> Result<OwnedFd> {
 }
 
 /// The number of the mount that `file` is on, as the table of mounts has it.
-fn mount_of(file: &OwnedFd) -> Result<i32> {
+///
+/// # Errors
+///
+/// When procfs cannot be read.
+pub fn mount_of(file: &OwnedFd) -> Result<i32> {
     let path = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
@@ -390,6 +396,7 @@ mod tests {
             br"36 35 98:0 /a\040b /mnt\134c rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue";
         let expected = Mounted {
             id: 36,
+            parent: 35,
             device: "98:0".to_owned(),
             root: "/a b".into(),
             point: r"/mnt\c".into(),

@@ -161,6 +161,7 @@ pub const PARTS: &[Part] = &[
                     "limits --containers 10000 --profiles 1000 --memory 64",
                 ),
                 shorter("members --arrivals 30", "members --arrivals 300"),
+                always("rootfs"),
                 always("engines"),
                 always("daemonset"),
                 // The last two stop the containerd that the others use.
@@ -184,9 +185,10 @@ pub const PARTS: &[Part] = &[
                 shorter("differential --per-cell 10", "differential --per-cell 100"),
                 always("conditions"),
                 always("elevation"),
+                always("layers"),
                 always("overlay"),
                 always("who"),
-                always("generator"),
+                shorter("generator --count 1000", "generator"),
                 always("claims"),
             ],
         )),
@@ -205,7 +207,7 @@ pub const PARTS: &[Part] = &[
                 &[
                     always("faults"),
                     shorter(
-                        "outlives --other palisade-agent-of-another-abi --kills 10 --turns 4 --attacks 200",
+                        "outlives --other palisade-agent-of-another-abi --kills 10 --turns 4 --attacks 200 --short",
                         "outlives --other palisade-agent-of-another-abi",
                     ),
                 ],

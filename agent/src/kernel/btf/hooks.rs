@@ -9,9 +9,9 @@ const TYPE: usize = 12;
 const KIND_FWD: u32 = 7;
 const KIND_FUNC: u32 = 12;
 
-/// The functions of `raw` whose name starts with `prefix`, under the numbers that they have there; every other type is a
+/// The functions of `raw` whose name starts with one of `prefixes`, under the numbers that they have there; every other type is a
 /// forward declaration without a name. `None` when `raw` is not BTF, or has a kind of type that this build does not know.
-pub fn functions(raw: &[u8], prefix: &[u8]) -> Option<Vec<u8>> {
+pub fn functions(raw: &[u8], prefixes: &[&[u8]]) -> Option<Vec<u8>> {
     let word = |at: usize| -> Option<u32> { Some(u32::from_le_bytes(raw.get(at..at + 4)?.try_into().ok()?)) };
     if raw.get(..2)? != MAGIC.to_le_bytes() {
         return None;
@@ -30,7 +30,7 @@ pub fn functions(raw: &[u8], prefix: &[u8]) -> Option<Vec<u8>> {
         let members = (info & 0xffff) as usize;
         at += TYPE + behind(kind, members)?;
         let name = strings.get(name..)?.split(|byte| *byte == 0).next()?;
-        let (name_at, info) = if kind == KIND_FUNC && name.starts_with(prefix) {
+        let (name_at, info) = if kind == KIND_FUNC && prefixes.iter().any(|prefix| name.starts_with(prefix)) {
             let name_at = names.len() as u32;
             names.extend(name);
             names.push(0);
@@ -80,10 +80,10 @@ mod tests {
     #[test]
     fn hooks_keep_their_numbers() {
         let raw = std::fs::read(super::super::VMLINUX).unwrap();
-        let reduced = functions(&raw, b"bpf_lsm_").unwrap();
+        let reduced = functions(&raw, &[b"bpf_lsm_", b"get_signal"]).unwrap();
         assert!(reduced.len() < raw.len() / 2, "{} of {} bytes", reduced.len(), raw.len());
         let (whole, reduced) = (Btf::from_bytes(&raw).unwrap(), Btf::from_bytes(&reduced).unwrap());
-        for hook in ["bpf_lsm_bprm_check_security", "bpf_lsm_task_kill", "bpf_lsm_sb_umount"] {
+        for hook in ["bpf_lsm_bprm_check_security", "bpf_lsm_task_kill", "bpf_lsm_sb_umount", "get_signal"] {
             let ids = whole.resolve_ids_by_name(hook).unwrap();
             assert_eq!(reduced.resolve_ids_by_name(hook).unwrap(), ids, "{hook}");
             assert_eq!(ids.len(), 1);
@@ -93,13 +93,13 @@ mod tests {
 
     #[test]
     fn what_is_no_btf_is_none() {
-        assert_eq!(functions(b"", b"bpf_lsm_"), None);
-        assert_eq!(functions(&[0xff; 64], b"bpf_lsm_"), None);
+        assert_eq!(functions(b"", &[b"bpf_lsm_"]), None);
+        assert_eq!(functions(&[0xff; 64], &[b"bpf_lsm_"]), None);
         let raw = std::fs::read(super::super::VMLINUX).unwrap();
-        assert_eq!(functions(&raw[..raw.len() / 3], b"bpf_lsm_"), None);
+        assert_eq!(functions(&raw[..raw.len() / 3], &[b"bpf_lsm_"]), None);
         // A kind that does not exist yet.
         let mut unknown = raw[..HEADER + TYPE].to_vec();
         unknown[HEADER + 7] = 31;
-        assert_eq!(functions(&unknown, b"bpf_lsm_"), None);
+        assert_eq!(functions(&unknown, &[b"bpf_lsm_"]), None);
     }
 }

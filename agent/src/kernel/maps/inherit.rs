@@ -36,6 +36,8 @@ impl Maps {
         copy(&old.revisions, &mut self.revisions, |_, _| true).context(ROOM_FOR_SLOTS)?;
         copy(&old.roots, &mut self.roots, |slot, _| *slot != HOST_ROOT).context(ROOM_FOR_SLOTS)?;
         copy(&old.root_slots, &mut self.root_slots, |_, _| true).context(ROOM_FOR_SLOTS)?;
+        copy(&old.links, &mut self.links, |_, _| true).context(ROOM_FOR_SLOTS)?;
+        copy(&old.layers, &mut self.layers, |_, _| true).context("cannot note the layers of images")?;
         self.volumes.inherit(&old.volumes)?;
         copy(&old.ledger.names, &mut self.ledger.names, |slot, _| *slot != PROBE_SLOT)
             .context(ROOM_FOR_SLOTS)?;

@@ -1,0 +1,275 @@
+//! The program that loads another one: the ELF interpreter, which the kernel opens and starts on behalf of an exec.
+//!
+//! Its name (`PT_INTERP`) is the file's, but what it leads to is decided by the mounts and the root of the caller, who could have any
+//! program of the image started with arguments of his own. So it must be the unmodified file to which that name leads in the image: by
+//! itself, or by links of the image that the agent has followed; or one that a rule allows to execute.
+
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid,
+    generated::{bpf_probe_read_kernel, bpf_probe_read_kernel_str},
+};
+use core::hint::black_box;
+use palisade_abi::{
+    PATH_CAPACITY,
+    codes::{action, error, mode, origin, reason, verdict},
+    maps::{EXEC_GRANTS, LinkKey, OpenedInterpreter, grant},
+    offsets::ABSENT,
+    record::INTERPRETER,
+};
+
+use crate::{
+    containers, count,
+    exec::{self, palisade_report},
+    judge::{palisade_code_rules, palisade_granted, rules_mode, unexamined},
+    kernel::{KernelPtr, plain},
+    maps::{INTERPRETERS, LINKS, PROCESSES, REVISIONS, offset, planted},
+    origin::palisade_classify,
+    path::{self, palisade_walk},
+    processes::{self, Address},
+    record::{self, Lane},
+    scratch::{self, EXECUTABLE, Scratch},
+};
+
+/// `__FMODE_EXEC` of include/linux/fs.h: opened to be executed. `open(2)` does not let it through.
+const FMODE_EXEC: u32 = 0x20;
+/// Longest name of an interpreter that is compared, its zero byte included; a power of two.
+const LONGEST_NAME: usize = 256;
+
+/// Whether opening `file` is refused: it is the interpreter of the program that is being executed.
+#[inline(always)]
+pub fn opens(file: Address) -> bool {
+    let flags: u32 = KernelPtr(file).read(offset!(file_flags)).unwrap_or(0);
+    flags & FMODE_EXEC != 0 && black_box(palisade_opens_interpreter(plain(file))) != 0
+}
+
+/// The name by which the kernel itself opens something for the current task. What a program opens by a name of its own has an
+/// address in user space.
+#[inline(always)]
+fn name_of_kernel() -> Option<KernelPtr> {
+    let name = KernelPtr::current_task().follow(offset!(task_nameidata))?.follow(offset!(nameidata_name))?;
+    // Before 6.19, or so. Without it an exec that failed late may have the program of the next one judged here already, by the same
+    // rules.
+    if offset!(filename_user) != ABSENT && name.read::<u64>(offset!(filename_user)) != Some(0) {
+        return None;
+    }
+    name.follow(offset!(filename_name))
+}
+
+/// Fills the memory of `task` with what was noted of its interpreter. Returns 1 when it has one of which nothing is known any more.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_recall_interpreter(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    let Some(opened) = INTERPRETERS.get_ptr_mut(processes::current_pid()) else { return 1 };
+    // SAFETY: the memory belongs to this task until it is released, the entry to this process.
+    unsafe {
+        (*scratch).interpreter = (*opened).path;
+        (*scratch).interpreter_name = (*opened).name;
+        (*scratch).interpreter_origin = (*opened).origin as u8;
+    }
+    0
+}
+
+/// Judges the file that is opened, if it is an interpreter. Returns 1 when it is refused.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
+    if offset!(task_nameidata) == ABSENT || offset!(nameidata_name) == ABSENT {
+        return 0;
+    }
+    let entry = PROCESSES.get_ptr_mut(processes::current_pid());
+    // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
+    if entry.is_some_and(|entry| unsafe { (&raw const (*entry).expects_interpreter).read_volatile() } == 0) {
+        return 0;
+    }
+    let Some(name) = name_of_kernel() else { return 0 };
+    let (slot, entering, caller) = match entry {
+        // SAFETY: as above. What is read was written by this process's own hooks.
+        Some(entry) => unsafe {
+            (&raw mut (*entry).expects_interpreter).write_volatile(0);
+            ((*entry).slot, (*entry).entering, (*entry).program)
+        },
+        // Without an entry nothing tells it from the interpreter of a script, so that is judged, too.
+        None => match containers::current_slot() {
+            Some(slot) => (slot, 0, [0; 2]),
+            None => return 0,
+        },
+    };
+    if entering != 0 {
+        // The runtime's own.
+        return 0;
+    }
+    let task = bpf_get_current_pid_tgid();
+    let Some(scratch) = scratch::claim(task) else {
+        if unexamined(slot) != verdict::DENIED {
+            return 0;
+        }
+        record::lose(slot, Lane::Check);
+        return 1;
+    };
+    // SAFETY: the memory belongs to this task until it is released.
+    unsafe {
+        (*scratch).slot = slot;
+        (*scratch).caller = caller;
+        (*scratch).dentry = KernelPtr(file).follow(offset!(file_dentry)).unwrap_or(KernelPtr(0)).0;
+        (&raw mut (*scratch).session).write(processes::session_of(processes::current_pid()));
+    }
+    palisade_examine_interpreter(task, name.0);
+    let reason = if planted!(INTERPRETER_UNJUDGED) { 0 } else { palisade_judge_interpreter(task) };
+    let refused = if reason == 0 { 0 } else { palisade_refuse_interpreter(task) };
+    scratch::release(task);
+    refused
+}
+
+/// Finds path and origin of the interpreter that `task` opens, and the hash of the name that it is asked for by; notes them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_examine_interpreter(task: u64, name: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    // SAFETY: the memory belongs to this task until it is released.
+    let dentry = unsafe { (*scratch).dentry };
+    palisade_walk(task, dentry, EXECUTABLE);
+    let origin = palisade_classify(task) as u8;
+    // SAFETY: as above.
+    unsafe {
+        (*scratch).origin = origin;
+        (*scratch).interpreter_origin = origin;
+        (*scratch).interpreter = path::hash((&raw mut (*scratch).path).cast(), (*scratch).executable.start);
+        (*scratch).interpreter_name = hash_name(scratch, name);
+        // The end of the path, with the zeros in front that it may have.
+        let end = (&raw const (*scratch).path).cast::<u8>().add(PATH_CAPACITY - INTERPRETER);
+        let opened = OpenedInterpreter {
+            path: (*scratch).interpreter,
+            name: (*scratch).interpreter_name,
+            origin: u64::from(origin),
+            shown: end.cast::<[u8; INTERPRETER]>().read(),
+        };
+        if INTERPRETERS.insert(processes::current_pid(), opened, 0).is_err() {
+            count::error(error::INTERPRETER_MAP_FULL);
+        }
+        if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+            (&raw mut (*entry).has_interpreter).write_volatile(1);
+        }
+    }
+    0
+}
+
+/// The hash of the name in the kernel's memory at `name`, as if it were a path; 0 when it is too long to be compared.
+///
+/// # Safety
+///
+/// `scratch` must be the current task's claimed memory, in which no working directory stands yet.
+#[inline(always)]
+unsafe fn hash_name(scratch: *mut Scratch, name: u64) -> [u64; 2] {
+    // SAFETY: the caller's promise. The area is longer than what is read to its begin; the helper checks the address.
+    let read = unsafe {
+        let area = (&raw mut (*scratch).cwd).cast::<u8>();
+        bpf_probe_read_kernel_str(area.cast(), LONGEST_NAME as u32, name as *const _)
+    };
+    // With the zero byte; what fills the place was cut.
+    if read <= 1 || read >= LONGEST_NAME as i64 {
+        return [0; 2];
+    }
+    let length = (black_box(read - 1) as usize) & (LONGEST_NAME - 1);
+    let start = PATH_CAPACITY - length;
+    let at = (black_box(start) as usize) & (PATH_CAPACITY - 1);
+    // SAFETY: as above; the copy ends where a path ends, and in front of it are zeros, since it is shorter than half of the area.
+    let failed = unsafe {
+        let area = (&raw mut (*scratch).cwd).cast::<u8>();
+        bpf_probe_read_kernel(
+            area.add(at).cast(),
+            black_box(length) as u32 & (LONGEST_NAME as u32 - 1),
+            name as *const _,
+        )
+    };
+    if failed != 0 {
+        return [0; 2];
+    }
+    // SAFETY: as above.
+    path::hash(unsafe { (&raw mut (*scratch).cwd).cast() }, start as u32)
+}
+
+/// The [`reason`] against the interpreter that `task` has examined; 0 when there is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_judge_interpreter(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return reason::NO_SCRATCH.into() };
+    // SAFETY: the memory belongs to this task until it is released.
+    let (slot, file_origin, session, failure, path, name) = unsafe {
+        (
+            (*scratch).slot,
+            (*scratch).origin,
+            (*scratch).session.kind,
+            (*scratch).executable.failure,
+            (*scratch).interpreter,
+            (*scratch).interpreter_name,
+        )
+    };
+    let rules = palisade_code_rules(slot);
+    if rules == 0 {
+        return 0;
+    }
+    if failure == 0 && file_origin == origin::IMAGE {
+        // SAFETY: the value is written once, before the name is used.
+        let leads_there = path == name
+            || unsafe { LINKS.get(LinkKey { slot, name }) }.is_some_and(|link| link.path == path);
+        if leads_there {
+            return 0;
+        }
+    }
+    let number = (rules >> 32) as u32;
+    // SAFETY: as in `decide`.
+    if failure == 0 && unsafe { REVISIONS.get(number) }.is_some() {
+        let wanted = grant(file_origin, session);
+        let granted = palisade_granted(task, u64::from(number), u64::from(wanted)) as u32;
+        if granted & EXEC_GRANTS & wanted != 0 {
+            return 0;
+        }
+    }
+    reason::INTERPRETER.into()
+}
+
+/// What comes of an interpreter that is not allowed. Returns 1 when the exec ends here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_refuse_interpreter(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    // SAFETY: the memory belongs to this task until it is released.
+    let slot = unsafe { (*scratch).slot };
+    let rules = palisade_code_rules(slot);
+    let entry = PROCESSES.get_ptr_mut(processes::current_pid());
+    if rules_mode(rules) == mode::AUDIT {
+        if let Some(entry) = entry {
+            // Recorded with the exec, unless something worse is.
+            // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
+            unsafe {
+                if (&raw const (*entry).pending_verdict).read_volatile() == verdict::ALLOWED {
+                    (&raw mut (*entry).pending_verdict).write_volatile(verdict::AUDITED);
+                    (&raw mut (*entry).pending_reason).write_volatile(reason::INTERPRETER);
+                }
+            }
+        }
+        return 0;
+    }
+    // The record is of the program that was to be loaded.
+    // SAFETY: as above.
+    unsafe {
+        let bprm = entry.map_or(0, |entry| (&raw const (*entry).bprm).read_volatile());
+        (*scratch).bprm = bprm;
+        let dentry = KernelPtr(bprm)
+            .follow(offset!(binprm_file))
+            .and_then(|file| file.follow(offset!(file_dentry)))
+            .unwrap_or(KernelPtr(0));
+        (*scratch).dentry = dentry.0;
+        palisade_walk(task, dentry.0, EXECUTABLE);
+        (*scratch).origin = palisade_classify(task) as u8;
+        (*scratch).verdict = verdict::DENIED;
+        (*scratch).reason = reason::INTERPRETER;
+        (*scratch).action = action::REFUSED;
+        (*scratch).mode = rules_mode(rules);
+        (*scratch).revision = (rules >> 32) as u32;
+    }
+    palisade_report(task);
+    exec::no_exec_any_more();
+    1
+}
