@@ -143,6 +143,11 @@ fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
     let of_script = exec["verdict_of_script"].as_bool().unwrap_or(false);
     let (path, origin) = match act {
         Act::Execute if of_script => ("script", "script_origin"),
+        Act::Execute
+            if text(exec, "reason") == "interpreter-not-allowed" && !text(exec, "interpreter").is_empty() =>
+        {
+            ("interpreter", "interpreter_origin")
+        }
         Act::Execute => ("executable", "origin"),
         Act::Map | Act::Trace => ("file", "origin"),
     };

@@ -126,7 +126,7 @@ const NOT_BY_A_RULE: &str = "no rule changes that";
 
 /// Whether a rule could have made another verdict of it.
 fn by_rules(text: &str) -> bool {
-    [reason::NO_RULE, reason::ORIGIN, reason::SESSION, reason::PARENT, reason::ARGUMENTS]
+    [reason::NO_RULE, reason::ORIGIN, reason::SESSION, reason::PARENT, reason::ARGUMENTS, reason::INTERPRETER]
         .into_iter()
         .any(|code| is(text, code))
 }
@@ -177,7 +177,14 @@ fn meaning(text: &str) -> &'static str {
             "the file is an executable of the image that a rule allows: changed, removed, renamed or hidden, it could not run any more"
         }
         reason::INTERPRETER => {
-            "it was executed before its container was identified, and the program that loads it (its ELF interpreter) is not the image's"
+            "the program that loads it (its ELF interpreter) is not the unmodified file to which that name leads in the image, and no rule \
+             allows it: it would run with the caller's arguments in the place of what was executed"
+        }
+        reason::PATH_CHANGES => {
+            "files were renamed while its path was looked at, again and again, so that it has none; trying again may do"
+        }
+        reason::LAYER => {
+            "the file is in a layer of an image, which containers share: changed there, it would pass for unmodified"
         }
         reason::ORIGIN_UNKNOWN => {
             "where its bytes come from cannot be told: the file system is none of the container's mounts, or one that this build \
