@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use palisade_abi::maps::Process;
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::{
@@ -19,10 +18,8 @@ use tokio::{
 use crate::{
     attacks::{PAYLOAD_RAN, profile},
     containerd::{Containerd, Version, stop_the_guests},
-    counters,
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
-    gate::Gate,
     node::{AgentOptions, Interfaces, Node},
     report::Report,
 };
@@ -49,7 +46,6 @@ enum Case {
     AbsentAudit,
     Killed,
     LetGo,
-    Orphaned,
 }
 
 const CASES: &[Case] = &[
@@ -61,21 +57,12 @@ const CASES: &[Case] = &[
     Case::AbsentAudit,
     Case::Killed,
     Case::LetGo,
-    Case::Orphaned,
 ];
 
 impl Case {
     /// Whether it is one of those that differ most.
     fn is_in_short(self) -> bool {
-        matches!(
-            self,
-            Self::Restarts
-                | Self::GarbledAnswers
-                | Self::AbsentDeny
-                | Self::Killed
-                | Self::LetGo
-                | Self::Orphaned
-        )
+        matches!(self, Self::Restarts | Self::GarbledAnswers | Self::AbsentDeny | Self::Killed | Self::LetGo)
     }
 
     fn name(self) -> &'static str {
@@ -88,7 +75,6 @@ impl Case {
             Self::AbsentAudit => "an agent that does not renew its lease, whenAgentAbsent: audit",
             Self::Killed => "an agent that is killed while it holds a container",
             Self::LetGo => "nobody but the agent lets go what is held",
-            Self::Orphaned => "nor does the kernel, of an orphaned process group",
         }
     }
 
@@ -102,7 +88,6 @@ impl Case {
             Self::AbsentAudit => absent(containerd, "audit").await,
             Self::Killed => killed(containerd).await,
             Self::LetGo => let_go(containerd).await,
-            Self::Orphaned => orphaned(containerd).await,
         }
     }
 }
@@ -396,91 +381,6 @@ async fn killed(containerd: &Containerd) -> Result<()> {
     ensure!(code == 137, "it ended with {code}");
     runtime.remove_pod(&pod).await?;
     node.stop_agent()
-}
-
-/// A process in a group of its own executes something, is held, and its parent ends: the kernel lets go what is stopped in an orphaned
-/// group, and asks nobody. It is stopped again, and nothing of it runs.
-async fn orphaned(containerd: &Containerd) -> Result<()> {
-    let runtime = Runtime::connect(&containerd.socket);
-    let marks = tempfile::tempdir()?;
-    let pod = runtime.pod("pod-orphaned", "disturbed", "").await?;
-    let mounts = [(marks.path(), "/marks")];
-    // A container that is there before the agent goes on while nobody knows it.
-    for (name, held) in [("c-control", false), ("c-orphaned", true)] {
-        let gate = Gate::new(&marks.path().join(format!(".{name}")))?;
-        let (wait, mark) = (format!("/marks/.{name}"), format!("/marks/{name}"));
-        let command = ["/usr/bin/workload", "after", &wait, "/usr/bin/attacker", "orphan", MARK, &mark];
-        let id = runtime
-            .create(&pod, &Spec { name, command: &command, mounts: &mounts, ..Spec::default() })
-            .await?;
-        runtime.start(&id).await?;
-        let made = || marks.path().join(name).exists();
-        if !held {
-            gate.open().await?;
-            until("the program has run without an agent", async || Ok(made().then_some(()))).await?;
-            continue;
-        }
-        let nobody = AgentOptions { interfaces: Interfaces::None, ..holding(containerd)? };
-        let mut node = Node::start(&containerd.socket).await?;
-        node.start_agent(&nobody).await?;
-        let outcome = async {
-            let pid = runtime.pid(&id).await?;
-            gate.open().await?;
-            // Each exec on the way is held as well, and let go by the scenario as an agent would that knows the container.
-            let woken = |status: &Value| status["errors"]["held-woken"].as_u64().unwrap_or(0);
-            until("the kernel has let it go", async || {
-                for pid in descendants(pid)? {
-                    if is_stopped(pid) && !executes(pid, MARK) {
-                        let_on(&node, pid)?;
-                    }
-                }
-                Ok((woken(&node.status()?) > 0).then_some(()))
-            })
-            .await?;
-            let held = descendants(1)?.into_iter().find(|pid| executes(*pid, MARK)).context("it is gone")?;
-            until("it is stopped again", async || Ok(is_stopped(held).then_some(()))).await?;
-            ensure!(!made(), "it ran");
-            Ok(())
-        }
-        .await;
-        node.stop_agent()?;
-        outcome?;
-    }
-    runtime.remove_pod(&pod).await
-}
-
-/// Lets a held process go as the agent does: first the kernel's note, then the signal.
-fn let_on(node: &Node, pid: u32) -> Result<()> {
-    let set = node.sets()?.pop().context("no set of programs is pinned")?;
-    let mut processes: aya::maps::HashMap<_, u32, Process> = counters::map(&set, "PROCESSES")?.try_into()?;
-    let Ok(known) = processes.get(&pid, 0) else { return Ok(()) };
-    processes.insert(pid, Process { held: 0, ..known }, 0)?;
-    let target = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("no pid")?;
-    Ok(rustix::process::kill_process(target, Signal::CONT)?)
-}
-
-fn executes(pid: u32, program: &str) -> bool {
-    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|found| found == Path::new(program))
-}
-
-/// A process and all below it.
-fn descendants(first: u32) -> Result<Vec<u32>> {
-    let mut parents = Vec::new();
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse::<u32>().ok());
-        parents.extend(parent.map(|parent| (pid, parent)));
-    }
-    let mut all = vec![first];
-    let mut at = 0;
-    while let Some(above) = all.get(at).copied() {
-        all.extend(parents.iter().filter(|(_, parent)| *parent == above).map(|(pid, _)| *pid));
-        at += 1;
-    }
-    Ok(all)
 }
 
 /// A process of the same pid namespace, with every right, cannot wake what is held.
