@@ -247,6 +247,10 @@ codes! {
         HELD_WOKEN = 32 => "held-woken",
         /// A process of a container made a cgroup that is named like a container's.
         CGROUP_FORGED = 33 => "cgroup-forged",
+        /// When the layer of a file of an image was seen first is not known, so it was not compared.
+        LAYER_UNKNOWN = 34 => "layer-unknown",
+        /// A child of a container's process could not be noted before it was made; if the tracepoint is skipped, it is the host's.
+        FORK_MAP_FULL = 35 => "fork-map-full",
     }
 }
 
@@ -334,6 +338,8 @@ codes! {
         CODE_TRACE_ALLOWED = 15 => "code-trace-allowed",
         CODE_EXECUTABLES_UNPROTECTED = 16 => "code-executables-unprotected",
         INTERPRETER_UNJUDGED = 17 => "interpreter-unjudged",
+        WALK_TORN = 18 => "walk-torn",
+        LAYER_CHANGE_UNSEEN = 19 => "layer-change-unseen",
     }
 }
 

@@ -18,7 +18,7 @@ pub struct SipHasher {
 impl SipHasher {
     #[inline(always)]
     #[must_use]
-    pub fn new(key: [u64; 2]) -> Self {
+    pub const fn new(key: [u64; 2]) -> Self {
         Self {
             v0: key[0] ^ 0x736f_6d65_7073_6575,
             v1: key[1] ^ 0x646f_7261_6e64_6f6d ^ 0xee,

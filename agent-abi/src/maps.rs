@@ -18,7 +18,12 @@ pub struct Settings {
     pub pt_regs_at: u32,
     /// Inode number of the host's mount namespace.
     pub host_mount_namespace: u32,
-    pub reserved: u32,
+    /// 1 when the helper `bpf_loop` exists (kernel 5.17).
+    pub have_loop: u32,
+    /// 1 when the kernel may skip a program on a tracepoint (since 7.0).
+    pub skips_tracepoints: u32,
+    /// How many arguments `dequeue_signal` has: 3 or 4; 0 when that is not known.
+    pub dequeue_arguments: u32,
     /// Address of the sequence counter that goes up with every rename (`rename_lock`); 0 when it is not known.
     pub rename_lock: u64,
 }
@@ -310,6 +315,8 @@ pub struct Process {
     pub reserved_too: u8,
     /// The `struct linux_binprm` of the exec in progress, for the steps that are not given it.
     pub bprm: u64,
+    /// The `struct task_struct` of its thread group's leader; 0 when it came in otherwise than by a fork and has executed nothing yet.
+    pub leader: u64,
 }
 
 /// The interpreter of the exec in progress of a process.
@@ -330,7 +337,7 @@ impl Process {
     /// A process of `slot` that executes nothing at the moment.
     #[inline(always)]
     #[must_use]
-    pub fn new(slot: u64, entering: u8) -> Self {
+    pub const fn new(slot: u64, entering: u8) -> Self {
         Self {
             slot,
             program: [0; 2],
@@ -354,6 +361,7 @@ impl Process {
             has_interpreter: 0,
             reserved_too: 0,
             bprm: 0,
+            leader: 0,
         }
     }
 }
@@ -463,7 +471,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    Settings = 48,
+    Settings = 56,
     SetMeta = 48,
     Account = 32,
     AgentState = 48,
@@ -474,7 +482,7 @@ sizes! {
     RuleKey = 24,
     RuleValue = 24,
     GlobChunk = 64,
-    Process = 80,
+    Process = 88,
     OpenedInterpreter = 40 + crate::record::INTERPRETER,
     RootIdentity = 40,
     LinkKey = 24,

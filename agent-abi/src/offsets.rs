@@ -105,6 +105,8 @@ offsets! {
     nameidata_name = "nameidata" "name" 8 optional;
     filename_name = "filename" "name" 8 optional;
     filename_user = "filename" "uptr" 8 optional;
+    signal_exec_mutex = "signal_struct" "cred_guard_mutex" 0 optional;
+    mutex_owner = "mutex" "owner" 8 optional;
     task_flags = "task_struct" "flags" 4 required;
     file_open_mode = "file" "f_mode" 4 required;
     file_flags = "file" "f_flags" 4 required;

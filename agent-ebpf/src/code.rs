@@ -7,9 +7,9 @@
 
 use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use palisade_abi::{
-    PATH_CAPACITY, PATH_DEPTH,
+    PATH_CAPACITY,
     codes::{action, code_act, code_flags, code_record_flags, exec_flags, kind, mode, reason, verdict},
-    maps::{HOST_ROOT, LayerKey},
+    maps::HOST_ROOT,
     offsets::ABSENT,
     record::{CodePart, CodeRecord, LARGE_PATH, SMALL_PATH},
 };
@@ -19,7 +19,7 @@ use crate::{
     exec::{self, copy_path},
     judge::{palisade_code_rules, palisade_is_allowed_executable, palisade_judge_mapped, rules_mode},
     kernel::{KernelPtr, plain},
-    maps::{LAYERS, PROCESSES, ROOTS, offset, planted},
+    maps::{PROCESSES, ROOTS, offset, planted},
     origin::{self, palisade_classify, palisade_is_of_image},
     path::palisade_walk,
     processes::{self, Address},
@@ -41,7 +41,7 @@ const SYS_MMAP: u64 = 9;
 /// `VM_SHARED` of include/linux/mm.h.
 const VM_SHARED: u64 = 8;
 /// Of include/linux/fs.h: the file was opened to write.
-const FMODE_WRITE: u32 = 1 << 1;
+pub const FMODE_WRITE: u32 = 1 << 1;
 /// Of include/uapi/linux/stat.h: anybody may execute it.
 const ANY_EXECUTE: u64 = 0o111;
 /// `PROC_SUPER_MAGIC` of include/uapi/linux/magic.h.
@@ -107,7 +107,7 @@ pub extern "C" fn palisade_file_of(dentry: u64) -> u64 {
 /// What a step answered. Laundered: the compiler knows that it is 0 or 1 and would compute a hook's return value from it, which
 /// the verifier, who does not know, refuses.
 #[inline(always)]
-fn refused(answer: u64) -> bool {
+pub fn refused(answer: u64) -> bool {
     core::hint::black_box(answer) != 0
 }
 
@@ -184,67 +184,6 @@ pub fn opens_memory(file: Address) -> bool {
     let is_memory = dentry.read::<u32>(offset!(dentry_name_length)) == Some(3)
         && dentry.follow(offset!(dentry_name)).and_then(|name| name.read::<u32>(0)) == Some(MEM);
     writes && is_memory && refused(palisade_traces(code_act::OPEN_MEMORY.into(), 0))
-}
-
-/// `FMODE_NOACCOUNT` of include/linux/fs.h: overlayfs opens the file of a layer for one of its own. User space cannot ask for it.
-const FMODE_NOACCOUNT: u32 = 0x2000_0000;
-
-/// Whether opening `file` is refused: it is in a layer of an image and would be written to, below the file systems of containers.
-#[inline(always)]
-pub fn opens_layer(file: Address) -> bool {
-    let file = KernelPtr(file);
-    let mode: u32 = file.read(offset!(file_open_mode)).unwrap_or(0);
-    if mode & FMODE_WRITE == 0 || mode & FMODE_NOACCOUNT != 0 {
-        return false;
-    }
-    let Some(dentry) = file.follow(offset!(file_dentry)) else { return false };
-    refused(palisade_opens_layer(dentry.0))
-}
-
-/// Judges opening the file at `dentry` to write. Returns 1 when it is refused.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_opens_layer(dentry: u64) -> u64 {
-    let Some(superblock) = KernelPtr(dentry).follow(offset!(dentry_superblock)) else { return 0 };
-    let Some(device) = superblock.read::<u32>(offset!(superblock_device)) else { return 0 };
-    // SAFETY: only presence matters.
-    if unsafe { LAYERS.get(LayerKey { device, generation: 0, inode: 0 }) }.is_none() {
-        return 0;
-    }
-    let slot = palisade_slot_under_profile();
-    if slot == 0 {
-        return 0;
-    }
-    let rules = palisade_code_rules(slot);
-    if rules == 0 || palisade_is_in_layer(dentry) == 0 {
-        return 0;
-    }
-    palisade_refuses(slot, dentry, rules, code_act::OPEN_LAYER.into())
-}
-
-/// Whether the file at `dentry` is in a layer of an image that containers have.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_is_in_layer(dentry: u64) -> u64 {
-    let mut current = KernelPtr(dentry);
-    let Some(superblock) = current.follow(offset!(dentry_superblock)) else { return 0 };
-    let mut depth = 0;
-    while depth < PATH_DEPTH {
-        if let Some(key) =
-            current.follow(offset!(dentry_inode)).and_then(|inode| origin::layer_key(superblock, inode))
-            // SAFETY: only presence matters.
-            && unsafe { LAYERS.get(key) }.is_some()
-        {
-            return 1;
-        }
-        let Some(parent) = current.follow(offset!(dentry_parent)) else { return 0 };
-        if parent == current {
-            return 0;
-        }
-        current = parent;
-        depth += 1;
-    }
-    0
 }
 
 /// Whether an act on the file at `dentry` is refused, since it would take an allowed executable from the workload.

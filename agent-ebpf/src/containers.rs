@@ -11,15 +11,15 @@ use aya_ebpf::{
 use palisade_abi::{
     ABI_VERSION,
     codes::{control, error, slot_flags},
-    maps::{HOST_ROOT, LayerKey, RootIdentity, Slot},
-    offsets::ABSENT,
+    maps::{HOST_ROOT, RootIdentity, Slot},
     record::{CGROUP_NAME, CGROUP_PATH, ControlRecord},
 };
 
 use crate::{
     context, count,
     kernel::KernelPtr,
-    maps::{CGROUPS, CONTROL, LAYERS, NAMES, PROCESSES, ROOT_SLOTS, ROOTS, SLOT_POLICIES, SLOTS, offset},
+    layers,
+    maps::{CGROUPS, CONTROL, NAMES, PROCESSES, ROOT_SLOTS, ROOTS, SLOT_POLICIES, SLOTS, offset},
     origin,
     processes::{self, Address, slot_of_cgroup},
 };
@@ -160,6 +160,7 @@ pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
     if palisade_slot_of_cgroup(cgroup.0) != 0 {
         return None;
     }
+    processes::palisade_catch_up(KernelPtr::current_task().0);
     // SAFETY: only presence matters.
     let by_container = unsafe { PROCESSES.get(processes::current_pid()) }.is_some();
     let mut name = [0_u8; CGROUP_NAME];
@@ -241,6 +242,8 @@ pub fn task_attached(cgroup: Address, task: Address) {
     if !is_unified(cgroup) {
         return;
     }
+    // Wherever it goes.
+    processes::palisade_catch_up(task.0);
     let slot = palisade_slot_of_cgroup(cgroup.0);
     if slot == 0 {
         return;
@@ -249,43 +252,47 @@ pub fn task_attached(cgroup: Address, task: Address) {
         count::error(error::TASK_READ);
         return;
     };
+    processes::palisade_catch_up(KernelPtr::current_task().0);
     // SAFETY: only presence matters.
     if unsafe { PROCESSES.get(pid) }.is_none() {
         // One that is moved by a process of a container comes from inside, whatever became of its entry.
         // SAFETY: as above.
         let from_outside = unsafe { PROCESSES.get(processes::current_pid()) }.is_none();
-        processes::adopt(pid, slot, u8::from(from_outside));
+        let leader = context::palisade_pointer(task.0, u64::from(offset!(task_group_leader)));
+        processes::adopt(pid, leader, slot, u8::from(from_outside));
     }
 }
 
-/// Whether the current process, which is in the cgroup of `slot` and has no entry, is only just coming in from outside:
-/// a task is in its new cgroup a moment before `cgroup_attach_task` is told, and may execute something in that moment.
-///
-/// Every process from inside has an entry unless it found no room, so where none was ever lost one without is new; and its
-/// parent is then outside.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_is_arriving(slot: u64) -> u64 {
+/// Whether every process of `slot` has an entry: it was told of all that began there, and none ever found no room.
+#[inline(always)]
+pub fn knows_all_members(slot: u64) -> bool {
     // SAFETY: only fields are read.
     let Some((lost, made_by_kernel)) =
         unsafe { SLOTS.get(slot) }.map(|slot| (slot.entries_lost, slot.created != 0))
     else {
-        return 0;
+        return false;
     };
     // SAFETY: only a field is read.
     let known = made_by_kernel
         || unsafe { SLOT_POLICIES.get(slot) }
             .is_some_and(|policy| policy.flags & slot_flags::MEMBERS_KNOWN != 0);
-    if lost != 0 || !known {
-        return 0;
-    }
+    lost == 0 && known
+}
+
+/// Whether the current process, which is in the cgroup of `slot` and has no entry, is only just coming in from outside:
+/// a task is in its new cgroup a moment before `cgroup_attach_task` is told, and may execute something in that moment.
+///
+/// Every process from inside has an entry where all members are known, unless its fork was skipped; so one without is new if its parent
+/// is outside.
+#[inline(always)]
+pub fn is_arriving() -> bool {
     let parent = context::palisade_pointer(KernelPtr::current_task().0, u64::from(offset!(task_real_parent)));
     let parent_pid = context::palisade_word(parent, u64::from(offset!(task_tgid))) as u32;
     // SAFETY: only presence matters.
     if parent_pid == 0 || unsafe { PROCESSES.get(parent_pid) }.is_some() {
-        return 0;
+        return false;
     }
-    u64::from(slot_of_task(KernelPtr(parent)).is_none())
+    slot_of_task(KernelPtr(parent)).is_none()
 }
 
 /// Stores the current task's root directory as that of `slot`, at `now` in seconds since the Unix epoch. Returns whether it could.
@@ -295,7 +302,7 @@ pub fn learn_root(slot: u64, now: u64) -> bool {
         count::error(error::ROOT_READ);
         return false;
     };
-    palisade_learn_layers(root.superblock, now);
+    layers::palisade_learn_layers(root.superblock, now);
     store_root(slot, root, u64::from(BPF_ANY))
 }
 
@@ -305,45 +312,9 @@ pub fn first_root(slot: u64, root: RootIdentity) {
     // SAFETY: only presence matters.
     if unsafe { ROOTS.get(slot) }.is_none() {
         // Its own folder was made after the layers, and before anything of the container ran.
-        palisade_learn_layers(root.superblock, origin::palisade_changed(root.dentry));
+        layers::palisade_learn_layers(root.superblock, origin::palisade_changed(root.dentry));
         store_root(slot, root, u64::from(BPF_NOEXIST));
     }
-}
-
-/// Most layers of an image that are noted.
-const MOST_LAYERS: u32 = 128;
-
-/// Notes the layers of the overlay at `superblock`, those that are not known yet as of `now`.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_learn_layers(superblock: u64, now: u64) -> u64 {
-    let (size, mount) = (offset!(ovl_layer_size), offset!(ovl_layer_mount));
-    let superblock = KernelPtr(superblock);
-    if now == 0
-        || size == ABSENT
-        || mount == ABSENT
-        || superblock.read::<u64>(offset!(superblock_magic)) != Some(origin::OVERLAYFS)
-    {
-        return 0;
-    }
-    let Some(overlay) = superblock.follow(offset!(superblock_private)) else { return 0 };
-    let Some(layers) = overlay.follow(offset!(ovl_fs_layers)) else { return 0 };
-    let count: u32 = overlay.read(offset!(ovl_fs_layer_count)).unwrap_or(0);
-    // The first is the container's own.
-    let mut index = 1;
-    while index < MOST_LAYERS {
-        if index >= count {
-            break;
-        }
-        let key = origin::layer_at(KernelPtr(layers.0 + u64::from(index) * u64::from(size)));
-        if let Some(key) = key {
-            let _known_already = LAYERS.insert(key, now, u64::from(BPF_NOEXIST));
-            let any = LayerKey { device: key.device, generation: 0, inode: 0 };
-            let _as_above = LAYERS.insert(any, now, u64::from(BPF_NOEXIST));
-        }
-        index += 1;
-    }
-    1
 }
 
 #[inline(always)]

@@ -15,6 +15,7 @@ use palisade_abi::{
     PATH_CAPACITY,
     codes::{action, argv_source, error, exec_flags, kind, mode, origin, reason, slot_flags, verdict},
     maps::{HOST_ROOT, Process},
+    offsets::ABSENT,
     record::{
         ExecPart, ExecRecord, INTERPRETER, LARGE_ARGV, LARGE_CWD, LARGE_PATH, LONGEST_ARGUMENT, SMALL_ARGV,
         SMALL_CWD, SMALL_PATH,
@@ -24,14 +25,17 @@ use palisade_abi::{
 use crate::{
     containers, context, count,
     interpreter::palisade_recall_interpreter,
-    judge::{palisade_code_rules, palisade_judge, rules_forbid_elevation, rules_mode, unexamined},
+    judge::{
+        palisade_code_rules, palisade_judge, palisade_refuses_unexamined, rules_forbid_elevation, rules_mode,
+    },
     kernel::{KernelPtr, plain, read_user_word},
     maps::{INTERPRETERS, PROCESSES, ROOTS, SCRIPTS, SLOT_POLICIES, SLOTS, offset, planted, setting},
     origin::{self as origins, palisade_classify},
     path::{self, palisade_walk},
     processes::{self, Address},
     record::{self, Lane},
-    scratch::{self, Area, EXECUTABLE, Scratch, WORKING_DIRECTORY, arguments},
+    repeat::{AGAIN, DONE, repeat},
+    scratch::{self, Area, EXECUTABLE, Scratch, Turns, WORKING_DIRECTORY, arguments},
     volumes::palisade_name_volume,
 };
 
@@ -52,27 +56,43 @@ const SYS_EXECVEAT_32: u64 = 358;
 /// The same by the numbers of x32.
 const SYS_EXECVEAT_X32: u64 = 0x4000_0221;
 /// Most arguments of a refused exec that are read.
-const MOST_ARGUMENTS: u64 = 64;
+const MOST_ARGUMENTS: u32 = 64;
+
+/// Claims memory for the current task, with what is known of its process in it.
+#[inline(always)]
+fn claim(task: u64) -> Option<*mut Scratch> {
+    let scratch = scratch::claim(task)?;
+    if processes::palisade_recall_process(task) != 0 {
+        scratch::release(task);
+        return None;
+    }
+    Some(scratch)
+}
 
 /// The LSM hook: whether to refuse this pass. With `asked`, nothing will be executed.
 #[inline(always)]
 pub fn check(bprm: Address, asked: bool) -> bool {
     processes::palisade_adopt_started(plain(bprm));
-    let Some(process) = processes::current() else { return false };
-    if process.held != 0 {
+    let slot = processes::palisade_current_slot();
+    if slot == 0 {
+        return false;
+    }
+    if processes::is_held() {
         // It was to wait for a verdict on what it executed before this.
         kill();
         return true;
     }
     let task = bpf_get_current_pid_tgid();
-    let Some(scratch) = scratch::claim(task) else {
-        let denied = unexamined(process.slot) == verdict::DENIED;
+    let Some(scratch) = claim(task) else {
+        let denied = palisade_refuses_unexamined(slot) != 0;
         if denied || (asked && record::is_active()) {
-            record::lose(process.slot, Lane::Check);
+            record::lose(slot, Lane::Check);
         }
         return denied;
     };
-    let verdict = examine(task, scratch, bprm, &process);
+    // SAFETY: the memory belongs to this task until it is released.
+    let process = unsafe { &(*scratch).process };
+    let verdict = examine(task, scratch, bprm);
     // SAFETY: the memory belongs to this task until it is released.
     let unjudged = planted!(SCRIPTS_UNJUDGED) && unsafe { is_script(scratch) };
     let verdict = if unjudged { verdict::ALLOWED } else { verdict };
@@ -131,6 +151,11 @@ pub fn check(bprm: Address, asked: bool) -> bool {
             let passes = (&raw const (*entry).passes).read_volatile();
             (&raw mut (*entry).passes).write_volatile(if first { 1 } else { passes.saturating_add(1) });
             if first {
+                if (&raw const (*entry).committed).read_volatile() != 0 && record::is_active() {
+                    // The tracepoint was skipped that would have recorded the exec before this.
+                    record::lose((*scratch).slot, Lane::Exec);
+                }
+                (&raw mut (*entry).committed).write_volatile(0);
                 (&raw mut (*entry).foreign_interpreter).write_volatile(0);
                 (&raw mut (*entry).elevates).write_volatile(0);
                 (&raw mut (*entry).has_interpreter).write_volatile(0);
@@ -229,22 +254,25 @@ pub fn elevates(bprm: Address) -> bool {
     if palisade_gains_rights(new.0) == 0 {
         return false;
     }
-    let Some(process) = processes::current() else { return false };
+    let slot = processes::palisade_current_slot();
+    if slot == 0 {
+        return false;
+    }
     if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
         // SAFETY: as in `check`.
         unsafe { (&raw mut (*entry).elevates).write_volatile(1) };
     }
-    let rules = palisade_code_rules(process.slot);
+    let rules = palisade_code_rules(slot);
     if !rules_forbid_elevation(rules) || rules_mode(rules) == mode::AUDIT {
         // Audited at the tracepoint.
         return false;
     }
     let task = bpf_get_current_pid_tgid();
-    let Some(scratch) = scratch::claim(task) else {
-        record::lose(process.slot, Lane::Check);
+    let Some(scratch) = claim(task) else {
+        record::lose(slot, Lane::Check);
         return true;
     };
-    let of_runtime = examine(task, scratch, bprm, &process) == verdict::ALLOWED
+    let of_runtime = examine(task, scratch, bprm) == verdict::ALLOWED
         // SAFETY: the memory belongs to this task until it is released.
         && unsafe { (*scratch).reason } == reason::RUNTIME;
     if !of_runtime {
@@ -312,6 +340,7 @@ pub fn committed() {
         (&raw mut (*entry).caller).write_volatile(caller);
         (&raw mut (*entry).program).write_volatile([0; 2]);
         (&raw mut (*entry).committed).write_volatile(1);
+        (&raw mut (*entry).leader).write_volatile(KernelPtr::current_task().0);
         let verdict = (&raw const (*entry).pending_verdict).read_volatile();
         let depends = verdict == verdict::ALLOWED
             && (&raw const (*entry).pending_reason).read_volatile() == reason::ARGUMENTS;
@@ -336,40 +365,29 @@ fn waits_for_arguments(process: &Process) -> bool {
 #[inline(always)]
 pub fn executed(bprm: Address) {
     processes::palisade_adopt_started(plain(bprm));
-    let Some(mut process) = processes::current() else { return };
+    let slot = processes::palisade_current_slot();
+    if slot == 0 {
+        return;
+    }
     let task = bpf_get_current_pid_tgid();
-    let waits = waits_for_arguments(&process);
+    let Some(scratch) = claim(task) else {
+        palisade_executed_unexamined(slot);
+        return;
+    };
+    // SAFETY: the memory belongs to this task until it is released.
+    let process = unsafe { &mut (*scratch).process };
+    let waits = waits_for_arguments(process);
     if waits {
         process.held = 0;
     }
-    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
-        // SAFETY: as in `check`.
-        unsafe {
-            (&raw mut (*entry).pending_verdict).write_volatile(0);
-            (&raw mut (*entry).jit_noted).write_volatile(0);
-            (&raw mut (*entry).committed).write_volatile(0);
-            // Until it is known.
-            (&raw mut (*entry).program).write_volatile([0; 2]);
-        }
-    }
-    let Some(scratch) = scratch::claim(task) else {
-        if unexamined(process.slot) == verdict::DENIED {
-            kill();
-        } else if waits {
-            go_on();
-        }
-        if record::is_active() {
-            record::lose(process.slot, Lane::Exec);
-        }
-        return;
-    };
+    note_executed();
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         (*scratch).arguments_known = 1;
         (*scratch).caller = if process.committed == 0 { process.program } else { process.caller };
     }
     let interpreter_is_lost = process.has_interpreter != 0 && palisade_recall_interpreter(task) != 0;
-    let mut verdict = examine(task, scratch, bprm, &process);
+    let mut verdict = examine(task, scratch, bprm);
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         // Only a pass before the last one, that is a script's, can know better than this judgement.
@@ -434,14 +452,47 @@ pub fn executed(bprm: Address) {
         // Nobody would know that it waits.
         kill();
     }
+    let has_script = usize::from(process.script_start) < PATH_CAPACITY;
     scratch::release(task);
-    if usize::from(process.script_start) < PATH_CAPACITY {
+    if has_script {
         let _may_be_gone = SCRIPTS.remove(processes::current_pid());
         if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
             // SAFETY: as in `check`.
             unsafe { (&raw mut (*entry).script_start).write_volatile(PATH_CAPACITY as u16) };
         }
     }
+}
+
+/// Notes that the current process is past an exec. What it executes is to be noted once it is known.
+#[inline(always)]
+fn note_executed() {
+    if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+        // SAFETY: as in `check`.
+        unsafe {
+            (&raw mut (*entry).pending_verdict).write_volatile(0);
+            (&raw mut (*entry).jit_noted).write_volatile(0);
+            (&raw mut (*entry).committed).write_volatile(0);
+            (&raw mut (*entry).program).write_volatile([0; 2]);
+        }
+    }
+}
+
+/// What becomes of an exec of `slot` that there is no memory to judge in.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_executed_unexamined(slot: u64) -> u64 {
+    // SAFETY: only fields are read.
+    let waits = unsafe { PROCESSES.get(processes::current_pid()) }.is_some_and(waits_for_arguments);
+    note_executed();
+    if palisade_refuses_unexamined(slot) != 0 {
+        kill();
+    } else if waits {
+        go_on();
+    }
+    if record::is_active() {
+        record::lose(slot, Lane::Exec);
+    }
+    0
 }
 
 /// Lets the current process go on, which was stopped until its arguments were judged: nothing has come of the signal yet, and
@@ -471,7 +522,7 @@ pub extern "C" fn palisade_remember_program(task: u64) -> u64 {
     unsafe {
         let of_image = (*scratch).origin == origin::IMAGE && (*scratch).executable.failure == 0;
         if of_image {
-            let program = path::hash((&raw mut (*scratch).path).cast(), (*scratch).executable.start);
+            let program = path::hash(scratch, &raw mut (*scratch).path, (*scratch).executable.start);
             (&raw mut (*entry).program).write_volatile(program);
         }
     }
@@ -484,6 +535,12 @@ pub extern "C" fn palisade_remember_program(task: u64) -> u64 {
 fn stop(entry: *mut Process) -> bool {
     // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
     unsafe { (&raw mut (*entry).held).write_volatile(1) };
+    send_stop()
+}
+
+/// Sends the signal that stops the current process, or ends it; returns whether it is stopped.
+#[inline(always)]
+fn send_stop() -> bool {
     // SAFETY: the helper has no preconditions; the signal goes to the current process.
     if !processes::is_traced() && unsafe { bpf_send_signal(SIGSTOP) } == 0 {
         return true;
@@ -501,8 +558,12 @@ pub fn woken() {
     if unsafe { (&raw const (*entry).held).read_volatile() } == 0 {
         return;
     }
+    if offset!(mutex_owner) == ABSENT {
+        // `PREEMPT_RT`, where the lock of the signals is held with interrupts on, and the signal would wait for it.
+        return;
+    }
     count::error(error::HELD_WOKEN);
-    let _killed_instead = !stop(entry);
+    send_stop();
 }
 
 /// The same at the tracepoint, where it is recorded.
@@ -553,7 +614,9 @@ fn note_first_exec(slot: u64) {
 
 /// Walks, classifies and judges. Returns the verdict; all else is in the scratch memory.
 #[inline(always)]
-fn examine(task: u64, scratch: *mut Scratch, bprm: Address, process: &Process) -> u8 {
+fn examine(task: u64, scratch: *mut Scratch, bprm: Address) -> u8 {
+    // SAFETY: the memory belongs to this task until it is released; what is known of the process was recalled into it.
+    let process = unsafe { &(*scratch).process };
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         // Read back from the map, the hook's typed pointer becomes a plain number, which global functions take.
@@ -841,45 +904,72 @@ fn copy_run<const CAPACITY: usize>(judged: *mut Scratch, target: *mut [u8; CAPAC
 #[inline(always)]
 fn copy_strings<const CAPACITY: usize>(judged: *mut Scratch, target: *mut [u8; CAPACITY]) {
     // SAFETY: the memory belongs to this task.
-    let array = unsafe { (*judged).arguments_at };
-    let mut at = 0_usize;
-    let mut index = 0;
-    let mut flags = exec_flags::ARGV_TRUNCATED;
-    while index < MOST_ARGUMENTS {
-        let pointer = match read_user_word(array + index * 8) {
-            Some(0) => {
-                flags = 0;
-                break;
-            }
-            Some(pointer) => pointer,
-            None => {
-                count::error(error::ARGV_READ);
-                break;
-            }
-        };
-        let place = black_box(at);
-        if place >= CAPACITY {
-            break;
-        }
-        // SAFETY: place < CAPACITY and room for a longest argument follows; the helper checks the user address
-        // and writes at most the slice's length.
-        let read = unsafe {
-            bpf_probe_read_user_str_bytes(
-                pointer as *const u8,
-                core::slice::from_raw_parts_mut(target.cast::<u8>().add(place), LONGEST_ARGUMENT),
-            )
-        };
-        let Ok(string) = read else {
-            count::error(error::ARGV_READ);
-            break;
-        };
-        // The helper leaves out the zero byte that it wrote.
-        at = place + string.len() + 1;
-        index += 1;
-    }
+    let (array, turns) = unsafe {
+        let turns = &raw mut (*judged).turns;
+        (&raw mut (*turns).at).write_volatile(0);
+        (&raw mut (*turns).outcome).write_volatile(u32::from(exec_flags::ARGV_TRUNCATED));
+        ((*judged).arguments_at, turns)
+    };
+    repeat(MOST_ARGUMENTS, &mut Strings { turns, array, target }, string::<CAPACITY>);
+    // SAFETY: as above.
+    let (at, flags) = unsafe {
+        ((&raw const (*turns).at).read_volatile() as usize, (&raw const (*turns).outcome).read_volatile())
+    };
     let used = if at > CAPACITY { CAPACITY } else { at };
     // SAFETY: the place is in the task's own memory.
-    note(unsafe { &raw mut (*judged).argv_length }, used, judged, flags);
+    note(unsafe { &raw mut (*judged).argv_length }, used, judged, flags as u8);
+}
+
+/// Strings that are copied.
+struct Strings<const CAPACITY: usize> {
+    turns: *mut Turns,
+    array: u64,
+    target: *mut [u8; CAPACITY],
+}
+
+/// One string.
+///
+/// # Safety
+///
+/// `strings` must be of the current task's claimed memory, with a target that has room for a longest argument behind it.
+#[inline(always)]
+unsafe extern "C" fn string<const CAPACITY: usize>(index: u64, strings: *mut Strings<CAPACITY>) -> i64 {
+    // SAFETY: the caller's promise.
+    let (turns, array, target) = unsafe { ((*strings).turns, (*strings).array, (*strings).target) };
+    let pointer = match read_user_word(array + index * 8) {
+        Some(0) => {
+            // SAFETY: as above.
+            unsafe { (&raw mut (*turns).outcome).write_volatile(0) };
+            return DONE;
+        }
+        Some(pointer) => pointer,
+        None => {
+            count::error(error::ARGV_READ);
+            return DONE;
+        }
+    };
+    // SAFETY: as above.
+    let at = unsafe { (&raw const (*turns).at).read_volatile() };
+    let place = black_box(at as usize);
+    if place >= CAPACITY {
+        return DONE;
+    }
+    // SAFETY: place < CAPACITY and room for a longest argument follows; the helper checks the user address
+    // and writes at most the slice's length.
+    let read = unsafe {
+        bpf_probe_read_user_str_bytes(
+            pointer as *const u8,
+            core::slice::from_raw_parts_mut(target.cast::<u8>().add(place), LONGEST_ARGUMENT),
+        )
+    };
+    let Ok(string) = read else {
+        count::error(error::ARGV_READ);
+        return DONE;
+    };
+    // The helper leaves out the zero byte that it wrote.
+    // SAFETY: as above.
+    unsafe { (&raw mut (*turns).at).write_volatile(at + string.len() as u32 + 1) };
+    AGAIN
 }
 
 #[unsafe(no_mangle)]

@@ -12,7 +12,7 @@ use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{action, error, mode, origin, reason, verdict},
-    maps::{EXEC_GRANTS, LinkKey, OpenedInterpreter, grant},
+    maps::{EXEC_GRANTS, LinkKey, grant},
     offsets::ABSENT,
     record::INTERPRETER,
 };
@@ -20,7 +20,7 @@ use palisade_abi::{
 use crate::{
     containers, count,
     exec::{self, palisade_report},
-    judge::{palisade_code_rules, palisade_granted, rules_mode, unexamined},
+    judge::{palisade_code_rules, palisade_granted, palisade_refuses_unexamined, rules_mode},
     kernel::{KernelPtr, plain},
     maps::{INTERPRETERS, LINKS, PROCESSES, REVISIONS, offset, planted},
     origin::palisade_classify,
@@ -42,13 +42,29 @@ pub fn opens(file: Address) -> bool {
     flags & FMODE_EXEC != 0 && black_box(palisade_opens_interpreter(plain(file))) != 0
 }
 
+/// Bits of a mutex's owner that are not its address (`MUTEX_FLAGS` of kernel/locking/mutex.h).
+const MUTEX_FLAGS: u64 = 7;
+
+/// Whether the current task, not another thread of its process, is in an exec: it holds `cred_guard_mutex`. Always, where the kernel
+/// does not say who has a mutex (`PREEMPT_RT`).
+#[inline(always)]
+fn is_executing() -> bool {
+    let task = KernelPtr::current_task();
+    if offset!(signal_exec_mutex) == ABSENT || offset!(mutex_owner) == ABSENT {
+        return true;
+    }
+    let owner = task
+        .follow(offset!(task_signal))
+        .and_then(|signal| signal.read::<u64>(offset!(signal_exec_mutex) + offset!(mutex_owner)));
+    owner.is_none_or(|owner| owner & !MUTEX_FLAGS == task.0)
+}
+
 /// The name by which the kernel itself opens something for the current task. What a program opens by a name of its own has an
-/// address in user space.
+/// address in user space, and so has the program that it executes, which since 6.9 is opened before the mutex is taken, too.
 #[inline(always)]
 fn name_of_kernel() -> Option<KernelPtr> {
     let name = KernelPtr::current_task().follow(offset!(task_nameidata))?.follow(offset!(nameidata_name))?;
-    // Before 6.19, or so. Without it an exec that failed late may have the program of the next one judged here already, by the same
-    // rules.
+    // Before 6.19, or so.
     if offset!(filename_user) != ABSENT && name.read::<u64>(offset!(filename_user)) != Some(0) {
         return None;
     }
@@ -82,6 +98,9 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
     if entry.is_some_and(|entry| unsafe { (&raw const (*entry).expects_interpreter).read_volatile() } == 0) {
         return 0;
     }
+    if !is_executing() {
+        return 0;
+    }
     let Some(name) = name_of_kernel() else { return 0 };
     let (slot, entering, caller) = match entry {
         // SAFETY: as above. What is read was written by this process's own hooks.
@@ -101,7 +120,7 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
     }
     let task = bpf_get_current_pid_tgid();
     let Some(scratch) = scratch::claim(task) else {
-        if unexamined(slot) != verdict::DENIED {
+        if palisade_refuses_unexamined(slot) == 0 {
             return 0;
         }
         record::lose(slot, Lane::Check);
@@ -134,17 +153,16 @@ pub extern "C" fn palisade_examine_interpreter(task: u64, name: u64) -> u64 {
     unsafe {
         (*scratch).origin = origin;
         (*scratch).interpreter_origin = origin;
-        (*scratch).interpreter = path::hash((&raw mut (*scratch).path).cast(), (*scratch).executable.start);
+        (*scratch).interpreter = path::hash(scratch, &raw mut (*scratch).path, (*scratch).executable.start);
         (*scratch).interpreter_name = hash_name(scratch, name);
         // The end of the path, with the zeros in front that it may have.
         let end = (&raw const (*scratch).path).cast::<u8>().add(PATH_CAPACITY - INTERPRETER);
-        let opened = OpenedInterpreter {
-            path: (*scratch).interpreter,
-            name: (*scratch).interpreter_name,
-            origin: u64::from(origin),
-            shown: end.cast::<[u8; INTERPRETER]>().read(),
-        };
-        if INTERPRETERS.insert(processes::current_pid(), opened, 0).is_err() {
+        let opened = &raw mut (*scratch).opened;
+        (*opened).path = (*scratch).interpreter;
+        (*opened).name = (*scratch).interpreter_name;
+        (*opened).origin = u64::from(origin);
+        (&raw mut (*opened).shown).write(end.cast::<[u8; INTERPRETER]>().read());
+        if INTERPRETERS.insert(processes::current_pid(), &*opened, 0).is_err() {
             count::error(error::INTERPRETER_MAP_FULL);
         }
         if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
@@ -186,7 +204,7 @@ unsafe fn hash_name(scratch: *mut Scratch, name: u64) -> [u64; 2] {
         return [0; 2];
     }
     // SAFETY: as above.
-    path::hash(unsafe { (&raw mut (*scratch).cwd).cast() }, start as u32)
+    path::hash(scratch, unsafe { &raw mut (*scratch).cwd }, start as u32)
 }
 
 /// The [`reason`] against the interpreter that `task` has examined; 0 when there is none.

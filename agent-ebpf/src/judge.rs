@@ -19,7 +19,8 @@ use crate::{
     context, count, exec,
     maps::{ADMITTED, AGENT, GLOBS, REVISIONS, RULES, SLOT_POLICIES, offset, planted},
     path, record,
-    scratch::{self, Area, Automaton, Scratch},
+    repeat::{AGAIN, DONE, repeat},
+    scratch::{self, Area, Automaton, Scratch, Turns},
 };
 
 /// Judges the execution that `task` has examined, and writes the decision into its memory. Returns the
@@ -63,15 +64,16 @@ pub extern "C" fn palisade_is_admitted(task: u64) -> u64 {
     }
     let inode = context::palisade_pointer(dentry, u64::from(offset!(dentry_inode)));
     let inode = context::palisade_pointer(inode, u64::from(offset!(inode_number)));
-    let key = AdmittedKey { path_hash: path::hash(area.cast(), start), inode };
+    let key = AdmittedKey { path_hash: path::hash(scratch, area, start), inode };
     // SAFETY: only presence matters.
     u64::from(unsafe { ADMITTED.get(key) }.is_some())
 }
 
-/// The verdict on an execution that could not be examined for want of memory.
-#[inline(always)]
-pub fn unexamined(slot: u64) -> u8 {
-    decide(slot, None).verdict
+/// Whether an execution is refused that could not be examined for want of memory.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_refuses_unexamined(slot: u64) -> u64 {
+    u64::from(decide(slot, None).verdict == verdict::DENIED)
 }
 
 /// A decision and what it rests on.
@@ -190,7 +192,7 @@ pub extern "C" fn palisade_granted(task: u64, number: u64, wanted: u64) -> u64 {
     let Some(revision) = (unsafe { REVISIONS.get(number) }) else { return 0 };
     // SAFETY: the memory belongs to this task until it is released.
     let (area, start) = unsafe { (&raw mut (*scratch).path, (*scratch).executable.start) };
-    let path_hash = path::hash(area.cast(), start);
+    let path_hash = path::hash(scratch, area, start);
     let (mut now, mut any, mut with_arguments) = (0, 0, 0);
     // SAFETY: rules of a revision do not change while a slot points to it. The memory is as above.
     unsafe {
@@ -213,7 +215,7 @@ pub extern "C" fn palisade_granted(task: u64, number: u64, wanted: u64) -> u64 {
     }
     if now & wanted as u32 == 0 && revision.glob_chunks != 0 {
         let automaton = Automaton { base: revision.automata_base, width: revision.glob_width };
-        let globs = run(area, start, PATH_CAPACITY as u32, automaton);
+        let globs = run(scratch, area, (start, PATH_CAPACITY as u32), automaton);
         now |= globs;
         any |= globs;
     }
@@ -287,7 +289,7 @@ pub extern "C" fn palisade_run_on_arguments(task: u64, which: u64, length: u64) 
         let automaton = if which == 0 { (*automata)[0] } else { (*automata)[1] };
         (&raw mut (*scratch).cwd, automaton)
     };
-    u64::from(run(area, 0, length as u32, automaton))
+    u64::from(run(scratch, area, (0, length as u32), automaton))
 }
 
 /// Marks the rules of a slot as such, so that they are not 0.
@@ -443,34 +445,77 @@ fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
     mismatch(reason, mode, 0)
 }
 
-/// Runs an automaton over the bytes of `area` from `start` to `end` and returns what it grants.
+/// Runs an automaton over the bytes of `area`, the task's own, from a place to an end, and returns what it grants.
 #[inline(always)]
-fn run(area: *mut Area, start: u32, end: u32, automaton: Automaton) -> u32 {
+fn run(scratch: *mut Scratch, area: *mut Area, (start, end): (u32, u32), automaton: Automaton) -> u32 {
     let Automaton { base, width } = automaton;
     if width == 0 {
         return 0;
     }
-    let row = |state: u32| GLOB_BYTES as u32 + state * width;
-    let mut state = 0_u32;
-    let mut at = start;
-    let mut turn = 0;
-    while turn < PATH_CAPACITY {
-        if at >= end {
-            break;
-        }
-        let Some(column) = glob_word(base, u32::from(path::byte(area, at))) else { return 0 };
-        let Some(next) = glob_word(base, row(state) + u32::from(column)) else { return 0 };
-        if next == GLOB_DEAD {
-            return 0;
-        }
-        state = u32::from(next);
-        at += 1;
-        turn += 1;
+    // SAFETY: the memory belongs to this task until it is released.
+    let turns = unsafe {
+        let turns = &raw mut (*scratch).turns;
+        (&raw mut (*turns).at).write_volatile(start);
+        (&raw mut (*turns).state).write_volatile(0);
+        (&raw mut (*turns).outcome).write_volatile(0);
+        turns
+    };
+    repeat(PATH_CAPACITY as u32, &mut Run { turns, area, end, base, width }, read_byte);
+    // SAFETY: as above.
+    let (state, stuck) = unsafe {
+        ((&raw const (*turns).state).read_volatile(), (&raw const (*turns).outcome).read_volatile() != 0)
+    };
+    if stuck {
+        return 0;
     }
-    match (glob_word(base, row(state)), glob_word(base, row(state) + 1)) {
+    let row = row(state, width);
+    match (glob_word(base, row), glob_word(base, row + 1)) {
         (Some(low), Some(high)) => u32::from(low) | u32::from(high) << 16,
         _ => 0,
     }
+}
+
+/// What an automaton reads.
+struct Run {
+    turns: *mut Turns,
+    area: *mut Area,
+    end: u32,
+    base: u32,
+    width: u32,
+}
+
+/// Where the words of a state begin.
+#[inline(always)]
+fn row(state: u32, width: u32) -> u32 {
+    GLOB_BYTES as u32 + state * width
+}
+
+/// One byte that an automaton reads.
+///
+/// # Safety
+///
+/// `run` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe extern "C" fn read_byte(_turn: u64, run: *mut Run) -> i64 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let Run { turns, area, end, base, width } = *run;
+        let at = (&raw const (*turns).at).read_volatile();
+        if at >= end {
+            return DONE;
+        }
+        let state = (&raw const (*turns).state).read_volatile();
+        let next = glob_word(base, u32::from(path::byte(area, at)))
+            .and_then(|column| glob_word(base, row(state, width) + u32::from(column)))
+            .unwrap_or(GLOB_DEAD);
+        if next == GLOB_DEAD {
+            (&raw mut (*turns).outcome).write_volatile(1);
+            return DONE;
+        }
+        (&raw mut (*turns).state).write_volatile(u32::from(next));
+        (&raw mut (*turns).at).write_volatile(at + 1);
+    }
+    AGAIN
 }
 
 /// A word of the automaton whose chunks begin at `base`.

@@ -20,22 +20,28 @@ mod generate;
 mod interpreter;
 mod judge;
 mod kernel;
+mod layers;
 mod maps;
 mod origin;
 mod path;
 mod processes;
 mod record;
+mod repeat;
 mod scratch;
 mod tamper;
 mod volumes;
 
 use aya_ebpf::{
+    EbpfContext as _,
     macros::{fexit, lsm, raw_tracepoint},
     programs::{FExitContext, LsmContext, RawTracePointContext},
 };
 use palisade_abi::codes::{code_act, tampering};
 
-use crate::{kernel::KernelPtr, maps::offset};
+use crate::{
+    kernel::KernelPtr,
+    maps::{offset, setting},
+};
 
 /// `int security_bprm_check(struct linux_binprm *bprm)`: once per pass of the binary format loop.
 #[lsm(hook = "bprm_check_security")]
@@ -116,7 +122,7 @@ pub fn ptrace_traceme(ctx: LsmContext) -> i32 {
 #[lsm(hook = "file_open")]
 pub fn file_open(ctx: LsmContext) -> i32 {
     let refused =
-        code::opens_memory(ctx.arg(0)) || interpreter::opens(ctx.arg(0)) || code::opens_layer(ctx.arg(0));
+        code::opens_memory(ctx.arg(0)) || interpreter::opens(ctx.arg(0)) || layers::opens(ctx.arg(0));
     if refused { -1 } else { 0 }
 }
 
@@ -223,11 +229,30 @@ pub fn sb_umount(ctx: LsmContext) -> i32 {
     if tamper::on_mount(ctx.arg(0)) { -1 } else { 0 }
 }
 
-/// `bool get_signal(struct ksignal *ksig)`, when it is done: the task was stopped in it, and is on its way back to user space. The
-/// kernel itself lets go what is stopped (an orphaned process group, a terminal that hangs up), and asks nobody.
-#[fexit(function = "get_signal")]
-pub fn get_signal(_ctx: FExitContext) -> u32 {
-    exec::woken();
+/// SIGSTOP, SIGTSTP, SIGTTIN and SIGTTOU: whoever gets one is about to stop.
+const STOPS: core::ops::RangeInclusive<i32> = 19..=22;
+
+/// `int dequeue_signal(…)`, when it is done: a task that was stopped calls it on its way back to user space. The kernel itself lets go what
+/// is stopped (an orphaned process group, a terminal that hangs up), and asks nobody. It is called with the lock of the signals held and
+/// interrupts off, so no other task can be in the program on that processor, and it is never skipped. The signal that stops the task
+/// again comes when interrupts are on again (`irq_work`).
+#[fexit(function = "dequeue_signal")]
+pub fn dequeue_signal(ctx: FExitContext) -> u32 {
+    let context = ctx.as_ptr();
+    let result: u64;
+    // The result stands behind the arguments. By inline assembly, since the compiler would make one access of the two, at a place that the
+    // verifier does not know.
+    // SAFETY: the verifier checks that the function has as many.
+    unsafe {
+        match setting!(dequeue_arguments) {
+            3 => core::arch::asm!("{0} = *(u64 *)({1} + 24)", out(reg) result, in(reg) context),
+            4 => core::arch::asm!("{0} = *(u64 *)({1} + 32)", out(reg) result, in(reg) context),
+            _ => return 0,
+        }
+    }
+    if !STOPS.contains(&(result as i32)) {
+        exec::woken();
+    }
     0
 }
 
@@ -242,6 +267,21 @@ pub fn sched_process_exec(ctx: RawTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
 pub fn sched_process_fork(ctx: RawTracePointContext) -> i32 {
     processes::forked(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+/// `int security_task_alloc(struct task_struct *task, unsigned long clone_flags)`: the second line of the tracepoint for forks, which a
+/// kernel may skip.
+#[lsm(hook = "task_alloc")]
+pub fn task_alloc(ctx: LsmContext) -> i32 {
+    processes::forking(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+/// `void security_task_free(struct task_struct *task)`: the second line of the tracepoint for exits, which a kernel may skip.
+#[lsm(hook = "task_free")]
+pub fn task_free(ctx: LsmContext) -> i32 {
+    processes::freed(ctx.arg(0));
     0
 }
 

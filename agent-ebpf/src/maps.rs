@@ -95,6 +95,11 @@ pub static ADMITTED: HashMap<AdmittedKey, u32> = HashMap::with_max_entries(64, 0
 #[map]
 pub static PROTECTED: HashMap<u64, u32> = HashMap::with_max_entries(256, 0);
 
+/// Children that a process of a container makes, by their `struct task_struct`, until the program that is told of forks has taken them:
+/// what they are to be. Where it was skipped, they are found here.
+#[map]
+pub static FORKING: HashMap<u64, Process> = HashMap::with_max_entries(4096, 0);
+
 /// Claimed under the task's id while it judges an exec.
 #[map]
 pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
@@ -142,7 +147,9 @@ pub static SETTINGS: Settings = Settings {
     have_task_pt_regs: 0x7b00_0003,
     pt_regs_at: 0x7b00_0004,
     host_mount_namespace: 0x7b00_0005,
-    reserved: 0x7b00_0006,
+    have_loop: 0x7b00_0006,
+    skips_tracepoints: 0x7b00_0009,
+    dequeue_arguments: 0x7b00_000a,
     rename_lock: 0x7b00_0007_7b00_0008,
 };
 

@@ -2,14 +2,15 @@
 
 use palisade_abi::{
     codes::{error, origin},
-    maps::{HOST_ROOT, LayerKey, RootIdentity},
+    maps::{HOST_ROOT, RootIdentity},
     offsets::ABSENT,
 };
 
 use crate::{
     context, count,
     kernel::KernelPtr,
-    maps::{LAYERS, ROOTS, offset, planted},
+    layers,
+    maps::{ROOTS, offset, planted},
     scratch::{self, EXECUTABLE},
     volumes::{self, palisade_name_volume},
 };
@@ -149,25 +150,6 @@ pub fn layer_inode(dentry: KernelPtr) -> Option<KernelPtr> {
     layer.follow(offset!(dentry_inode))
 }
 
-/// The layer that the `struct ovl_layer` at `layer` describes.
-#[inline(always)]
-pub fn layer_at(layer: KernelPtr) -> Option<LayerKey> {
-    let root = layer.follow(offset!(ovl_layer_mount))?.follow(offset!(vfsmount_root))?;
-    let inode = root.follow(offset!(dentry_inode))?;
-    let superblock = root.follow(offset!(dentry_superblock))?;
-    layer_key(superblock, inode)
-}
-
-/// How the folder with `inode` would be known if it were a layer's.
-#[inline(always)]
-pub fn layer_key(superblock: KernelPtr, inode: KernelPtr) -> Option<LayerKey> {
-    Some(LayerKey {
-        device: superblock.read(offset!(superblock_device))?,
-        generation: inode.read(offset!(inode_generation))?,
-        inode: inode.read(offset!(inode_number))?,
-    })
-}
-
 /// When the inode of `dentry` was changed last, in seconds since the Unix epoch: nobody sets that time. 0 when it cannot be told.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -181,35 +163,6 @@ pub extern "C" fn palisade_changed(dentry: u64) -> u64 {
         place = offset!(inode_changed_before_6_6);
     }
     inode.read::<u64>(place).unwrap_or(0)
-}
-
-/// Whether the file of the image at `dentry`, which has no upper dentry, was changed in its layer since that was seen first.
-/// Whoever reaches the layers by another way (the host's disk, a handle) can do that.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_changed_below(dentry: u64) -> u64 {
-    let dentry = KernelPtr(dentry);
-    let (lowers, lowers_before_6_5) = (offset!(ovl_entry_lowers), offset!(ovl_entry_lowers_before_6_5));
-    // Since 6.5 the inode has the entry, before that the dentry.
-    let path = if lowers == ABSENT {
-        if lowers_before_6_5 == ABSENT {
-            return 0;
-        }
-        dentry.follow(offset!(dentry_private)).map(|entry| KernelPtr(entry.0 + u64::from(lowers_before_6_5)))
-    } else {
-        dentry
-            .follow(offset!(dentry_inode))
-            .and_then(|inode| {
-                KernelPtr(inode.0 - u64::from(offset!(ovl_inode_vfs))).follow(offset!(ovl_inode_entry))
-            })
-            .map(|entry| KernelPtr(entry.0 + u64::from(lowers)))
-    };
-    let Some(path) = path else { return 0 };
-    let Some(lower) = path.follow(offset!(ovl_path_dentry)) else { return 0 };
-    let Some(key) = path.follow(offset!(ovl_path_layer)).and_then(layer_at) else { return 0 };
-    // SAFETY: one word, written once.
-    let Some(seen) = (unsafe { LAYERS.get(key) }) else { return 0 };
-    u64::from(palisade_changed(lower.0) > *seen)
 }
 
 /// On overlayfs an inode without an upper dentry is the image's own.
@@ -226,7 +179,7 @@ fn overlay_origin(dentry: KernelPtr) -> u8 {
     };
     let overlay_inode = KernelPtr(inode.0 - u64::from(vfs));
     match overlay_inode.read::<u64>(upper) {
-        Some(0) if palisade_changed_below(dentry.0) != 0 => origin::DRIFT,
+        Some(0) if layers::palisade_changed_below(dentry.0) != 0 => origin::DRIFT,
         Some(0) => origin::IMAGE,
         Some(_) => origin::DRIFT,
         None => {

@@ -12,11 +12,12 @@ use palisade_abi::{
 };
 
 use crate::{
-    count,
+    context, count,
     kernel::KernelPtr,
-    maps::{offset, setting},
+    maps::{offset, planted, setting},
     origin,
-    scratch::{self, Area, EXECUTABLE, Walk},
+    repeat::{AGAIN, DONE, repeat},
+    scratch::{self, Area, EXECUTABLE, Scratch, Turns, Walk},
     volumes,
 };
 
@@ -73,7 +74,7 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
     while turn < WALKS {
         let before = renames();
         let failure = palisade_walk_once(task, dentry, which);
-        if before & 1 == 0 && renames() == before {
+        if (before & 1 == 0 && renames() == before) || planted!(WALK_TORN) {
             return failure;
         }
         turn += 1;
@@ -116,92 +117,166 @@ pub extern "C" fn palisade_clear_front(task: u64, which: u64) -> u64 {
 pub extern "C" fn palisade_walk_once(task: u64, dentry: u64, which: u64) -> u64 {
     let Some(scratch) = scratch::of(task) else { return u64::from(reason::NO_SCRATCH) };
     // SAFETY: the memory belongs to this task until it is released.
-    let (slot, area, walk) = unsafe {
+    let (area, walk) = unsafe {
         if which == EXECUTABLE {
-            ((*scratch).slot, &raw mut (*scratch).path, &raw mut (*scratch).executable)
+            (&raw mut (*scratch).path, &raw mut (*scratch).executable)
         } else {
-            ((*scratch).slot, &raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
+            (&raw mut (*scratch).cwd, &raw mut (*scratch).working_directory)
         }
     };
-    let mut way = Way { start: PATH_CAPACITY as u32, superblock: 0, volume: 0, renamed: 0 };
-    let failure = climb(slot, area, KernelPtr(dentry), &mut way);
+    let failure = climb(scratch, area, KernelPtr(dentry));
     match failure {
         reason::PATH_TOO_DEEP => count::error(error::WALK_DEEP),
         reason::PATH_TOO_LONG => count::error(error::WALK_LONG),
         reason::READ_FAILED => count::error(error::WALK_READ),
         _ => {}
     }
-    let Way { start, superblock, volume, renamed } = way;
+    let superblock = context::palisade_pointer(dentry, u64::from(offset!(dentry_superblock)));
     // SAFETY: as above.
-    unsafe { walk.write(Walk { superblock, start, failure: u32::from(failure), volume, renamed }) };
+    unsafe {
+        let turns = &raw const (*scratch).turns;
+        walk.write(Walk {
+            superblock,
+            start: (&raw const (*turns).at).read_volatile(),
+            failure: u32::from(failure),
+            volume: (&raw const (*turns).volume).read_volatile(),
+            renamed: (&raw const (*turns).renamed).read_volatile(),
+        });
+    }
     u64::from(failure)
 }
 
-/// What a climb comes by. One climb tells both the path and the mount that it is on: two could be told of different
-/// places, when somebody renames meanwhile.
-struct Way {
-    start: u32,
+/// A climb, as far as it stays the same from component to component.
+struct Climb {
+    turns: *mut Turns,
+    area: *mut Area,
+    slot: u64,
     superblock: u64,
-    /// See [`Walk`].
-    volume: u32,
-    renamed: u32,
+    /// What is on the container's own root is on no volume.
+    may_be_volume: u64,
+    on_overlay: u64,
+    root: u64,
 }
 
+/// Climbs from `dentry` to the root of its superblock, or to that of the container's mount that it is on. One climb tells both the path and
+/// the mount: two could be told of different places, when somebody renames meanwhile.
 #[inline(always)]
-fn climb(slot: u64, area: *mut Area, dentry: KernelPtr, way: &mut Way) -> u8 {
-    let Some(found) = dentry.follow(offset!(dentry_superblock)) else { return reason::READ_FAILED };
-    way.superblock = found.0;
-    // What is on the container's own root is on no volume.
-    let may_be_volume = !volumes::is_own_root(slot, found.0);
+fn climb(scratch: *mut Scratch, area: *mut Area, dentry: KernelPtr) -> u8 {
+    // SAFETY: the memory belongs to this task until it is released.
+    let (slot, turns) = unsafe {
+        let turns = &raw mut (*scratch).turns;
+        (&raw mut (*turns).current).write_volatile(dentry.0);
+        (&raw mut (*turns).at).write_volatile(PATH_CAPACITY as u32);
+        (&raw mut (*turns).outer).write_volatile(PATH_CAPACITY as u32);
+        (&raw mut (*turns).outcome).write_volatile(u32::from(reason::PATH_TOO_DEEP));
+        (&raw mut (*turns).volume).write_volatile(0);
+        (&raw mut (*turns).renamed).write_volatile(0);
+        ((*scratch).slot, turns)
+    };
+    let Some(superblock) = dentry.follow(offset!(dentry_superblock)) else { return reason::READ_FAILED };
+    let Some(root) = superblock.follow(offset!(superblock_root)) else { return reason::READ_FAILED };
+    let may_be_volume = !volumes::is_own_root(slot, superblock.0);
     let on_overlay =
-        !may_be_volume && found.read::<u64>(offset!(superblock_magic)) == Some(origin::OVERLAYFS);
-    let mut outer = PATH_CAPACITY as u32;
-    let Some(root) = found.follow(offset!(superblock_root)) else { return reason::READ_FAILED };
-    let mut current = dentry;
-    let mut depth = 0;
-    while depth < PATH_DEPTH {
-        if may_be_volume && let Some(volume) = volumes::rooted_at(slot, found.0, current) {
-            // The rest of the way is the host's affair; on NFS it does not even lead to the superblock's root.
-            let hidden =
-                volume.flags & volume_flags::REPLACED_WHOLE != 0 && names_a_generation(area, way.start);
-            if hidden {
-                way.start = outer;
-            }
-            way.volume = volume.name + 1;
-            return 0;
+        !may_be_volume && superblock.read::<u64>(offset!(superblock_magic)) == Some(origin::OVERLAYFS);
+    let mut about = Climb {
+        turns,
+        area,
+        slot,
+        superblock: superblock.0,
+        may_be_volume: u64::from(may_be_volume),
+        on_overlay: u64::from(on_overlay),
+        root: root.0,
+    };
+    repeat(PATH_DEPTH as u32, &mut about, component);
+    // SAFETY: as above.
+    unsafe { (&raw const (*turns).outcome).read_volatile() as u8 }
+}
+
+/// One component of a climb.
+///
+/// # Safety
+///
+/// `climb` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe extern "C" fn component(depth: u64, climb: *mut Climb) -> i64 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let turns = (*climb).turns;
+        let outcome = step_up(depth, &*climb);
+        if outcome == STILL_CLIMBING {
+            return AGAIN;
         }
-        if current == root {
-            let start = &mut way.start;
-            if *start == PATH_CAPACITY as u32 {
-                *start -= 1;
-                // SAFETY: the last byte of the path's place, within the area.
-                unsafe { area.cast::<u8>().add(PATH_CAPACITY - 1).write(b'/') };
-            }
-            return 0;
-        }
-        let Some(parent) = current.follow(offset!(dentry_parent)) else { return reason::READ_FAILED };
-        if parent == current {
-            // A memfd, a pipe, or a subtree that was cut off: its own name is all there is to show.
-            if depth == 0
-                && let Ok(shown) = prepend(area, way.start, current, 0)
-            {
-                way.start = shown;
-            }
-            return reason::WALK_INCOMPLETE;
-        }
-        outer = way.start;
-        match prepend(area, way.start, current, 1) {
-            Ok(next) => way.start = next,
-            Err(reason) => return reason,
-        }
-        // After its name: overlayfs notes a new name before it gives it.
-        if on_overlay && origin::palisade_is_redirected(current.0) != 0 {
-            way.renamed = 1;
-        }
-        current = parent;
-        depth += 1;
+        (&raw mut (*turns).outcome).write_volatile(outcome);
     }
-    reason::PATH_TOO_DEEP
+    DONE
+}
+
+/// No [`reason`].
+const STILL_CLIMBING: u32 = u32::MAX;
+
+/// Takes one component; returns how the climb ends with it, as a [`reason`], or [`STILL_CLIMBING`].
+///
+/// # Safety
+///
+/// `climb` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
+    let Climb { turns, area, slot, superblock, may_be_volume, on_overlay, root } = *climb;
+    // SAFETY: the caller's promise.
+    let (current, start) = unsafe {
+        let current = (&raw const (*turns).current).read_volatile();
+        (KernelPtr(current), (&raw const (*turns).at).read_volatile())
+    };
+    if may_be_volume != 0
+        && let Some(volume) = volumes::rooted_at(slot, superblock, current)
+    {
+        // The rest of the way is the host's affair; on NFS it does not even lead to the superblock's root.
+        let hidden = volume.flags & volume_flags::REPLACED_WHOLE != 0 && names_a_generation(area, start);
+        // SAFETY: as above.
+        unsafe {
+            if hidden {
+                let outer = (&raw const (*turns).outer).read_volatile();
+                (&raw mut (*turns).at).write_volatile(outer);
+            }
+            (&raw mut (*turns).volume).write_volatile(volume.name + 1);
+        }
+        return 0;
+    }
+    if current.0 == root {
+        if start == PATH_CAPACITY as u32 {
+            // SAFETY: the last byte of the path's place, within the area; else as above.
+            unsafe {
+                (&raw mut (*turns).at).write_volatile(PATH_CAPACITY as u32 - 1);
+                area.cast::<u8>().add(PATH_CAPACITY - 1).write(b'/');
+            }
+        }
+        return 0;
+    }
+    let Some(parent) = current.follow(offset!(dentry_parent)) else { return reason::READ_FAILED.into() };
+    let orphan = parent == current;
+    if orphan && depth != 0 {
+        return reason::WALK_INCOMPLETE.into();
+    }
+    match prepend(area, start, current, u32::from(!orphan)) {
+        // SAFETY: as above.
+        Ok(next) => unsafe { (&raw mut (*turns).at).write_volatile(next) },
+        Err(_) if orphan => {}
+        Err(reason) => return reason.into(),
+    }
+    if orphan {
+        // A memfd, a pipe, or a subtree that was cut off: its own name is all there is to show.
+        return reason::WALK_INCOMPLETE.into();
+    }
+    // SAFETY: as above.
+    unsafe {
+        (&raw mut (*turns).outer).write_volatile(start);
+        // After its name: overlayfs notes a new name before it gives it.
+        if on_overlay != 0 && origin::palisade_is_redirected(current.0) != 0 {
+            (&raw mut (*turns).renamed).write_volatile(1);
+        }
+        (&raw mut (*turns).current).write_volatile(parent.0);
+    }
+    STILL_CLIMBING
 }
 
 /// Whether the first component of the path that starts at `start` is `..` and more, which only names a generation of files.
@@ -213,24 +288,49 @@ fn names_a_generation(area: *mut Area, start: u32) -> bool {
         && byte(area, start + 3) != b'/'
 }
 
-/// The lookup name of the path; see [`palisade_abi::hash::hash_path`].
+/// The lookup name of the path that starts at `start` of `area`, which is the task's own; see [`palisade_abi::hash::hash_path`].
 #[inline(always)]
-pub fn hash(area: *mut [u8; PATH_CAPACITY], start: u32) -> [u64; 2] {
-    let mut hasher = SipHasher::new([setting!(hash_key)[0], setting!(hash_key)[1]]);
+pub fn hash(scratch: *mut Scratch, area: *mut Area, start: u32) -> [u64; 2] {
     let first = start & !7;
-    let mut at = first;
-    let mut turn = 0;
-    while turn < PATH_CAPACITY / 8 {
+    // SAFETY: the memory belongs to this task until it is released.
+    let turns = unsafe {
+        let turns = &raw mut (*scratch).turns;
+        (&raw mut (*turns).hasher).write(SipHasher::new([setting!(hash_key)[0], setting!(hash_key)[1]]));
+        (&raw mut (*turns).at).write_volatile(first);
+        turns
+    };
+    repeat(PATH_CAPACITY as u32 / 8, &mut Hash { turns, area }, word);
+    // SAFETY: as above.
+    unsafe { (&raw const (*turns).hasher).read() }.finish(u64::from(PATH_CAPACITY as u32 - first))
+}
+
+/// What a hash is of.
+struct Hash {
+    turns: *mut Turns,
+    area: *mut Area,
+}
+
+/// One word of a hash.
+///
+/// # Safety
+///
+/// `hash` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe extern "C" fn word(_turn: u64, hash: *mut Hash) -> i64 {
+    // SAFETY: the caller's promise. The index is a multiple of eight within the area, whose own alignment is eight (a map value).
+    unsafe {
+        let turns = (*hash).turns;
+        let at = (&raw const (*turns).at).read_volatile();
         if at >= PATH_CAPACITY as u32 {
-            break;
+            return DONE;
         }
         let index = (black_box(at) as usize) & (PATH_CAPACITY - 8);
-        // SAFETY: the index is a multiple of eight within the area, whose own alignment is eight (a map value).
-        hasher.word(unsafe { area.cast::<u8>().add(index).cast::<u64>().read_volatile() });
-        at += 8;
-        turn += 1;
+        let mut hasher = (&raw const (*turns).hasher).read();
+        hasher.word((*hash).area.cast::<u8>().add(index).cast::<u64>().read_volatile());
+        (&raw mut (*turns).hasher).write(hasher);
+        (&raw mut (*turns).at).write_volatile(at + 8);
     }
-    hasher.finish(u64::from(PATH_CAPACITY as u32 - first))
+    AGAIN
 }
 
 /// A byte of the path.

@@ -1,6 +1,9 @@
 //! Processes of containers: who belongs to which slot, from fork to exit.
 
-use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid};
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::bpf_get_current_pid_tgid,
+};
 use palisade_abi::{
     codes::{error, kind, session},
     maps::Process,
@@ -8,11 +11,11 @@ use palisade_abi::{
 };
 
 use crate::{
-    containers, context, count,
-    kernel::KernelPtr,
-    maps::{CGROUPS, PROCESSES, SCRIPTS, SLOTS, offset},
+    containers, context, count, exec,
+    kernel::{KernelPtr, plain},
+    maps::{CGROUPS, FORKING, PROCESSES, SCRIPTS, SLOTS, offset, setting},
     record::{self, Lane},
-    tamper,
+    scratch, tamper,
 };
 
 /// The current process's tgid.
@@ -32,13 +35,12 @@ pub fn current() -> Option<Process> {
     if let Some(process) = unsafe { PROCESSES.get(current_pid()) } {
         return Some(*process);
     }
+    if palisade_catch_up(KernelPtr::current_task().0) != 0 {
+        // SAFETY: as above.
+        return unsafe { PROCESSES.get(current_pid()) }.copied();
+    }
     if let Some(slot) = containers::current_slot() {
-        let entering = containers::palisade_is_arriving(slot) as u8;
-        let process = Process::new(slot, entering);
-        if entering != 0 {
-            store(current_pid(), process);
-        }
-        return Some(process);
+        return Some(Process::new(slot, palisade_take_in(slot) as u8));
     }
     let mut process = Process::new(containers::slot_of_root()?, 0);
     process.session_start = context::palisade_start_time(KernelPtr::current_task().0);
@@ -46,6 +48,103 @@ pub fn current() -> Option<Process> {
     process.session_kind = session::ENTERED;
     store(current_pid(), process);
     Some(process)
+}
+
+/// The slot of the current process; 0 when it belongs to none. A step of its own, as is the next one: an entry takes much of a stack.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_current_slot() -> u64 {
+    current().map_or(0, |process| process.slot)
+}
+
+/// Fills the memory of `task`, the current one, with what is known of its process. Returns 1 when it belongs to no slot any more.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_recall_process(task: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    let Some(entry) = PROCESSES.get_ptr(current_pid()) else { return palisade_recall_without_entry(task) };
+    // SAFETY: the memory belongs to this task until it is released; the entry is as in `current`.
+    unsafe { (&raw mut (*scratch).process).write(entry.read()) };
+    0
+}
+
+/// The same for one that has no entry.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_recall_without_entry(task: u64) -> u64 {
+    let (Some(scratch), Some(process)) = (scratch::of(task), current()) else { return 1 };
+    // SAFETY: the memory belongs to this task until it is released.
+    unsafe { (&raw mut (*scratch).process).write(process) };
+    0
+}
+
+/// Whether the current process, which is in the cgroup of `slot` and has no entry, is only just coming in; it gets one then.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_take_in(slot: u64) -> u64 {
+    if !containers::knows_all_members(slot) || !containers::is_arriving() {
+        return 0;
+    }
+    store(current_pid(), Process::new(slot, 1));
+    1
+}
+
+/// What a child of `known` is before it executes anything.
+#[inline(always)]
+fn child_of(known: &Process) -> Process {
+    let mut process = Process::new(known.slot, known.entering);
+    process.session_start = known.session_start;
+    process.session_pid = known.session_pid;
+    process.session_kind = known.session_kind;
+    process.jit_noted = known.jit_noted;
+    process.program = known.program;
+    process
+}
+
+/// `CLONE_THREAD` of include/uapi/linux/sched.h.
+const CLONE_THREAD: u64 = 0x0001_0000;
+
+/// The current process makes a child, `child`, which has no number yet. Noted where the program that is told of forks may be skipped.
+#[inline(always)]
+pub fn forking(child: Address, flags: u64) {
+    if setting!(skips_tracepoints) == 0 || flags & CLONE_THREAD != 0 {
+        return;
+    }
+    palisade_catch_up(KernelPtr::current_task().0);
+    // SAFETY: as in `current`.
+    let Some(known) = (unsafe { PROCESSES.get(current_pid()) }) else { return };
+    let child = plain(child);
+    let process = Process { leader: child, ..child_of(known) };
+    if FORKING.insert(child, process, u64::from(BPF_ANY)).is_err() {
+        count::error(error::FORK_MAP_FULL);
+    }
+}
+
+/// Gives the process of the task at `task` the entry that it lacks because the program that is told of forks was skipped, and counts the
+/// record as lost. To be called wherever a process without an entry would count as nobody's. Returns its slot; 0 when it lacks none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_catch_up(task: u64) -> u64 {
+    if setting!(skips_tracepoints) == 0 {
+        return 0;
+    }
+    let leader = context::palisade_pointer(task, u64::from(offset!(task_group_leader)));
+    // SAFETY: the entry changes no more.
+    let Some(process) = (unsafe { FORKING.get(leader) }) else { return 0 };
+    let slot = process.slot;
+    let pid = context::palisade_word(leader, u64::from(offset!(task_tgid))) as u32;
+    // What another of its threads has given it meanwhile stays.
+    if PROCESSES.insert(pid, process, u64::from(BPF_NOEXIST)).is_err()
+        // SAFETY: only presence matters.
+        && unsafe { PROCESSES.get(pid) }.is_none()
+    {
+        no_room(slot);
+    }
+    // Of several of its threads one does it.
+    if FORKING.remove(leader).is_ok() && record::is_active() {
+        record::lose(slot, Lane::Fork);
+    }
+    slot
 }
 
 /// `PF_KTHREAD` of include/linux/sched.h.
@@ -76,20 +175,26 @@ pub extern "C" fn palisade_adopt_started(bprm: u64) -> u64 {
     1
 }
 
-/// Gives the process `pid` to `slot`.
+/// Gives the process `pid`, whose leader is at `leader`, to `slot`.
 #[inline(always)]
-pub fn adopt(pid: u32, slot: u64, entering: u8) {
-    store(pid, Process::new(slot, entering));
+pub fn adopt(pid: u32, leader: u64, slot: u64, entering: u8) {
+    store(pid, Process { leader, ..Process::new(slot, entering) });
 }
 
 #[inline(always)]
 fn store(pid: u32, process: Process) {
     if PROCESSES.insert(pid, process, u64::from(BPF_ANY)).is_err() {
-        count::error(error::PROCESS_MAP_FULL);
-        if let Some(slot) = SLOTS.get_ptr_mut(process.slot) {
-            // SAFETY: the pointer comes from a map lookup; the field changes once.
-            unsafe { (&raw mut (*slot).entries_lost).write_volatile(1) };
-        }
+        no_room(process.slot);
+    }
+}
+
+/// Notes that a process of `slot` has no entry, for want of room.
+#[inline(always)]
+fn no_room(slot: u64) {
+    count::error(error::PROCESS_MAP_FULL);
+    if let Some(slot) = SLOTS.get_ptr_mut(slot) {
+        // SAFETY: the pointer comes from a map lookup; the field changes once.
+        unsafe { (&raw mut (*slot).entries_lost).write_volatile(1) };
     }
 }
 
@@ -166,15 +271,13 @@ pub fn forked(parent: Address, child: Address) {
         return;
     }
     let parent_pid: u32 = parent.read(offset!(task_tgid)).unwrap_or(0);
+    if setting!(skips_tracepoints) == 1 {
+        // It is told now.
+        let _may_have_none = FORKING.remove(plain(child.0));
+    }
     // SAFETY: as in `current`.
     let process = if let Some(known) = unsafe { PROCESSES.get(parent_pid) } {
-        let mut process = Process::new(known.slot, known.entering);
-        process.session_start = known.session_start;
-        process.session_pid = known.session_pid;
-        process.session_kind = known.session_kind;
-        process.jit_noted = known.jit_noted;
-        process.program = known.program;
-        process
+        child_of(known)
     } else {
         let Some(slot) = containers::slot_of_task(child) else {
             // A process of the host with a number that a container's process had: an entry that outlived it must not
@@ -189,6 +292,7 @@ pub fn forked(parent: Address, child: Address) {
         // is inside, it lost its entry, and counts as workload.
         Process::new(slot, u8::from(containers::slot_of_task(parent).is_none()))
     };
+    let process = Process { leader: child.0, ..process };
     store(pid, process);
     if let Some((mut entry, header)) =
         record::reserve::<ForkRecord>(process.slot, kind::FORK, Lane::Fork, false)
@@ -215,9 +319,10 @@ pub fn exited(task: Address) {
     }
     let pid = current_pid();
     tamper::ended(pid);
+    palisade_catch_up(KernelPtr::current_task().0);
     // SAFETY: as in `current`.
     let Some(process) = (unsafe { PROCESSES.get(pid) }) else { return };
-    let (slot, session) = (process.slot, session_part(process));
+    let (slot, session, committed) = (process.slot, session_part(process), process.committed);
     if usize::from(process.script_start) < palisade_abi::PATH_CAPACITY {
         // An exec that a script began and that failed.
         let _may_be_gone = SCRIPTS.remove(pid);
@@ -225,6 +330,10 @@ pub fn exited(task: Address) {
     // Two last threads may both see zero; the removal succeeds for one.
     if PROCESSES.remove(pid).is_err() {
         return;
+    }
+    // One that ends within the call has failed past the point of no return.
+    if committed != 0 && !exec::is_called() && record::is_active() {
+        record::lose(slot, Lane::Exec);
     }
     if let Some((mut entry, header)) = record::reserve::<ExitRecord>(slot, kind::EXIT, Lane::Exit, false) {
         let place = entry.as_mut_ptr();
@@ -241,6 +350,38 @@ pub fn exited(task: Address) {
     }
 }
 
+/// A task whose memory the kernel gives back, one that never came to run among them. The entry of a process is gone by then, unless the
+/// program that is told of exits was skipped: then nobody else with its number may have it, and the record is counted as lost.
+#[inline(always)]
+pub fn freed(task: Address) {
+    if setting!(skips_tracepoints) == 0 {
+        return;
+    }
+    let task = plain(task);
+    let _may_have_none = FORKING.remove(task);
+    let pid = context::palisade_word(task, u64::from(offset!(task_tgid))) as u32;
+    if pid != context::palisade_word(task, u64::from(offset!(task_pid))) as u32 {
+        return;
+    }
+    // SAFETY: only fields are read.
+    let Some((leader, slot, committed)) =
+        unsafe { PROCESSES.get(pid) }.map(|process| (process.leader, process.slot, process.committed))
+    else {
+        return;
+    };
+    // A child that was never completed has its parent's number.
+    if leader != task || PROCESSES.remove(pid).is_err() {
+        return;
+    }
+    let _may_have_none = SCRIPTS.remove(pid);
+    if record::is_active() {
+        record::lose(slot, Lane::Exit);
+        if committed != 0 {
+            record::lose(slot, Lane::Exec);
+        }
+    }
+}
+
 /// Whether `task` is stopped because its container is not identified, or is about to be: one that the runtime prepares
 /// may be stopped at its next exec, and a signal that is on its way then would undo it.
 #[inline(always)]
@@ -254,6 +395,7 @@ pub fn must_stay_stopped(task: Address) -> bool {
 #[inline(always)]
 pub fn may_not_be_traced(task: Address) -> bool {
     let Some(pid) = KernelPtr(task).read::<u32>(offset!(task_tgid)) else { return false };
+    palisade_catch_up(plain(task));
     // SAFETY: only fields are read.
     let Some((held, entering)) =
         unsafe { PROCESSES.get(pid) }.map(|process| (process.held, process.entering))
@@ -262,6 +404,13 @@ pub fn may_not_be_traced(task: Address) -> bool {
     };
     // SAFETY: only presence matters.
     held != 0 || (entering != 0 && unsafe { PROCESSES.get(current_pid()) }.is_some())
+}
+
+/// Whether the current process is held.
+#[inline(always)]
+pub fn is_held() -> bool {
+    // SAFETY: only a field is read.
+    unsafe { PROCESSES.get(current_pid()) }.is_some_and(|process| process.held != 0)
 }
 
 /// Whether the current process is being traced: a tracer can discard the signal that stops it.

@@ -5,7 +5,13 @@
 //! checks one by one (global functions), which can only take and return numbers.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use palisade_abi::{PATH_CAPACITY, codes::error, record::SessionPart};
+use palisade_abi::{
+    PATH_CAPACITY,
+    codes::error,
+    hash::SipHasher,
+    maps::{OpenedInterpreter, Process},
+    record::{INTERPRETER, SessionPart},
+};
 
 use crate::{count, maps::SCRATCH};
 
@@ -41,6 +47,26 @@ pub struct Walk {
 pub struct Automaton {
     pub base: u32,
     pub width: u32,
+}
+
+/// What loops carry from turn to turn; see [`crate::repeat`].
+#[repr(C)]
+pub struct Turns {
+    /// Of a climb: where it is.
+    pub current: u64,
+    /// Of a hash.
+    pub hasher: SipHasher,
+    /// The place in the area that comes next, or where the path so far begins, or the end of what was copied.
+    pub at: u32,
+    /// Of a climb: where the path began before its last component.
+    pub outer: u32,
+    /// Of an automaton: the state that it is in.
+    pub state: u32,
+    /// How it ended; what that says is the loop's own.
+    pub outcome: u32,
+    /// Of a climb: as in [`Walk`].
+    pub volume: u32,
+    pub renamed: u32,
 }
 
 /// Where the arguments are.
@@ -101,6 +127,10 @@ pub struct Scratch {
     pub interpreter: [u64; 2],
     pub interpreter_name: [u64; 2],
     pub session: SessionPart,
+    pub turns: Turns,
+    /// What is known of the process.
+    pub process: Process,
+    pub opened: OpenedInterpreter,
     pub executable: Walk,
     pub working_directory: Walk,
     pub path: Area,
@@ -146,6 +176,18 @@ static EMPTY: Scratch = Scratch {
     interpreter: [0; 2],
     interpreter_name: [0; 2],
     session: SessionPart { start: 0, pid: 0, kind: 0, reserved: [0; 3] },
+    turns: Turns {
+        current: 0,
+        hasher: SipHasher::new([0; 2]),
+        at: 0,
+        outer: 0,
+        state: 0,
+        outcome: 0,
+        volume: 0,
+        renamed: 0,
+    },
+    process: Process::new(0, 0),
+    opened: OpenedInterpreter { path: [0; 2], name: [0; 2], origin: 0, shown: [0; INTERPRETER] },
     executable: NOTHING,
     working_directory: NOTHING,
     path: [0; AREA],

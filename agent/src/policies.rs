@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use palisade_profile::{
-    document::{self, Profile},
+    document::{self, Profile, Scope},
     image,
     policy::{self, Policy},
     selector::ContainerFacts,
@@ -170,6 +170,17 @@ impl Profiles {
             }
         }
         if faults.is_empty() { Ok(profiles) } else { Err(faults) }
+    }
+
+    /// Whether a container's image, which these facts lack, decides what holds for it.
+    pub fn waits_for_image(&self, facts: &ContainerFacts) -> bool {
+        self.good.values().flatten().any(|profile| {
+            let in_scope = match &profile.scope {
+                Scope::Namespace(namespace) => *namespace == facts.namespace,
+                Scope::Cluster => true,
+            };
+            in_scope && profile.selector.waits_for_image(facts)
+        })
     }
 
     /// What holds for a container.

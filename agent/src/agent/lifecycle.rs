@@ -10,7 +10,7 @@ use palisade_abi::{
     codes::{session, slot_flags},
     maps::{AgentState, Process},
 };
-use palisade_profile::policy::Policy;
+use palisade_profile::{document::Mode, policy::Policy};
 
 use super::{Agent, held::Settled, volumes};
 use crate::{
@@ -175,7 +175,7 @@ impl Agent {
                 let id = described.id.clone();
                 self.describe(described);
                 if let Some(slot) = self.slots.get(&id).copied() {
-                    self.mounts_may_be_there(slot);
+                    self.root_may_be_there(slot);
                 }
                 let took = asked.elapsed();
                 self.note_answer(&id, took, deadline);
@@ -197,6 +197,15 @@ impl Agent {
         // Who has been identified already is so by a source that knows more.
         if self.containers.get(&slot).is_some_and(|container| container.identity.is_none()) {
             self.identify(slot, identity);
+        }
+    }
+
+    /// A container's first process is in its root by now, where the runtime has told in time: what its policy needs of its files and
+    /// mounts can be looked at.
+    fn root_may_be_there(&mut self, slot: u64) {
+        self.mounts_may_be_there(slot);
+        if self.pending.contains(&slot) {
+            self.apply(slot, "policy-changed");
         }
     }
 
@@ -225,7 +234,7 @@ impl Agent {
                 if cgroups::container_id(&id).is_some()
                     && let Some(slot) = self.slots.get(&id).copied()
                 {
-                    self.mounts_may_be_there(slot);
+                    self.root_may_be_there(slot);
                     return;
                 }
                 match cgroups::of_process(&self.cgroups, pid, id.clone()) {
@@ -245,6 +254,21 @@ impl Agent {
 
     pub(super) fn identify(&mut self, slot: u64, identity: Identity) {
         let Some(container) = self.containers.get_mut(&slot) else { return };
+        let is_enforced =
+            || self.profiles.policy_for(&identity.facts).is_some_and(|policy| policy.mode == Mode::Enforce);
+        if container.identity.is_none()
+            && !identity.sandbox
+            && self.profiles.waits_for_image(&identity.facts)
+            && !is_enforced()
+        {
+            // It would be let go under no profile, and come under one when another source names its image.
+            tracing::info!(
+                container = container.id,
+                by = identity.by,
+                "its image is not known yet, and profiles depend on it"
+            );
+            return;
+        }
         if let Some(known) = &mut container.identity
             && known.is_the_same_as(&identity)
         {

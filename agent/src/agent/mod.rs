@@ -414,6 +414,7 @@ impl Agent {
         for slot in self.pending.iter().copied().collect::<Vec<_>>() {
             self.apply(slot, "policy-changed");
         }
+        self.compare_roots_early();
         self.kernel.maps.reap();
         self.retire_others();
         self.push_overdue();

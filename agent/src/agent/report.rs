@@ -72,11 +72,10 @@ impl Agent {
     pub(super) fn report_evidence(&mut self) {
         let mut evidence: Vec<(String, u64)> =
             self.kernel.maps.errors().into_iter().map(|(site, count)| (site.to_owned(), count)).collect();
-        let misses = self.kernel.recursion_misses();
-        if misses > 0 {
-            evidence.push(("recursion-misses".to_owned(), misses));
-        }
-        self.note_skipped(misses);
+        let skipped = self.kernel.skipped();
+        evidence.extend(skipped.iter().map(|(program, count)| (format!("skipped-{program}"), *count)));
+        let grave = skipped.iter().filter(|(program, _)| !self.kernel.has_second_line(program));
+        self.note_skipped(grave.map(|(_, count)| count).sum());
         for (site, count) in &evidence {
             if !self.evidence.iter().any(|(known, before)| known == site && before == count) {
                 tracing::warn!(site, count, "errors in the kernel programs");

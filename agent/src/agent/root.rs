@@ -13,7 +13,27 @@ use crate::{
     processes,
 };
 
+/// How often a container's root filesystem is looked at, once each second, before that waits for the next scan of the node.
+const EARLY_LOOKS: u32 = 20;
+
 impl Agent {
+    /// Compares those root filesystems that are not settled and were not looked at often.
+    pub(super) fn compare_roots_early(&mut self) {
+        let open: Vec<Found> = self
+            .containers
+            .iter()
+            .filter(|(_, container)| !container.root.is_settled() && container.root_looks < EARLY_LOOKS)
+            .map(|(slot, container)| Found {
+                slot: *slot,
+                id: container.id.clone(),
+                folder: container.cgroup.clone(),
+            })
+            .collect();
+        for found in open {
+            self.compare_root(&found);
+        }
+    }
+
     /// Compares the root filesystem of a container with what the runtime says of it, until that is settled.
     pub(super) fn compare_root(&mut self, found: &Found) {
         let Some(container) = self.containers.get(&found.slot) else { return };
@@ -34,6 +54,7 @@ impl Agent {
             _ => self.find_root(found, &found.members(), ran_before),
         };
         let Some(container) = self.containers.get_mut(&found.slot) else { return };
+        container.root_looks = container.root_looks.saturating_add(1);
         if root == container.root {
             return;
         }

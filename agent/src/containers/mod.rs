@@ -114,6 +114,8 @@ pub struct Container {
     /// Whether the kernel knows every process that was there when it was found running.
     pub members_known: bool,
     pub root: RootFilesystem,
+    /// How often it was looked at.
+    pub root_looks: u32,
     /// Its cgroup's folder; empty when it is not known.
     pub cgroup: PathBuf,
     /// Its mounts that are volumes; `None` until they are known.
@@ -165,6 +167,7 @@ impl Container {
             found_running,
             members_known: false,
             root: RootFilesystem::default(),
+            root_looks: 0,
             cgroup,
             volumes: None,
             withdrawn: false,

@@ -40,6 +40,10 @@ pub struct Layout {
     pub offsets: KernelOffsets,
     /// Whether the helper `bpf_task_pt_regs` exists (5.15).
     pub have_task_pt_regs: bool,
+    /// Whether the helper `bpf_loop` exists (5.17).
+    pub have_loop: bool,
+    /// How many arguments `dequeue_signal` has; 0 when there is no such function.
+    pub dequeue_arguments: u32,
     /// `sizeof(struct pt_regs)`.
     pub pt_regs_size: u32,
     /// Optional fields that this kernel lacks.
@@ -131,6 +135,8 @@ impl Layout {
         Ok(Self {
             offsets,
             have_task_pt_regs: has_helper(base, "BPF_FUNC_task_pt_regs"),
+            have_loop: has_helper(base, "BPF_FUNC_loop"),
+            dequeue_arguments: arguments(base, super::load::AT_RETURN),
             pt_regs_size,
             absent,
             overlay: source,
@@ -226,6 +232,18 @@ fn size(btf: &Btf, kind: Type) -> Option<u32> {
         }
         _ => return None,
     })
+}
+
+/// How many arguments a function has; 0 when there is none of this name.
+fn arguments(btf: &Btf, function: &str) -> u32 {
+    let of = |found: &Type| match found {
+        Type::Func(function) => match btf.resolve_type_by_id(function.get_type_id()?).ok()? {
+            Type::FuncProto(prototype) => Some(prototype.parameters.len() as u32),
+            _ => None,
+        },
+        _ => None,
+    };
+    btf.resolve_types_by_name(function).ok().and_then(|found| found.iter().find_map(of)).unwrap_or(0)
 }
 
 fn has_helper(btf: &Btf, name: &str) -> bool {

@@ -16,7 +16,7 @@ use aya::{
 };
 use palisade_abi::{
     ABI_VERSION,
-    codes::{set_state, tampering, volume_flags},
+    codes::{error, set_state, tampering, volume_flags},
     hash::hash_path,
     maps::{GlobChunk, HOST_ROOT, LEDGER_VERSION, SetMeta, Settings},
     offsets::ABSENT,
@@ -153,6 +153,12 @@ pub(super) const TRACEPOINTS: &[&str] = &[
     "sched_process_exec",
     "sched_process_exit",
 ];
+/// Tracepoints behind which the full tier has LSM programs: `bprm_check_security` and `bprm_committed_creds`, `task_alloc`, and
+/// `task_free`. Those two are of no use where no tracepoint is skipped.
+const SECOND_LINE: &[&str] =
+    &["sched_process_exec", "sched_process_fork", "sched_process_exit", "task_alloc", "task_free"];
+/// The first version of the kernel whose tracepoints may be preempted, and their programs then skipped.
+const SKIPS_SINCE: u32 = 7;
 const LEARN_ROOT: &str = "learn_root";
 const LEARN_VOLUME: &str = "learn_volume";
 const PROBE_ORIGIN: &str = "probe_origin";
@@ -166,6 +172,8 @@ pub(super) const LSM: &[&str] = &[
     "bprm_creds_for_exec",
     "bprm_creds_from_file",
     "bprm_committed_creds",
+    "task_alloc",
+    "task_free",
     "task_kill",
     "file_send_sigiotask",
     "ptrace_access_check",
@@ -188,7 +196,7 @@ pub(super) const LSM: &[&str] = &[
     "sb_umount",
 ];
 /// A function of the kernel, and the program that runs when it returns.
-pub(super) const AT_RETURN: &str = "get_signal";
+pub(super) const AT_RETURN: &str = "dequeue_signal";
 /// The map that all sets share.
 const ACTIVE_EPOCH: &str = "ACTIVE_EPOCH";
 
@@ -523,20 +531,35 @@ impl Kernel {
         root_of(self.host) == Some(directory)
     }
 
-    /// Times that the kernel skipped a program because it was already running on that CPU (5.12 and later tell).
-    pub fn recursion_misses(&self) -> u64 {
-        let mut sum = 0;
-        for (_, program) in &self.all_programs {
-            let Ok(fd) = program.fd() else { continue };
-            let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
-            let text = std::fs::read_to_string(path).unwrap_or_default();
-            sum += text
-                .lines()
-                .find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse::<u64>().ok())
-                .unwrap_or(0);
-        }
-        sum
+    /// Which programs the kernel has skipped because they were already running on that CPU, and how often (5.12 and later tell).
+    pub fn skipped(&self) -> Vec<(&'static str, u64)> {
+        let count = |program: &Program| {
+            let path = format!("/proc/self/fdinfo/{}", program.fd().ok()?.as_fd().as_raw_fd());
+            let text = std::fs::read_to_string(path).ok()?;
+            text.lines().find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse::<u64>().ok())
+        };
+        self.all_programs
+            .iter()
+            .filter_map(|(name, program)| Some((*name, count(program)?)))
+            .filter(|(_, misses)| *misses > 0)
+            .collect()
     }
+
+    /// Whether nothing passes that must not when `program` is skipped: another one that is never skipped does what it would have, and
+    /// counts the record as lost.
+    pub fn has_second_line(&self, program: &str) -> bool {
+        self.tier == Tier::Full
+            && SECOND_LINE.contains(&program)
+            && !self.maps.has_counted(error::FORK_MAP_FULL)
+    }
+}
+
+/// Whether this kernel skips the program on a tracepoint that is called while another task is in it.
+fn skips_tracepoints() -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let major = release.split('.').next().and_then(|major| major.parse::<u32>().ok());
+    // One that cannot be told costs a little more.
+    major.is_none_or(|major| major >= SKIPS_SINCE)
 }
 
 /// Device number and inode of the root directory of the process at `process`.
@@ -595,7 +618,9 @@ fn load(
         have_task_pt_regs: u32::from(layout.have_task_pt_regs),
         pt_regs_at: if layout.pt_regs_size == 0 { 0 } else { THREAD_SIZE - layout.pt_regs_size },
         host_mount_namespace: mount_namespace(host_process())?,
-        reserved: 0,
+        have_loop: u32::from(layout.have_loop),
+        skips_tracepoints: u32::from(skips_tracepoints()),
+        dequeue_arguments: layout.dequeue_arguments,
         rename_lock,
     };
     let btf = lsm_hooks()?;

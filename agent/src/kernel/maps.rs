@@ -580,6 +580,11 @@ impl Maps {
         Ok(())
     }
 
+    /// Whether something went wrong at this place in the kernel programs, a [`codes::error`].
+    pub fn has_counted(&self, code: u32) -> bool {
+        self.errors.get(&code, 0).is_ok_and(|count| count > 0)
+    }
+
     /// The kernel's error counters that are not zero, by name.
     pub fn errors(&self) -> Vec<(&'static str, u64)> {
         codes::error::ALL
