@@ -336,6 +336,13 @@ impl Stage<'_> {
                 "{program}: {record:?}"
             );
         }
+        // By the number that the call has for 32-bit programs, too.
+        for (program, allowed) in [(WORKLOAD, true), ("/usr/bin/script", false)] {
+            let ended = self.runtime.exec(&self.container, &[WORKLOAD, "ask-32", program]).await?;
+            let denied = !allowed && self.mode == "enforce";
+            let expected = if denied { EPERM } else { 0 };
+            ensure!([expected, NOT_POSSIBLE].contains(&ended.code), "{program} by int 0x80: {ended:?}");
+        }
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use palisade_abi::maps::Process;
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::{
@@ -18,8 +19,10 @@ use tokio::{
 use crate::{
     attacks::{PAYLOAD_RAN, profile},
     containerd::{Containerd, Version, stop_the_guests},
+    counters,
     cri::{Pod, Runtime, Spec, WORKLOAD_IMAGE, until},
     events,
+    gate::Gate,
     node::{AgentOptions, Interfaces, Node},
     report::Report,
 };
@@ -46,6 +49,7 @@ enum Case {
     AbsentAudit,
     Killed,
     LetGo,
+    Orphaned,
 }
 
 const CASES: &[Case] = &[
@@ -57,12 +61,21 @@ const CASES: &[Case] = &[
     Case::AbsentAudit,
     Case::Killed,
     Case::LetGo,
+    Case::Orphaned,
 ];
 
 impl Case {
     /// Whether it is one of those that differ most.
     fn is_in_short(self) -> bool {
-        matches!(self, Self::Restarts | Self::GarbledAnswers | Self::AbsentDeny | Self::Killed | Self::LetGo)
+        matches!(
+            self,
+            Self::Restarts
+                | Self::GarbledAnswers
+                | Self::AbsentDeny
+                | Self::Killed
+                | Self::LetGo
+                | Self::Orphaned
+        )
     }
 
     fn name(self) -> &'static str {
@@ -75,6 +88,7 @@ impl Case {
             Self::AbsentAudit => "an agent that does not renew its lease, whenAgentAbsent: audit",
             Self::Killed => "an agent that is killed while it holds a container",
             Self::LetGo => "nobody but the agent lets go what is held",
+            Self::Orphaned => "nor does the kernel, of an orphaned process group",
         }
     }
 
@@ -88,6 +102,7 @@ impl Case {
             Self::AbsentAudit => absent(containerd, "audit").await,
             Self::Killed => killed(containerd).await,
             Self::LetGo => let_go(containerd).await,
+            Self::Orphaned => orphaned(containerd).await,
         }
     }
 }
@@ -381,6 +396,91 @@ async fn killed(containerd: &Containerd) -> Result<()> {
     ensure!(code == 137, "it ended with {code}");
     runtime.remove_pod(&pod).await?;
     node.stop_agent()
+}
+
+/// A process in a group of its own executes something, is held, and its parent ends: the kernel lets go what is stopped in an orphaned
+/// group, and asks nobody. It is stopped again, and nothing of it runs. The control stops itself, and the kernel lets it go.
+async fn orphaned(containerd: &Containerd) -> Result<()> {
+    let runtime = Runtime::connect(&containerd.socket);
+    let marks = tempfile::tempdir()?;
+    let pod = runtime.pod("pod-orphaned", "disturbed", "").await?;
+    let mounts = [(marks.path(), "/marks")];
+    let start = async |name: &str, how: &str| {
+        let gate = Gate::new(&marks.path().join(format!(".{name}")))?;
+        let (wait, mark) = (format!("/marks/.{name}"), format!("/marks/{name}"));
+        let command = ["/usr/bin/workload", "after", &wait, "/usr/bin/attacker", "orphan", how, MARK, &mark];
+        let spec = Spec { name, command: &command, mounts: &mounts, ..Spec::default() };
+        let id = runtime.create(&pod, &spec).await?;
+        runtime.start(&id).await?;
+        anyhow::Ok((gate, id))
+    };
+    let made = |name: &str| marks.path().join(name).exists();
+    let (gate, _) = start("c-control", "stop").await?;
+    gate.open().await?;
+    until("the kernel has let go what had stopped itself", async || Ok(made("c-control").then_some(())))
+        .await?;
+
+    // A container that is there before the agent goes on while nobody knows it.
+    let (gate, id) = start("c-orphaned", "exec").await?;
+    let nobody = AgentOptions { interfaces: Interfaces::None, ..holding(containerd)? };
+    let mut node = Node::start(&containerd.socket).await?;
+    node.start_agent(&nobody).await?;
+    let outcome = async {
+        let pid = runtime.pid(&id).await?;
+        gate.open().await?;
+        // Each exec on the way is held as well, and let go by the scenario as an agent would that knows the container.
+        until("the kernel has let it go", async || {
+            for pid in descendants(pid)? {
+                if is_stopped(pid) && !executes(pid, MARK) {
+                    let_on(&node, pid)?;
+                }
+            }
+            Ok((node.status()?["errors"]["held-woken"].as_u64().unwrap_or(0) > 0).then_some(()))
+        })
+        .await?;
+        let held = descendants(pid)?.into_iter().find(|pid| executes(*pid, MARK)).context("it is gone")?;
+        until("it is stopped again", async || Ok(is_stopped(held).then_some(()))).await?;
+        ensure!(!made("c-orphaned"), "it ran");
+        Ok(())
+    }
+    .await;
+    node.stop_agent()?;
+    outcome?;
+    runtime.remove_pod(&pod).await
+}
+
+/// Lets a held process go as the agent does: first the kernel's note, then the signal.
+fn let_on(node: &Node, pid: u32) -> Result<()> {
+    let set = node.sets()?.pop().context("no set of programs is pinned")?;
+    let mut processes: aya::maps::HashMap<_, u32, Process> = counters::map(&set, "PROCESSES")?.try_into()?;
+    let Ok(known) = processes.get(&pid, 0) else { return Ok(()) };
+    processes.insert(pid, Process { held: 0, ..known }, 0)?;
+    let target = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("no pid")?;
+    Ok(rustix::process::kill_process(target, Signal::CONT)?)
+}
+
+fn executes(pid: u32, program: &str) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|found| found == Path::new(program))
+}
+
+/// A process and all below it.
+fn descendants(first: u32) -> Result<Vec<u32>> {
+    let mut parents = Vec::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse::<u32>().ok());
+        parents.extend(parent.map(|parent| (pid, parent)));
+    }
+    let mut all = vec![first];
+    let mut at = 0;
+    while let Some(above) = all.get(at).copied() {
+        all.extend(parents.iter().filter(|(_, parent)| *parent == above).map(|(pid, _)| *pid));
+        at += 1;
+    }
+    Ok(all)
 }
 
 /// A process of the same pid namespace, with every right, cannot wake what is held.

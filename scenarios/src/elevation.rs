@@ -1,6 +1,6 @@
 //! Programs that have rights their caller has not: recorded, and refused where the profile says so.
 
-use std::{path::Path, process::ExitCode};
+use std::{collections::BTreeMap, path::Path, process::ExitCode};
 
 use anyhow::{Result, ensure};
 
@@ -40,6 +40,15 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     println!("tier: {tier}");
     // Only the hook sees both credentials.
     let full = tier == "full";
+    let mut pods = Vec::new();
+    let mut containers = BTreeMap::new();
+    for (app, mode) in [("elevates", "enforce"), ("keeps", "enforce"), ("watches", "audit")] {
+        let pod = runtime.pod(&format!("pod-{app}"), app, "").await?;
+        let container = runtime.container(&pod, "c", WORKLOAD_IMAGE, &[]).await?;
+        events::in_mode(&node, &container, mode).await?;
+        pods.push(pod);
+        containers.insert(app, container);
+    }
     for program in PROGRAMS {
         let allowed = |uid, elevated| Case { program, uid, verdict: "allowed", reason: "rule", elevated };
         let objected = |verdict| Case {
@@ -49,15 +58,18 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
             reason: "elevation-not-allowed",
             elevated: true,
         };
-        for (app, mode, case) in [
-            ("elevates", "enforce", allowed("65534", full)),
-            ("keeps", "enforce", if full { objected("denied") } else { allowed("65534", false) }),
-            ("keeps", "enforce", allowed("0", false)),
-            ("watches", "audit", if full { objected("audited") } else { allowed("65534", false) }),
+        for (app, case) in [
+            ("elevates", allowed("65534", full)),
+            ("keeps", if full { objected("denied") } else { allowed("65534", false) }),
+            ("keeps", allowed("0", false)),
+            ("watches", if full { objected("audited") } else { allowed("65534", false) }),
         ] {
             let name = format!("{app}, {program}, uid {}: {}", case.uid, case.verdict);
-            report.case(&name, executes(&node, &runtime, app, mode, &case)).await;
+            report.case(&name, executes(&node, &runtime, &containers[app], &case)).await;
         }
+    }
+    for pod in &pods {
+        runtime.remove_pod(pod).await?;
     }
     report.case("the agent stops cleanly", async { node.stop_agent() }).await;
     if report.failed() > 0 {
@@ -75,13 +87,10 @@ fn profile(app: &str, mode: &str, field: &str) -> String {
     )
 }
 
-async fn executes(node: &Node, runtime: &Runtime, app: &str, mode: &str, case: &Case) -> Result<()> {
+async fn executes(node: &Node, runtime: &Runtime, container: &str, case: &Case) -> Result<()> {
     let nonce = nonce("elevation");
-    let pod = runtime.pod(&nonce, app, "").await?;
-    let container = runtime.container(&pod, "c", WORKLOAD_IMAGE, &[]).await?;
-    events::in_mode(node, &container, mode).await?;
     let ended = runtime
-        .exec(&container, &["/usr/bin/workload", "as", case.uid, case.program, "payload", &nonce])
+        .exec(container, &["/usr/bin/workload", "as", case.uid, case.program, "payload", &nonce])
         .await?;
     let wanted: &[i32] = if case.verdict == "denied" { &[EPERM, KILLED] } else { &[PAYLOAD_RAN] };
     ensure!(wanted.contains(&ended.code), "{ended:?}");
@@ -97,5 +106,5 @@ async fn executes(node: &Node, runtime: &Runtime, app: &str, mode: &str, case: &
     let elevated = case.elevated && case.verdict != "denied" && case.program == USER;
     let euid: u64 = if elevated { 0 } else { case.uid.parse()? };
     ensure!(exec["process"]["credentials"]["euid"] == euid || !case.elevated, "{record}");
-    runtime.remove_pod(&pod).await
+    Ok(())
 }

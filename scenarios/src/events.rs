@@ -1,6 +1,6 @@
 //! Reading records back out of the collector's store, as an analyst does.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::{cri::until, node::Node};
@@ -58,4 +58,27 @@ pub async fn in_mode(node: &Node, container: &str, mode: &str) -> Result<Value> 
         Ok(None)
     })
     .await
+}
+
+/// What became of the records of a container.
+pub struct Balance {
+    pub made: u64,
+    /// Those that gap records count.
+    pub counted: u64,
+}
+
+/// Everything that was numbered in an ended container is stored or counted by a gap, exactly.
+pub async fn balance(node: &Node, container: &str) -> Result<Balance> {
+    let ended = until("the container's last record", async || {
+        let records = query(node, &["--kind", "coverage", "--container", container])?;
+        Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
+    })
+    .await?;
+    let made = ended["coverage"]["records_made"].as_u64().context("records_made")?;
+    let records = query(node, &["--all", "--container", container])?;
+    let stored = records.iter().filter(|record| record["sequence"].as_u64() > Some(0)).count() as u64;
+    let counted: u64 = records.iter().filter_map(|record: &Value| record["gap"]["count"].as_u64()).sum();
+    println!("   {made} records made, {stored} stored, {counted} counted");
+    ensure!(stored + counted == made, "{made} records were made: {stored} are stored and {counted} counted");
+    Ok(Balance { made, counted })
 }

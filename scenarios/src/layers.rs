@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -20,7 +21,7 @@ use crate::{
 
 /// A file of the image that nothing else executes, and the rule that allows it.
 const LAYERED: &str = "usr/libexec/layered";
-const RULE: &str = "      - path: /usr/libexec/layered\n";
+pub const RULE: &str = "      - path: /usr/libexec/layered\n";
 
 pub async fn run(cri: &Path) -> Result<ExitCode> {
     let mut report = Report::new();
@@ -51,6 +52,20 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         println!("--- the agent's log\n{}", node.log("agent"));
     }
     Ok(report.close())
+}
+
+/// Whether a file of the image that is written to in its layer is drift, in a pod under a profile with [`RULE`]. The image stays changed.
+pub async fn trial(node: &Node, runtime: &Runtime, pod: &Pod, report: &mut Report) {
+    let changed = async {
+        let victim = runtime.container(pod, &nonce("c-victim"), WORKLOAD_IMAGE, &[]).await?;
+        events::in_mode(node, &victim, "enforce").await?;
+        let layer = layer_of(runtime.pid(&victim).await?)?;
+        fs::OpenOptions::new().append(true).open(layer.join(LAYERED))?.write_all(b"\0")?;
+        let stage = Stage { node, runtime, layer: &layer };
+        stage.executes(&victim, Some("drift")).await?;
+        runtime.remove_container(&victim).await
+    };
+    report.case("trial", changed).await;
 }
 
 /// The folder on the host in which the image's file is.

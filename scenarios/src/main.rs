@@ -33,6 +33,7 @@ mod members;
 mod node;
 mod noisy;
 mod outlives;
+mod outside;
 mod overlay;
 mod peers;
 mod pinned;
@@ -43,12 +44,14 @@ mod races;
 mod random;
 mod report;
 mod rootfs;
+mod skipped;
 mod smoke;
 mod soak;
 mod starts;
 mod switches;
 mod tampering;
 mod tls;
+mod torn;
 mod users;
 mod volumes;
 mod who;
@@ -101,6 +104,10 @@ enum Command {
         #[arg(long, default_value_t = 1000)]
         count: u64,
     },
+    /// Processes by the hundred from several at once, of which kernels since 7.0 skip some: all are on record or counted as lost
+    Skipped,
+    /// A program of a container that the kernel starts outside of it, and cgroups that a container names like one
+    Outside,
     /// Options of overlayfs under which a file of the image has another name, or other attributes
     Overlay,
     /// Layers of images that are written to below the file systems of containers
@@ -348,6 +355,8 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Layers => layers::run(&cri).await,
             Command::Elevation => elevation::run(&cri).await,
             Command::Races { count } => races::run(&cri, count).await,
+            Command::Skipped => skipped::run(&cri).await,
+            Command::Outside => outside::run(&cri).await,
             Command::Overlay => overlay::run(&cri).await,
             Command::Pinned => pinned::run(&cri).await,
             Command::Apps { only } => apps::run(&cri, &only).await,

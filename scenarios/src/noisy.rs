@@ -20,7 +20,7 @@ use crate::{
 /// A ring that a flood fills soon.
 pub const SMALL_RING: &str = "maps: {ringBytes: 262144}\n";
 /// Executions of a flood: each is three records, of about a kilobyte together.
-const FLOOD: &str = "1000";
+const FLOOD: &str = "500";
 /// As fast as it can.
 const RATE: &str = "1000000";
 /// Executions of the quiet container.
@@ -130,7 +130,8 @@ async fn beside(node: &Node, runtime: &Runtime, program: &str) -> Result<()> {
     }
     drop(stopped);
     runtime.remove_pod(&pod).await?;
-    let (of_noisy, of_quiet) = (balance(node, &noisy).await?, balance(node, &quiet).await?);
+    let (of_noisy, of_quiet) =
+        (events::balance(node, &noisy).await?.counted, events::balance(node, &quiet).await?.counted);
     ensure!(of_noisy > 0, "nothing was lost, so nothing was flooded");
     ensure!(of_quiet == 0, "the quiet container has lost {of_quiet} records");
     let found = events::payloads(node, &nonce)?.len();
@@ -153,7 +154,7 @@ async fn hiding(node: &Node, runtime: &Runtime) -> Result<()> {
     }
     drop(stopped);
     runtime.remove_pod(&pod).await?;
-    ensure!(balance(node, &container).await? > 0, "nothing was lost, so nothing was flooded");
+    ensure!(events::balance(node, &container).await?.counted > 0, "nothing was lost, so nothing was flooded");
     let found = events::payloads(node, &nonce)?;
     let denied = found.iter().filter(|record| record["exec"]["verdict"] == "denied").count();
     ensure!(denied == QUIET, "{denied} of {QUIET} denials are on record");
@@ -165,20 +166,4 @@ async fn flood(runtime: &Runtime, container: &str, program: &str, nonce: &str) -
         runtime.exec(container, &["/usr/bin/attacker", "generate", program, nonce, FLOOD, RATE]).await?;
     ensure!(ended.code == 0, "{ended:?}");
     Ok(())
-}
-
-/// Everything that was numbered in an ended container is stored or counted by a gap, exactly. Returns how many were counted.
-async fn balance(node: &Node, container: &str) -> Result<u64> {
-    let ended = until("the container's last record", async || {
-        let records = events::query(node, &["--kind", "coverage", "--container", container])?;
-        Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
-    })
-    .await?;
-    let made = ended["coverage"]["records_made"].as_u64().context("records_made")?;
-    let records = events::query(node, &["--all", "--container", container])?;
-    let stored = records.iter().filter(|record| record["sequence"].as_u64() > Some(0)).count() as u64;
-    let counted: u64 = records.iter().filter_map(|record: &Value| record["gap"]["count"].as_u64()).sum();
-    println!("   {made} records made, {stored} stored, {counted} counted");
-    ensure!(stored + counted == made, "{made} records were made: {stored} are stored and {counted} counted");
-    Ok(counted)
 }

@@ -1,4 +1,4 @@
-//! The check that every kernel gets: one allow, one denial, the right origin.
+//! The check that every kernel gets: one allow, two denials, the right origins, and a count of processes.
 
 use std::{path::Path, process::ExitCode};
 
@@ -9,7 +9,12 @@ use crate::{
     cri::Runtime,
     node::{AgentOptions, Node},
     report::Report,
+    skipped::flood,
 };
+
+/// Processes of each loop of the flood, and attacks meanwhile.
+const PROCESSES: u64 = 25;
+const TRIES: usize = 3;
 
 pub async fn run(cri: &Path) -> Result<ExitCode> {
     let mut report = Report::new();
@@ -28,6 +33,12 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
         report.case(&name, carry_out(&node, &runtime, &pod, attack, "enforce", denied)).await;
     }
     runtime.remove_pod(&pod).await?;
+    report
+        .case(
+            "every process of a flood is on record or counted as lost",
+            flood(&node, &runtime, PROCESSES, TRIES),
+        )
+        .await;
     report.case("the agent stops cleanly", async { node.stop_agent() }).await;
     if report.failed() > 0 {
         println!("--- the agent's log\n{}", node.log("agent"));
