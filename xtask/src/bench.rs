@@ -242,7 +242,7 @@ fn mmap(options: &Mmap) -> Result<ExitCode> {
 /// On this machine itself: its disk and its network count.
 fn delivery(options: &Delivery) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
-    let (agent, objects) = (build::test_agent()?, build::generator()?);
+    let (agent, objects) = (build::test_agent(true)?, build::generator()?);
     let containerd = Containerd::start(&images::make(&binaries)?)?;
     let mut measured = Vec::new();
     let mut failed = 0;

@@ -45,17 +45,21 @@ pub fn run(options: &Options) -> Result<PathBuf> {
     let objects = shell::step("build the eBPF programs", || {
         if options.release { ebpf(&[], "plain") } else { ebpf(&["log"], "debug") }
     })?;
-    shell::counted_step("build the binaries", |progress| binaries(options, &objects, &[], progress))
+    shell::counted_step("build the binaries", |progress| binaries(options, &objects, &[], &[], progress))
 }
 
 /// Builds the agent of the tests: its layouts are those of another version, for testing upgrades, and it loads other objects from the
-/// folder that `PALISADE_TEST_OBJECTS` names. One build serves both, since each takes a minute.
-pub fn test_agent() -> Result<PathBuf> {
+/// folder that `PALISADE_TEST_OBJECTS` names. One build serves both, since each takes a minute; less where nothing is `measured` with it.
+pub fn test_agent(measured: bool) -> Result<PathBuf> {
     shell::counted_step("build the agent of the tests", |progress| {
         let objects = ebpf(&["another-abi"], "another-abi")?;
         let options = Options { release: true };
+        let mut settings = Vec::new();
+        if !measured {
+            settings.extend(["--config", "profile.release.package.palisade-agent.opt-level=1"]);
+        }
         let features = ["palisade-agent/another-abi", "palisade-agent/test-objects"];
-        let folder = binaries(&options, &objects, &features, progress)?;
+        let folder = binaries(&options, &objects, &features, &settings, progress)?;
         let kept = folder.join(TEST_AGENT);
         std::fs::copy(folder.join("palisade-agent"), &kept)?;
         Ok(kept)
@@ -137,7 +141,13 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Builds all binaries, or with features the agent alone, and returns their folder.
-fn binaries(options: &Options, objects: &Path, features: &[&str], progress: &Progress) -> Result<PathBuf> {
+fn binaries(
+    options: &Options,
+    objects: &Path,
+    features: &[&str],
+    settings: &[&str],
+    progress: &Progress,
+) -> Result<PathBuf> {
     let profile = if options.release { "release" } else { "debug" };
     let mut target = paths::target();
     let mut command = Command::new("cargo");
@@ -151,6 +161,7 @@ fn binaries(options: &Options, objects: &Path, features: &[&str], progress: &Pro
     }
     if !features.is_empty() {
         command.args(["--features", &features.join(","), "--bin", "palisade-agent"]);
+        command.args(settings);
         // A build with features has a folder of its own, so that it never stands in for the plain one.
         target = target.join("test-build");
         dependencies::copy(&paths::target(), &target, &[profile, &format!("{TARGET}/{profile}")])?;

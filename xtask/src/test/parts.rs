@@ -101,7 +101,8 @@ const fn matrix(kernel: Kernel, name: &'static str) -> Part {
 }
 
 /// What of the verdicts depends on the kernel most.
-const ATTACKS: &[Scenario] = &[only_full("exec"), only_full("code"), only_full("conditions")];
+const ATTACKS: &[Scenario] =
+    &[only_full("exec"), only_full("code"), only_full("conditions"), only_full("skipped")];
 
 const fn attacks(kernel: Kernel, append: &'static str, name: &'static str) -> Part {
     Part {
@@ -162,6 +163,7 @@ pub const PARTS: &[Part] = &[
                 ),
                 shorter("members --arrivals 30", "members --arrivals 300"),
                 always("rootfs"),
+                always("outside"),
                 always("engines"),
                 always("daemonset"),
                 // The last two stop the containerd that the others use.
