@@ -154,8 +154,12 @@ async fn forged(node: &Node, runtime: &Runtime, pod: &Pod, victim: &str) -> Resu
         let found = known_as(node, id)?;
         ensure!(found == expected, "{id} is known {found} times");
     }
-    let counted: &Value = &node.status()?["errors"]["cgroup-forged"];
-    ensure!(counted == 2, "{counted} forged cgroups were counted");
+    // The agent looks at the counters once a second.
+    until("both are counted", async || {
+        let counted: &Value = &node.status()?["errors"]["cgroup-forged"];
+        Ok((counted == 2).then_some(()))
+    })
+    .await?;
     let ended = runtime.exec(victim, &["/usr/bin/attacker", "run", MARK, "/dev/null"]).await?;
     ensure!([EPERM, KILLED].contains(&ended.code) && ended.code != PAYLOAD_RAN, "{ended:?}");
     runtime.remove_container(&forger).await

@@ -91,18 +91,9 @@ pub fn prepare(binaries: &Path, kernels: impl IntoIterator<Item = Kernel>, apps:
     Ok(())
 }
 
-/// Does `work` on all items, two at the same time, and begins with the first ones. What came of each is in their order.
+/// Does `work` on all items, two at the same time (an emulated machine waits more than it works), and begins with the
+/// first ones. What came of each is in their order.
 pub fn two_at_once<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    two_and_beside(items, work, None)
-}
-
-/// The same, with something else beside it that is done once: two emulated machines wait for about a fifth of their time. A third one
-/// would make all of them so slow that runtimes give up waiting.
-pub fn two_and_beside<T: Sync, R: Send>(
-    items: &[T],
-    work: impl Fn(&T) -> R + Sync,
-    beside: Option<&(dyn Fn() + Sync)>,
-) -> Vec<R> {
     let next = AtomicUsize::new(0);
     let lane = || {
         let mut done = Vec::new();
@@ -114,9 +105,6 @@ pub fn two_and_beside<T: Sync, R: Send>(
     };
     let mut all = std::thread::scope(|scope| {
         let other = scope.spawn(lane);
-        if let Some(beside) = beside {
-            scope.spawn(beside);
-        }
         let mut all = lane();
         match other.join() {
             Ok(more) => all.extend(more),

@@ -2,11 +2,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 
 use super::{
     Ring, Tally,
@@ -25,8 +24,7 @@ const PATIENCE: u32 = 3;
 /// What machines have besides the binaries.
 pub struct Machines<'a> {
     binaries: &'a Path,
-    /// What only the tests have, once it is built; the complaint when it cannot be.
-    extra: OnceLock<Result<Vec<(&'static str, PathBuf)>, String>>,
+    extra: Vec<(&'static str, PathBuf)>,
     full: bool,
 }
 
@@ -48,24 +46,16 @@ pub fn fetch(parts: &[&Part]) -> Result<()> {
 }
 
 impl<'a> Machines<'a> {
-    /// Makes the disks.
+    /// Builds what only the tests have, and makes the disks.
     pub fn prepare(binaries: &'a Path, parts: &[&Part], full: bool) -> Result<Self> {
+        let mut extra = Vec::new();
+        if boots(parts).any(|boot| boot.test_agent) {
+            extra.push((TEST_AGENT, build::test_agent(false)?));
+            extra.push(("objects", build::planted()?));
+        }
         let kernels = boots(parts).map(|boot| boot.kernel);
         vm::prepare(binaries, kernels, boots(parts).any(|boot| boot.apps))?;
-        Ok(Self { binaries, extra: OnceLock::new(), full })
-    }
-
-    /// Builds what only the tests have, if one of the parts needs it; machines that do wait for that.
-    pub fn build_extra(&self, parts: &[&Part]) -> Result<()> {
-        if !boots(parts).any(|boot| boot.test_agent) {
-            return Ok(());
-        }
-        let built = build::test_agent(false)
-            .and_then(|agent| Ok(vec![(TEST_AGENT, agent), ("objects", build::planted()?)]))
-            .map_err(|error| format!("{error:#}"));
-        let outcome = built.as_ref().map(|_| ()).map_err(|error| anyhow!("{error}"));
-        let _once = self.extra.set(built);
-        outcome
+        Ok(Self { binaries, extra, full })
     }
 
     /// Boots the machine of a part, and counts what its scenarios say. Of the matrix: what it found.
@@ -73,10 +63,8 @@ impl<'a> Machines<'a> {
         let Work::Boot(boot) = &part.work else { return None };
         let budget = part.budget(self.full).unwrap_or_default();
         let begun = Instant::now();
-        let outcome = self.extra_of(boot).and_then(|extra| {
-            self.machine(boot, extra, budget * PATIENCE)
-                .run(&self.command(part, boot), Stream::Named(part.name))
-        });
+        let outcome =
+            self.machine(boot, budget * PATIENCE).run(&self.command(part, boot), Stream::Named(part.name));
         println!("{} | ended after {} s", part.name, begun.elapsed().as_secs());
         tally.time(part.name, begun.elapsed(), Some(budget));
         if part.ring == Ring::Matrix {
@@ -86,22 +74,7 @@ impl<'a> Machines<'a> {
         None
     }
 
-    fn extra_of(&self, boot: &Boot) -> Result<&[(&'static str, PathBuf)]> {
-        if !boot.test_agent {
-            return Ok(&[]);
-        }
-        self.extra
-            .wait()
-            .as_deref()
-            .map_err(|error| anyhow!("what only the tests have is not there: {error}"))
-    }
-
-    fn machine<'b>(
-        &'b self,
-        boot: &'b Boot,
-        extra: &'b [(&'static str, PathBuf)],
-        deadline: Duration,
-    ) -> Machine<'b> {
+    fn machine<'b>(&'b self, boot: &'b Boot, deadline: Duration) -> Machine<'b> {
         Machine {
             kernel: boot.kernel,
             processors: Processors::Turns(2),
@@ -111,7 +84,11 @@ impl<'a> Machines<'a> {
             binaries: self.binaries,
             host: None,
             apps: boot.apps,
-            extra: extra.iter().map(|(place, path)| (*place, path.as_path())).collect(),
+            extra: if boot.test_agent {
+                self.extra.iter().map(|(place, path)| (*place, path.as_path())).collect()
+            } else {
+                Vec::new()
+            },
         }
     }
 

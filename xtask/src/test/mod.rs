@@ -87,35 +87,32 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(guests) = guests {
         guests.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).context("the guests' parts")?;
     }
+    for part in wanted.iter().copied().filter(|part| matches!(part.work, Work::Cargo)) {
+        cargo(part, options.full, &tally);
+    }
     let boots: Vec<&Part> =
         wanted.iter().copied().filter(|part| matches!(part.work, Work::Boot(_))).collect();
     let natively: Vec<&Part> =
         wanted.iter().copied().filter(|part| matches!(part.work, Work::Native)).collect();
     let machines = match boots.as_slice() {
         [] => None,
-        boots => tally.timed("the guests' disk", None, || {
-            tally.case("the guests' disk is there", || {
+        boots => tally.timed("the guests' disk and what only they have", None, || {
+            tally.case("what the guests need is there", || {
                 machines::Machines::prepare(&binaries, boots, options.full)
             })
         }),
     };
-    let beside = || {
+    // Two machines and what runs natively, which waits more than it works.
+    std::thread::scope(|scope| {
+        scope.spawn(|| natively.iter().for_each(|part| native(part, &binaries, options.full, &tally)));
         if let Some(machines) = &machines {
-            tally.timed("what only the tests have", None, || {
-                tally.case("what only the tests have is built", || machines.build_extra(&boots))
-            });
+            let rows = vm::two_at_once(&boots, |part| machines.run(part, &tally));
+            let rows: Vec<matrix::Row> = rows.into_iter().flatten().collect();
+            if !rows.is_empty() {
+                println!("\n{}", matrix::table(&rows));
+            }
         }
-        for part in wanted.iter().copied().filter(|part| matches!(part.work, Work::Cargo)) {
-            cargo(part, options.full, &tally);
-        }
-        natively.iter().for_each(|part| native(part, &binaries, options.full, &tally));
-    };
-    let work = |part: &&Part| machines.as_ref().and_then(|machines| machines.run(part, &tally));
-    let rows: Vec<matrix::Row> =
-        vm::two_and_beside(&boots, work, Some(&beside)).into_iter().flatten().collect();
-    if !rows.is_empty() {
-        println!("\n{}", matrix::table(&rows));
-    }
+    });
     Ok(tally.close())
 }
 

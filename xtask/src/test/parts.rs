@@ -149,7 +149,7 @@ pub const PARTS: &[Part] = &[
         name: "node",
         ring: Ring::Scenarios,
         protects: "promise 3 and the claim: who belongs to a container, tampering, limits, other engines, the manifest",
-        budget: Some(600),
+        budget: Some(800),
         full: Some(2400),
         touched_by: NODE,
         work: Work::Boot(boot(
@@ -176,7 +176,7 @@ pub const PARTS: &[Part] = &[
         name: "verdicts",
         ring: Ring::Scenarios,
         protects: "promises 1, 2, 5 and 6: what is refused, by which name, whatever way leads there",
-        budget: Some(600),
+        budget: Some(700),
         full: Some(2400),
         touched_by: KERNEL_SIDE,
         work: Work::Boot(boot(
@@ -199,7 +199,7 @@ pub const PARTS: &[Part] = &[
         name: "kills",
         ring: Ring::Scenarios,
         protects: "promises 4 and 7: refused and accounted for while the agent is killed and upgraded",
-        budget: Some(600),
+        budget: Some(450),
         full: Some(1800),
         touched_by: NODE,
         work: Work::Boot(Boot {
@@ -220,7 +220,7 @@ pub const PARTS: &[Part] = &[
         name: "starts",
         ring: Ring::Scenarios,
         protects: "promise 3: the profile is in force before the first instruction, with every runtime and interface",
-        budget: Some(600),
+        budget: Some(350),
         full: Some(5400),
         touched_by: NODE,
         work: Work::Boot(boot(Kernel::V6_12, &[shorter("starts --short --count 4", "starts --count 200")])),
@@ -244,7 +244,7 @@ pub const PARTS: &[Part] = &[
         name: "services",
         ring: Ring::Scenarios,
         protects: "profiles that are drafted from real services hold and do not break them; acknowledged records survive a power cut",
-        budget: Some(600),
+        budget: Some(300),
         full: Some(900),
         touched_by: NODE,
         work: Work::Boot(Boot {
