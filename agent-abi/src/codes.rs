@@ -338,8 +338,7 @@ codes! {
         CODE_TRACE_ALLOWED = 15 => "code-trace-allowed",
         CODE_EXECUTABLES_UNPROTECTED = 16 => "code-executables-unprotected",
         INTERPRETER_UNJUDGED = 17 => "interpreter-unjudged",
-        WALK_TORN = 18 => "walk-torn",
-        LAYER_CHANGE_UNSEEN = 19 => "layer-change-unseen",
+        LAYER_CHANGE_UNSEEN = 18 => "layer-change-unseen",
     }
 }
 

@@ -14,7 +14,7 @@ use palisade_abi::{
 use crate::{
     context, count,
     kernel::KernelPtr,
-    maps::{offset, planted, setting},
+    maps::{offset, setting},
     origin,
     repeat::{AGAIN, DONE, repeat},
     scratch::{self, Area, EXECUTABLE, Scratch, Turns, Walk},
@@ -74,7 +74,7 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
     while turn < WALKS {
         let before = renames();
         let failure = palisade_walk_once(task, dentry, which);
-        if (before & 1 == 0 && renames() == before) || planted!(WALK_TORN) {
+        if before & 1 == 0 && renames() == before {
             return failure;
         }
         turn += 1;

@@ -51,7 +51,6 @@ mod starts;
 mod switches;
 mod tampering;
 mod tls;
-mod torn;
 mod users;
 mod volumes;
 mod who;

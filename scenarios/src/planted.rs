@@ -16,7 +16,7 @@ use crate::{
     node::{AgentOptions, Node},
     noisy,
     report::Report,
-    torn, who,
+    who,
 };
 
 /// Enough to notice each bug of the exec's verdict; the first failure ends a trial.
@@ -29,13 +29,12 @@ const FIRST: &[(u32, &str)] = &[
     (bug::SCRIPTS_UNJUDGED, "script"),
     (bug::INTERPRETER_UNJUDGED, "interpreter-link"),
 ];
-/// How bugs are called that are about other code than what is executed, about sessions, about conditions, about the ring, about paths,
-/// and about layers of images: what they break is tried first.
+/// How bugs are called that are about other code than what is executed, about sessions, about conditions, about the ring, and about layers of
+/// images: what they break is tried first.
 const OF_CODE: &str = "code-";
 const OF_SESSIONS: &str = "sessions-";
 const OF_CONDITIONS: &str = "conditions-";
 const OF_RING: &str = "ring-";
-const OF_WALKS: &str = "walk-";
 const OF_LAYERS: &str = "layer-";
 /// The agent would notice most bugs by itself and give up. It proves that it enforces before the first trial, and not again.
 const SETTINGS: &str = "selfProbeSeconds: 3600\n";
@@ -71,12 +70,8 @@ pub async fn run(cri: &Path, agent: &Path, objects: &Path) -> Result<ExitCode> {
     let runtime = Runtime::connect(cri);
     let mut node = Node::start(cri).await?;
     for (app, mode) in [("enforce", "enforce"), ("nothing", "audit")] {
-        let text = profile(app, mode)
-            + code::EXECUTABLES
-            + who::TOOL_RULE
-            + conditions::TRIAL_RULES
-            + torn::RULE
-            + layers::RULE;
+        let text =
+            profile(app, mode) + code::EXECUTABLES + who::TOOL_RULE + conditions::TRIAL_RULES + layers::RULE;
         node.write_profile(&format!("{app}.yaml"), &text)?;
     }
     let options = AgentOptions {
@@ -159,9 +154,6 @@ async fn trial(node: &mut Node, runtime: &Runtime, pod: &Pod, trial: Trial) -> R
     }
     if trial.is_about(OF_CONDITIONS) {
         conditions::trial(node, runtime, pod, label, &mut report).await;
-    }
-    if trial.is_about(OF_WALKS) {
-        torn::trial(node, runtime, pod, label, &mut report).await;
     }
     if trial.is_about(OF_LAYERS) {
         layers::trial(node, runtime, pod, &mut report).await;
