@@ -24,8 +24,6 @@ pub struct Settings {
     pub skips_tracepoints: u32,
     /// How many arguments `dequeue_signal` has: 3 or 4; 0 when that is not known.
     pub dequeue_arguments: u32,
-    /// Address of the sequence counter that goes up with every rename (`rename_lock`); 0 when it is not known.
-    pub rename_lock: u64,
 }
 
 /// What a set of programs and maps is, for the agent that finds it pinned; the one entry of `META`.
@@ -471,7 +469,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    Settings = 56,
+    Settings = 48,
     SetMeta = 48,
     Account = 32,
     AgentState = 48,

@@ -116,6 +116,7 @@ offsets! {
     fs_root_dentry = "fs_struct" "root.dentry" 8 required;
     fs_pwd_dentry = "fs_struct" "pwd.dentry" 8 required;
     dentry_parent = "dentry" "d_parent" 8 required;
+    dentry_sequence = "dentry" "d_seq.seqcount.sequence" 4 required;
     dentry_name = "dentry" "d_name.name" 8 required;
     dentry_name_length = "dentry" "d_name.len" 4 required;
     dentry_private = "dentry" "d_fsdata" 8 required;

@@ -150,7 +150,6 @@ pub static SETTINGS: Settings = Settings {
     have_loop: 0x7b00_0006,
     skips_tracepoints: 0x7b00_0009,
     dequeue_arguments: 0x7b00_000a,
-    rename_lock: 0x7b00_0007_7b00_0008,
 };
 
 /// Reads one offset.

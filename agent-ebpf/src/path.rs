@@ -3,7 +3,7 @@
 //! Neither the string that was typed nor the process's root or mount namespace takes part, so no symlink, bind
 //! mount, chroot or namespace changes the outcome.
 
-use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_kernel_buf};
+use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY, PATH_DEPTH,
@@ -52,29 +52,18 @@ fn prepend(area: *mut Area, start: u32, dentry: KernelPtr, separator: u32) -> Re
 /// Walks that are tried until one is of one moment: a rename takes a microsecond.
 const WALKS: u32 = 4;
 
-/// How often names have changed on this node (`rename_lock` of fs/dcache.c): odd while one does. Always 0 where that cannot be read.
-#[inline(always)]
-fn renames() -> u32 {
-    match setting!(rename_lock) {
-        0 => 0,
-        // SAFETY: the helper checks the address.
-        place => unsafe { bpf_probe_read_kernel(place as *const u32) }.unwrap_or(1),
-    }
-}
-
 /// Walks from `dentry` to the root of its superblock and writes the path into the memory of `task`, area `which`. Returns 0, or
 /// the [`reason`] why the path is not known.
 ///
-/// A rename beside it could give a walk half of the old name and half of the new one, so it is repeated until nothing was renamed
-/// meanwhile.
+/// A rename beside it could give a walk half of the old name and half of the new one, so it is repeated until nothing on the way was
+/// renamed meanwhile. What is renamed elsewhere costs nothing, so that no container can keep another one's paths from being known.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
     let mut turn = 0;
     while turn < WALKS {
-        let before = renames();
         let failure = palisade_walk_once(task, dentry, which);
-        if before & 1 == 0 && renames() == before {
+        if palisade_was_one_moment(task, dentry) != 0 {
             return failure;
         }
         turn += 1;
@@ -92,6 +81,85 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
         (&raw mut (*walk).failure).write_volatile(u32::from(reason::PATH_CHANGES));
     }
     u64::from(reason::PATH_CHANGES)
+}
+
+/// Whether every folder on the way from `dentry` is as the walk of `task` that has just ended has found it. All of them were so at one
+/// moment then: each in between of when the walk saw it and of now.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn palisade_was_one_moment(task: u64, dentry: u64) -> u64 {
+    let Some(scratch) = scratch::of(task) else { return 1 };
+    // SAFETY: the memory belongs to this task until it is released.
+    unsafe {
+        let turns = &raw mut (*scratch).turns;
+        let mut about = Comparison {
+            turns,
+            end: (&raw const (*turns).current).read_volatile(),
+            seal: (&raw const (*turns).seal).read_volatile(),
+        };
+        (&raw mut (*turns).current).write_volatile(dentry);
+        (&raw mut (*turns).seal).write_volatile(0);
+        repeat(PATH_DEPTH as u32, &mut about, compare);
+        let (at, seal) =
+            ((&raw const (*turns).current).read_volatile(), (&raw const (*turns).seal).read_volatile());
+        u64::from(at == about.end && seal == about.seal)
+    }
+}
+
+/// A second climb, which only compares.
+struct Comparison {
+    turns: *mut Turns,
+    /// Where the first one has ended.
+    end: u64,
+    seal: u64,
+}
+
+/// One component of it.
+///
+/// # Safety
+///
+/// `comparison` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe extern "C" fn compare(_turn: u64, comparison: *mut Comparison) -> i64 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let turns = (*comparison).turns;
+        let current = KernelPtr((&raw const (*turns).current).read_volatile());
+        if current.0 == (*comparison).end {
+            return DONE;
+        }
+        let (Some(sequence), Some(parent)) =
+            (current.read::<u32>(offset!(dentry_sequence)), current.follow(offset!(dentry_parent)))
+        else {
+            return DONE;
+        };
+        // It is being renamed, and may have been all the time.
+        if sequence & 1 != 0 {
+            return DONE;
+        }
+        add_to_seal(turns, current, sequence);
+        (&raw mut (*turns).current).write_volatile(parent.0);
+    }
+    AGAIN
+}
+
+/// Adds a folder to what is compared. Its counter (`d_seq` of include/linux/dcache.h) goes up by one before its name or its parent
+/// changes and by one afterwards. Where folders are in the kernel's memory no container
+/// knows, so none can have others add up to the same.
+///
+/// # Safety
+///
+/// `turns` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe fn add_to_seal(turns: *mut Turns, folder: KernelPtr, sequence: u32) {
+    /// 2^64 divided by the golden ratio: odd, and its bits are mixed well.
+    const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let seal = (&raw const (*turns).seal).read_volatile();
+        let seal = (seal ^ folder.0).wrapping_mul(MULTIPLIER) ^ u64::from(sequence);
+        (&raw mut (*turns).seal).write_volatile(seal);
+    }
 }
 
 /// Clears the place of a path that was walked, so that nothing of it is hashed with the next one.
@@ -166,6 +234,7 @@ fn climb(scratch: *mut Scratch, area: *mut Area, dentry: KernelPtr) -> u8 {
     let (slot, turns) = unsafe {
         let turns = &raw mut (*scratch).turns;
         (&raw mut (*turns).current).write_volatile(dentry.0);
+        (&raw mut (*turns).seal).write_volatile(0);
         (&raw mut (*turns).at).write_volatile(PATH_CAPACITY as u32);
         (&raw mut (*turns).outer).write_volatile(PATH_CAPACITY as u32);
         (&raw mut (*turns).outcome).write_volatile(u32::from(reason::PATH_TOO_DEEP));
@@ -252,6 +321,10 @@ unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
         }
         return 0;
     }
+    // The counter before what it counts the changes of.
+    let Some(sequence) = current.read::<u32>(offset!(dentry_sequence)) else {
+        return reason::READ_FAILED.into();
+    };
     let Some(parent) = current.follow(offset!(dentry_parent)) else { return reason::READ_FAILED.into() };
     let orphan = parent == current;
     if orphan && depth != 0 {
@@ -274,6 +347,7 @@ unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
         if on_overlay != 0 && origin::palisade_is_redirected(current.0) != 0 {
             (&raw mut (*turns).renamed).write_volatile(1);
         }
+        add_to_seal(turns, current, sequence);
         (&raw mut (*turns).current).write_volatile(parent.0);
     }
     STILL_CLIMBING

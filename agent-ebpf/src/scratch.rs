@@ -54,6 +54,8 @@ pub struct Automaton {
 pub struct Turns {
     /// Of a climb: where it is.
     pub current: u64,
+    /// Of a climb, and of the second one that compares: the state of the folders so far.
+    pub seal: u64,
     /// Of a hash.
     pub hasher: SipHasher,
     /// The place in the area that comes next, or where the path so far begins, or the end of what was copied.
@@ -178,6 +180,7 @@ static EMPTY: Scratch = Scratch {
     session: SessionPart { start: 0, pid: 0, kind: 0, reserved: [0; 3] },
     turns: Turns {
         current: 0,
+        seal: 0,
         hasher: SipHasher::new([0; 2]),
         at: 0,
         outer: 0,

@@ -143,11 +143,27 @@ pub async fn run(cri: &Path, only: &str) -> Result<ExitCode> {
     let runtime = Runtime::connect(cri);
     let mut node = Node::start(cri).await?;
     let wanted = || APPS.iter().filter(|app| app.name.contains(only));
+    node.write_profile("older.yaml", OLDER)?;
+    let older = runtime.pod("pod-older", "older", "").await?;
+    let running = runtime.container(&older, "c-older", IMAGE, &["/usr/bin/sleep", "infinity"]).await?;
+    let control = runtime.exec(&running, &["/usr/bin/id"]).await?;
+    ensure!(control.code == 0, "what is to be refused does not run without us: {control:?}");
     for app in wanted() {
         node.write_profile(&format!("{}.yaml", app.name), &observing(app.name))?;
     }
     let tier = node.start_agent(&AgentOptions::default()).await?;
     println!("tier: {tier}");
+    report
+        .case("older: a container from before the agent runs linked programs, and no others", async {
+            events::in_mode(&node, &running, "enforce").await?;
+            let linked = runtime.exec(&running, &["/usr/bin/true"]).await?;
+            ensure!(linked.code == 0, "what is allowed does not run: {linked:?}");
+            // The runtime may call an exec failed that was refused.
+            let other = runtime.exec(&running, &["/usr/bin/id"]).await;
+            ensure!(other.is_err() || other.is_ok_and(|ended| ended.code != 0), "what is not allowed runs");
+            runtime.remove_pod(&older).await
+        })
+        .await;
     for app in wanted() {
         let pod = runtime.pod(&format!("pod-{}", app.name), app.name, "").await?;
         let stage = Stage { node: &node, runtime: &runtime, pod: &pod, app };
@@ -169,6 +185,10 @@ pub async fn run(cri: &Path, only: &str) -> Result<ExitCode> {
     }
     Ok(report.close())
 }
+
+/// The profile of a container that runs before the agent does. The names of its programs' interpreter lead through links.
+const OLDER: &str = "apiVersion: palisade.dev/v1alpha1\nkind: ClusterProfile\nmetadata: {name: older}\nspec:\n  selector: {podSelector: \
+                     {matchLabels: {app: older}}}\n  mode: enforce\n  exec: {allow: [{path: /usr/bin/sleep}, {path: /usr/bin/true}]}\n";
 
 /// Allows nothing and refuses nothing, so that everything is on record.
 fn observing(app: &str) -> String {

@@ -3,10 +3,11 @@
 use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
+use aya::programs::loaded_programs;
 use serde::Serialize;
 
 use crate::{
-    cri::{Pod, Runtime, Spec},
+    cri::{Pod, Runtime, Spec, until},
     events,
     node::{AgentOptions, Node},
 };
@@ -86,17 +87,25 @@ impl Stage<'_> {
     }
 
     async fn measure(&self, cri: &Path, container: &str) -> Result<Repeat> {
-        let (linked_before, java_before) = self.both(container).await?;
+        let (linked_before, java_before) = self.both(container).await.context("before the agent")?;
+        let programs_before = loaded_programs().count();
         let mut node = Node::start(cri).await?;
         node.write_profile("bench.yaml", PROFILE)?;
         // So that nothing is in force without it.
         node.start_agent(&AgentOptions { unpinned: true, ..AgentOptions::default() }).await?;
         events::in_mode(&node, container, "enforce").await?;
-        let (linked_agent, java_agent) = self.both(container).await?;
+        let under = self.both(container).await;
         let denied = events::query(&node, &["--verdict", "denied"])?;
+        let (linked_agent, java_agent) =
+            under.with_context(|| format!("under the agent, which refused: {denied:#?}"))?;
         ensure!(denied.is_empty(), "invalid: something was refused: {denied:?}");
         node.stop_agent()?;
-        let (linked_after, java_after) = self.both(container).await?;
+        // The kernel lets go of them one after the other, a grace period after the last of their users.
+        until("the agent's programs are gone", async || {
+            Ok((loaded_programs().count() <= programs_before).then_some(()))
+        })
+        .await?;
+        let (linked_after, java_after) = self.both(container).await.context("after the agent")?;
         Ok(Repeat { linked_before, linked_agent, linked_after, java_before, java_agent, java_after })
     }
 }

@@ -135,7 +135,7 @@ pub async fn trial(node: &Node, runtime: &Runtime, pod: &Pod, mode: &str, report
                 if report.failed() > 0 {
                     break;
                 }
-                report.case(way.name, stage.check(&container, &outcomes, way, Expect::Refused)).await;
+                report.case(way.name, async { outcomes.check(way, Expect::Refused) }).await;
             }
             report.case("the container ends", runtime.remove_container(&container)).await;
         }
@@ -157,6 +157,12 @@ struct Outcome {
     code: i32,
 }
 
+/// How attacks in one container ended, and what is on record of them.
+struct Outcomes {
+    outcomes: Vec<Outcome>,
+    records: Vec<Value>,
+}
+
 struct Stage<'a> {
     node: &'a Node,
     runtime: &'a Runtime,
@@ -172,7 +178,7 @@ impl Stage<'_> {
                 for way in WAYS.iter().filter(|way| way.on != On::ExecutableByRoot || uid == "0") {
                     let always = app == "open" && way.on != On::Code && self.full;
                     let expect = if always { Expect::Refused } else { expect };
-                    report.case(&title(way.name), self.check(&container, &outcomes, way, expect)).await;
+                    report.case(&title(way.name), async { outcomes.check(way, expect) }).await;
                 }
                 report.case(&title("the container ends"), self.runtime.remove_container(&container)).await;
             }
@@ -181,7 +187,7 @@ impl Stage<'_> {
     }
 
     /// Carries out all attacks in a fresh container and waits until their records have come.
-    async fn outcomes(&self, app: &str, mode: &str, uid: &str) -> Result<(String, Vec<Outcome>)> {
+    async fn outcomes(&self, app: &str, mode: &str, uid: &str) -> Result<(String, Outcomes)> {
         let name = format!("c-{app}-{uid}");
         let container = self.runtime.container(self.pod, &name, WORKLOAD_IMAGE, &[]).await?;
         events::in_mode(self.node, &container, mode).await?;
@@ -193,13 +199,18 @@ impl Stage<'_> {
         let nonce = nonce("after");
         self.runtime.exec(&container, &["/usr/bin/workload", "payload", &nonce]).await?;
         events::exactly_one(self.node, &nonce).await?;
-        Ok((container, outcomes))
+        let kinds = ["--kind", "code", "--kind", "exec", "--container", &container];
+        let records = events::query(self.node, &kinds)?;
+        Ok((container, Outcomes { outcomes, records }))
     }
+}
 
-    async fn check(&self, container: &str, outcomes: &[Outcome], way: &Way, expect: Expect) -> Result<()> {
-        let outcome =
-            outcomes.iter().find(|outcome| outcome.name == way.name).context("it was not carried out")?;
-        let records = self.records(container, outcome.pid).await?;
+impl Outcomes {
+    fn check(&self, way: &Way, expect: Expect) -> Result<()> {
+        let outcome = self.outcomes.iter().find(|outcome| outcome.name == way.name);
+        let outcome = outcome.context("it was not carried out")?;
+        let by = |record: &&Value| record["code"]["process"]["namespace_pid"].as_u64() == Some(outcome.pid);
+        let records: Vec<&Value> = self.records.iter().filter(by).collect();
         let of_exec = way.name == INTERPRETER;
         let wanted = match expect {
             Expect::Refused => EPERM,
@@ -219,7 +230,7 @@ impl Stage<'_> {
         let (verdict, action) =
             if expect == Expect::Refused { ("denied", "refused") } else { ("audited", "none") };
         if of_exec {
-            return self.check_interpreter(container, outcome.pid, way, (verdict, action)).await;
+            return self.check_interpreter(outcome.pid, way, (verdict, action));
         }
         let found = records.iter().find(|record| {
             let code = &record["code"];
@@ -241,19 +252,12 @@ impl Stage<'_> {
     }
 
     /// The record of an exec whose interpreter is not the image's.
-    async fn check_interpreter(
-        &self,
-        container: &str,
-        pid: u64,
-        way: &Way,
-        (verdict, action): (&str, &str),
-    ) -> Result<()> {
-        let records = events::query(self.node, &["--kind", "exec", "--container", container])?;
-        let found = records.iter().map(|record| &record["exec"]).find(|exec| {
+    fn check_interpreter(&self, pid: u64, way: &Way, (verdict, action): (&str, &str)) -> Result<()> {
+        let found = self.records.iter().map(|record| &record["exec"]).find(|exec| {
             exec["process"]["namespace_pid"].as_u64() == Some(pid)
                 && exec["executable"] == "/usr/bin/attached-interpreter"
         });
-        let exec = found.with_context(|| format!("no record says so: {records:?}"))?;
+        let exec = found.with_context(|| format!("no record says so: {:?}", self.records))?;
         ensure!(
             exec["verdict"] == verdict && exec["action"] == action && exec["reason"] == way.reason,
             "{exec}"
@@ -261,12 +265,6 @@ impl Stage<'_> {
         let loader = format!("{FOLDER}/{}", way.name);
         ensure!(exec["interpreter"] == loader.as_str() && exec["interpreter_origin"] == way.origin, "{exec}");
         Ok(())
-    }
-
-    async fn records(&self, container: &str, pid: u64) -> Result<Vec<Value>> {
-        let records = events::query(self.node, &["--kind", "code", "--container", container])?;
-        let by = |record: &Value| record["code"]["process"]["namespace_pid"].as_u64();
-        Ok(records.into_iter().filter(|record| by(record) == Some(pid)).collect())
     }
 }
 

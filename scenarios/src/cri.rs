@@ -307,12 +307,14 @@ pub async fn until_within<T>(
 ) -> Result<T> {
     let begun = std::time::Instant::now();
     loop {
+        let asked = std::time::Instant::now();
         if let Some(found) = attempt().await? {
             return Ok(found);
         }
         if begun.elapsed() > deadline {
             bail!("waited {} s in vain for: {what}", deadline.as_secs());
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        // What costs much to ask must not take the processor from what is waited for.
+        tokio::time::sleep(asked.elapsed().clamp(Duration::from_millis(50), Duration::from_secs(1))).await;
     }
 }

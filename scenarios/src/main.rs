@@ -51,6 +51,7 @@ mod starts;
 mod switches;
 mod tampering;
 mod tls;
+mod torn;
 mod users;
 mod volumes;
 mod who;
@@ -103,6 +104,12 @@ enum Command {
         #[arg(long, default_value_t = 1000)]
         count: u64,
     },
+    /// A file whose folder moves while it is executed: its path is never half the old one and half the new one
+    Torn {
+        /// Executions
+        #[arg(long, default_value_t = 5000)]
+        count: u64,
+    },
     /// Processes by the hundred from several at once, of which kernels since 7.0 skip some: all are on record or counted as lost
     Skipped,
     /// A program of a container that the kernel starts outside of it, and cgroups that a container names like one
@@ -146,6 +153,9 @@ enum Command {
         /// Only these attacks
         #[arg(long)]
         only: Vec<String>,
+        /// In audit mode none that needs a container of its own
+        #[arg(long)]
+        short: bool,
     },
     /// Entrypoints that are not allowed, with every runtime, interface and moment: none runs
     ///
@@ -354,6 +364,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Layers => layers::run(&cri).await,
             Command::Elevation => elevation::run(&cri).await,
             Command::Races { count } => races::run(&cri, count).await,
+            Command::Torn { count } => torn::run(&cri, count).await,
             Command::Skipped => skipped::run(&cri).await,
             Command::Outside => outside::run(&cri).await,
             Command::Overlay => overlay::run(&cri).await,
@@ -366,7 +377,7 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Conditions => conditions::run(&cri).await,
             Command::Who => who::run(&cri).await,
             Command::Smoke => smoke::run(&cri).await,
-            Command::Exec { only } => exec::run(&cri, &only).await,
+            Command::Exec { only, short } => exec::run(&cri, &exec::Options { only, short }).await,
             Command::Starts { count, here, short, only } => {
                 starts::run(&cri, &starts::Options { count, here, short, only }).await
             }

@@ -1,6 +1,7 @@
 //! Palisade on this node: a collector and an agent in a folder of their own.
 
 use std::{
+    cell::RefCell,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
@@ -55,6 +56,8 @@ pub struct Node {
     pub collector_settings: &'static str,
     /// Further fields of its sockets, each behind a comma.
     pub socket_settings: &'static str,
+    /// The records that [`crate::events::payloads`] asked for last.
+    pub execs: RefCell<Vec<Value>>,
 }
 
 /// How to start the agent.
@@ -122,6 +125,7 @@ impl Node {
             proxy: None,
             collector_settings: "",
             socket_settings: "",
+            execs: RefCell::default(),
         })
     }
 

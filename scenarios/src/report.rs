@@ -7,14 +7,14 @@ use anyhow::Result;
 /// Collects outcomes and prints each as it comes.
 pub struct Report {
     passed: u32,
-    failed: u32,
+    failures: Vec<String>,
     quiet: bool,
     only: String,
 }
 
 impl Report {
     pub fn new() -> Self {
-        Self { passed: 0, failed: 0, quiet: false, only: String::new() }
+        Self { passed: 0, failures: Vec::new(), quiet: false, only: String::new() }
     }
 
     /// Runs the cases whose name holds `only`, and no others.
@@ -43,21 +43,27 @@ impl Report {
                 }
             }
             Err(error) => {
-                self.failed += 1;
+                let failure = format!("{name} ({seconds:.1} s): {error:#}");
                 if !self.quiet {
-                    println!("FAIL {name} ({seconds:.1} s): {error:#}");
+                    println!("FAIL {failure}");
                 }
+                self.failures.push(failure);
             }
         }
     }
 
-    pub fn failed(&self) -> u32 {
-        self.failed
+    pub fn failed(&self) -> usize {
+        self.failures.len()
+    }
+
+    /// What failed, and why.
+    pub fn into_failures(self) -> Vec<String> {
+        self.failures
     }
 
     /// The closing line, and the exit code.
     pub fn close(self) -> ExitCode {
-        println!("{} passed, {} failed", self.passed, self.failed);
-        if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        println!("{} passed, {} failed", self.passed, self.failures.len());
+        if self.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 }

@@ -595,11 +595,7 @@ fn load(
     if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
         tracing::debug!(%error, "the limit on locked memory stays; it matters before kernel 5.11");
     }
-    let mut layout = Layout::of_running_kernel()?;
-    let rename_lock = address_of("rename_lock");
-    if rename_lock == 0 {
-        layout.absent.push("rename_lock");
-    }
+    let layout = Layout::of_running_kernel()?;
     // Before the maps are made, which count against the same limit.
     give_back_memory();
     let meta = SetMeta {
@@ -621,7 +617,6 @@ fn load(
         have_loop: u32::from(layout.have_loop),
         skips_tracepoints: u32::from(skips_tracepoints()),
         dequeue_arguments: layout.dequeue_arguments,
-        rename_lock,
     };
     let btf = lsm_hooks()?;
     let folder = pins.begin(set)?;
@@ -691,22 +686,6 @@ fn load(
 
 /// Names that lead to interpreters, for each container: most images have one or two.
 const LINKS_PER_SLOT: u32 = 4;
-
-/// The address of a variable of the kernel; 0 where that is hidden (`kptr_restrict`) or not told (without `CONFIG_KALLSYMS_ALL`).
-fn address_of(variable: &str) -> u64 {
-    use std::io::BufRead as _;
-    let Ok(symbols) = std::fs::File::open("/proc/kallsyms") else { return 0 };
-    std::io::BufReader::with_capacity(1 << 16, symbols)
-        .split(b'\n')
-        .map_while(Result::ok)
-        .find_map(|line| {
-            // "ffffffff82a3b4c0 D rename_lock"
-            let line = line.strip_suffix(variable.as_bytes())?.strip_suffix(b" ")?;
-            let address = std::str::from_utf8(line).ok()?.split(' ').next()?;
-            u64::from_str_radix(address, 16).ok()
-        })
-        .unwrap_or(0)
-}
 
 /// Names a set by everything that makes it another: layout, programs and map sizes.
 fn set_name(object: &[u8], sizes: &Sizes) -> String {
