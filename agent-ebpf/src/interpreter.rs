@@ -108,9 +108,10 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
             (&raw mut (*entry).expects_interpreter).write_volatile(0);
             ((*entry).slot, (*entry).entering, (*entry).program)
         },
-        // Without an entry nothing tells it from the interpreter of a script, so that is judged, too.
+        // Without an entry nothing tells it from the interpreter of a script, so that is judged, too. It may be the runtime's, and have come in
+        // since its program was judged.
         None => match containers::current_slot() {
-            Some(slot) => (slot, 0, [0; 2]),
+            Some(slot) => (slot, processes::palisade_take_in(slot) as u8, [0; 2]),
             None => return 0,
         },
     };

@@ -7,6 +7,7 @@
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
+#![expect(unsafe_code, reason = "maps, helpers and the kernel's memory; each block says why it is sound")]
 #![cfg_attr(feature = "fetch-add", expect(internal_features, reason = "the only way to a BPF fetch-add"))]
 #![cfg_attr(feature = "fetch-add", feature(core_intrinsics))]
 

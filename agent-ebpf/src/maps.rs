@@ -1,9 +1,10 @@
 //! The maps, and the two structures that are frozen before the programs load.
 //!
-//! Sizes here are defaults; the agent sets them from its configuration. All hashes are preallocated: an insert
+//! Sizes here are defaults; the agent sets them from its configuration. All hashes that hooks insert into are preallocated: an insert
 //! in a hook must not depend on the allocator.
 
 use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
     macros::map,
     maps::{Array, HashMap, LruHashMap, RingBuf},
 };
@@ -72,7 +73,7 @@ pub static NAMES: HashMap<u64, [u8; CGROUP_NAME]> = HashMap::with_max_entries(20
 
 /// For the agent's own bookkeeping; no program reads it.
 #[map]
-pub static ACCOUNTS: HashMap<u64, Account> = HashMap::with_max_entries(2048, 0);
+pub static ACCOUNTS: HashMap<u64, Account> = HashMap::with_max_entries(2048, BPF_F_NO_PREALLOC);
 
 /// For the agent that finds the set; no program reads it.
 #[map]
@@ -113,9 +114,10 @@ pub static SCRIPTS: LruHashMap<u32, [u8; palisade_abi::PATH_CAPACITY]> = LruHash
 #[map]
 pub static INTERPRETERS: LruHashMap<u32, OpenedInterpreter> = LruHashMap::with_max_entries(512, 0);
 
-/// Names in images that lead through symbolic links: those by which programs ask for their interpreters.
+/// Names in images that lead through symbolic links: those by which programs ask for their interpreters. Only LSM programs look at them,
+/// and few containers have any, so the kernel makes room for each as it comes.
 #[map]
-pub static LINKS: HashMap<LinkKey, LinkTarget> = HashMap::with_max_entries(8192, 0);
+pub static LINKS: HashMap<LinkKey, LinkTarget> = HashMap::with_max_entries(8192, BPF_F_NO_PREALLOC);
 
 /// Layers of images. The one that is longest unused gives way.
 #[map]

@@ -9,6 +9,7 @@ use palisade_abi::{
     PATH_CAPACITY, PATH_DEPTH,
     codes::{error, reason, volume_flags},
     hash::SipHasher,
+    offsets::DENTRY_BYTES,
 };
 
 use crate::{
@@ -23,9 +24,7 @@ use crate::{
 
 /// Copies one name in front of `start`. `None` when it does not fit or cannot be read.
 #[inline(always)]
-fn prepend(area: *mut Area, start: u32, dentry: KernelPtr, separator: u32) -> Result<u32, u8> {
-    let length: u32 = dentry.read(offset!(dentry_name_length)).ok_or(reason::READ_FAILED)?;
-    let name: u64 = dentry.read(offset!(dentry_name)).ok_or(reason::READ_FAILED)?;
+fn prepend(area: *mut Area, start: u32, (name, length): (u64, u32), separator: u32) -> Result<u32, u8> {
     if length == 0 || length > 255 {
         return Err(reason::READ_FAILED);
     }
@@ -128,11 +127,7 @@ unsafe extern "C" fn compare(_turn: u64, comparison: *mut Comparison) -> i64 {
         if current.0 == (*comparison).end {
             return DONE;
         }
-        let (Some(sequence), Some(parent)) =
-            (current.read::<u32>(offset!(dentry_sequence)), current.follow(offset!(dentry_parent)))
-        else {
-            return DONE;
-        };
+        let Some(Seen { sequence, parent, .. }) = look(turns, current) else { return DONE };
         // It is being renamed, and may have been all the time.
         if sequence & 1 != 0 {
             return DONE;
@@ -141,6 +136,39 @@ unsafe extern "C" fn compare(_turn: u64, comparison: *mut Comparison) -> i64 {
         (&raw mut (*turns).current).write_volatile(parent.0);
     }
     AGAIN
+}
+
+/// What a walk looks at of a dentry.
+struct Seen {
+    sequence: u32,
+    parent: KernelPtr,
+    /// Where its name is, and its length.
+    name: (u64, u32),
+}
+
+/// Reads the dentry at `current`, all of it at once: to call a helper costs more than what it copies. It copies upwards, so the
+/// counter comes before what it counts the changes of.
+///
+/// # Safety
+///
+/// `turns` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe fn look(turns: *mut Turns, current: KernelPtr) -> Option<Seen> {
+    let begin = offset!(dentry_sequence) & !7;
+    // SAFETY: the caller's promise; the agent loads these programs only where all the fields are within what is read.
+    unsafe {
+        let place = &raw mut (*turns).dentry;
+        let target = core::slice::from_raw_parts_mut(place.cast::<u8>(), DENTRY_BYTES as usize);
+        bpf_probe_read_kernel_buf((current.0 + u64::from(begin)) as *const u8, target).ok()?;
+        let word = |offset: u32| place.cast::<u64>().add(((offset - begin) / 8) as usize).read_volatile();
+        let half = |offset: u32| (word(offset) >> (8 * (offset & 4))) as u32;
+        let parent = KernelPtr(word(offset!(dentry_parent)));
+        (parent.0 != 0).then_some(Seen {
+            sequence: half(offset!(dentry_sequence)),
+            parent,
+            name: (word(offset!(dentry_name)), half(offset!(dentry_name_length))),
+        })
+    }
 }
 
 /// Adds a folder to what is compared. Its counter (`d_seq` of include/linux/dcache.h) goes up by one before its name or its parent
@@ -321,16 +349,15 @@ unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
         }
         return 0;
     }
-    // The counter before what it counts the changes of.
-    let Some(sequence) = current.read::<u32>(offset!(dentry_sequence)) else {
+    // SAFETY: as above.
+    let Some(Seen { sequence, parent, name }) = (unsafe { look(turns, current) }) else {
         return reason::READ_FAILED.into();
     };
-    let Some(parent) = current.follow(offset!(dentry_parent)) else { return reason::READ_FAILED.into() };
     let orphan = parent == current;
     if orphan && depth != 0 {
         return reason::WALK_INCOMPLETE.into();
     }
-    match prepend(area, start, current, u32::from(!orphan)) {
+    match prepend(area, start, name, u32::from(!orphan)) {
         // SAFETY: as above.
         Ok(next) => unsafe { (&raw mut (*turns).at).write_volatile(next) },
         Err(_) if orphan => {}

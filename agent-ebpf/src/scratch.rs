@@ -10,6 +10,7 @@ use palisade_abi::{
     codes::error,
     hash::SipHasher,
     maps::{OpenedInterpreter, Process},
+    offsets::DENTRY_BYTES,
     record::{INTERPRETER, SessionPart},
 };
 
@@ -56,6 +57,8 @@ pub struct Turns {
     pub current: u64,
     /// Of a climb, and of the second one that compares: the state of the folders so far.
     pub seal: u64,
+    /// Of a climb: the fields of the dentry where it is.
+    pub dentry: [u64; DENTRY_BYTES as usize / 8],
     /// Of a hash.
     pub hasher: SipHasher,
     /// The place in the area that comes next, or where the path so far begins, or the end of what was copied.
@@ -181,6 +184,7 @@ static EMPTY: Scratch = Scratch {
     turns: Turns {
         current: 0,
         seal: 0,
+        dentry: [0; DENTRY_BYTES as usize / 8],
         hasher: SipHasher::new([0; 2]),
         at: 0,
         outer: 0,

@@ -1,6 +1,8 @@
 //! What the agent claims about itself: its pins and programs are tampered with as root of the host can, and it must notice,
 //! withdraw its claim, mend what it can, and claim again.
 
+#![expect(unsafe_code, reason = "calls of bpf(2)")]
+
 use std::{
     fs,
     path::{Path, PathBuf},

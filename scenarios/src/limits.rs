@@ -4,6 +4,8 @@
 //! The containers are cgroups with a container's name, and a runtime of the scenario's own tells what they are: only what is
 //! executed in them is real.
 
+#![expect(unsafe_code, reason = "what a child does between fork and exec")]
+
 use std::{
     fs,
     os::unix::process::{CommandExt as _, ExitStatusExt as _},

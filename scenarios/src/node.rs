@@ -1,5 +1,7 @@
 //! Palisade on this node: a collector and an agent in a folder of their own.
 
+#![expect(unsafe_code, reason = "what a child does between fork and exec")]
+
 use std::{
     cell::RefCell,
     net::{Ipv4Addr, SocketAddr, TcpListener},

@@ -1,5 +1,7 @@
 //! Enforcement that outlives its agent: killed at random moments under attack, stopped, taken over, uninstalled.
 
+#![expect(unsafe_code, reason = "calls of bpf(2)")]
+
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},

@@ -41,6 +41,12 @@ pub async fn run(cri: &Path) -> Result<ExitCode> {
     Ok(report.close())
 }
 
+/// Whether this kernel may skip a program on a tracepoint: since 7.0 those may be preempted.
+pub fn may_skip() -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    release.split('.').next().and_then(|major| major.parse::<u32>().ok()).is_some_and(|major| major >= 7)
+}
+
 /// A flood of so many processes in each loop, beside attacks that are tried so often. Needs a profile for the pods of `enforce`.
 pub async fn flood(node: &Node, runtime: &Runtime, processes: u64, tries: usize) -> Result<()> {
     let pod = runtime.pod("pod-skipped", "enforce", "").await?;

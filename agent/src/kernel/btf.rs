@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use btf_rs::{Btf, BtfType, Struct, Type};
-use palisade_abi::offsets::{ABSENT, FIELDS, KernelOffsets};
+use palisade_abi::offsets::{ABSENT, DENTRY_BYTES, FIELDS, KernelOffsets};
 use thiserror::Error;
 
 mod hooks;
@@ -32,6 +32,11 @@ pub enum BtfError {
         "this kernel's {structure} has no member {member} of {size} bytes ({found}); this build does not support it"
     )]
     Field { structure: &'static str, member: &'static str, size: u32, found: String },
+    #[error(
+        "this kernel's dentry has its parent or its name before its counter d_seq, or more than {DENTRY_BYTES} bytes behind it; this build \
+         does not support it"
+    )]
+    Dentry,
 }
 
 /// The layout of the running kernel.
@@ -124,6 +129,9 @@ impl Layout {
             }
         }
         let mut offsets: KernelOffsets = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&values));
+        if !offsets.dentry_is_together() {
+            return Err(BtfError::Dentry);
+        }
         let mut source = OverlayLayout::Btf;
         if offsets.ovl_inode_upper == ABSENT {
             // In every version that lacks BTF for the module, `__upperdentry` follows the embedded inode.

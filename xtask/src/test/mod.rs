@@ -87,21 +87,26 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(guests) = guests {
         guests.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).context("the guests' parts")?;
     }
-    for part in wanted.iter().copied().filter(|part| matches!(part.work, Work::Cargo)) {
-        cargo(part, options.full, &tally);
-    }
     let boots: Vec<&Part> =
         wanted.iter().copied().filter(|part| matches!(part.work, Work::Boot(_))).collect();
     let natively: Vec<&Part> =
         wanted.iter().copied().filter(|part| matches!(part.work, Work::Native)).collect();
-    let machines = match boots.as_slice() {
-        [] => None,
-        boots => tally.timed("the guests' disk and what only they have", None, || {
-            tally.case("what the guests need is there", || {
-                machines::Machines::prepare(&binaries, boots, options.full)
+    // What the machines need is made beside it: both have steps that keep one processor busy only.
+    let machines = std::thread::scope(|scope| {
+        let machines = (!boots.is_empty()).then(|| {
+            scope.spawn(|| {
+                tally.timed("the guests' disk and what only they have", None, || {
+                    tally.case("what the guests need is there", || {
+                        machines::Machines::prepare(&binaries, &boots, options.full)
+                    })
+                })
             })
-        }),
-    };
+        });
+        for part in wanted.iter().copied().filter(|part| matches!(part.work, Work::Cargo)) {
+            cargo(part, options.full, &tally);
+        }
+        machines.and_then(|machines| machines.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
     // Two machines and what runs natively, which waits more than it works.
     std::thread::scope(|scope| {
         scope.spawn(|| natively.iter().for_each(|part| native(part, &binaries, options.full, &tally)));
