@@ -3,6 +3,8 @@
 //! A *slot* is named by the id of the container's cgroup: the kernel gives every cgroup of a boot a different
 //! one, so a slot needs no allocator and is never mistaken for another.
 
+#![cfg_attr(feature = "user", expect(unsafe_code, reason = "plain old data for aya's maps"))]
+
 /// Settings in frozen read-only memory: the verifier treats them as constants.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,7 @@
 //! The decision: which slot, which revision, and does it allow this file.
 //!
-//! `profile`'s evaluation of a policy image is the same function in ordinary Rust. The scenarios compare the two at
-//! their cases only; nothing generates more of them yet, so a change here is a change there.
+//! `profile`'s evaluation of a policy image is the same function in ordinary Rust, so a change here is a change there. The scenario
+//! `differential` compares the two on profiles and files drawn at random.
 
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, bpf_probe_read_user_buf};
 use core::hint::black_box;

@@ -1,7 +1,5 @@
 //! The command that profile authors and analysts type.
 
-#![forbid(unsafe_code)]
-
 mod coverage;
 mod events;
 mod explain;

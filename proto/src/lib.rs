@@ -1,7 +1,5 @@
 //! The records and the two services, generated from the `.proto` files, and their JSON form.
 
-#![forbid(unsafe_code)]
-
 pub mod batch;
 #[cfg(test)]
 mod evolution;

@@ -6,8 +6,6 @@
 //! the [`peer`]'s user. [`accept`] is the collector's side of TCP, [`dial`] the side of agents and readers, at whatever
 //! [`address`]. [`pki`] makes certificates for a demo or a small site.
 
-#![forbid(unsafe_code)]
-
 pub mod accept;
 pub mod address;
 pub mod dial;
