@@ -7,7 +7,9 @@ use palisade_abi::codes::{origin, session};
 use palisade_profile::{
     document,
     evaluate::{Execution, evaluate},
-    image, policy,
+    image,
+    origin::Origin,
+    policy,
 };
 
 fuzz_target!(|text: &str| {
@@ -29,7 +31,7 @@ fuzz_target!(|text: &str| {
             // A path without wildcards that is allowed from the image is allowed.
             let for_workload = rule.sessions.codes().any(|code| code == session::WORKLOAD);
             let always = rule.parents.is_empty() && rule.arguments.is_none() && rule.sha256.is_none();
-            if always && exact.is_some() && for_workload && rule.from.contains(&document::Origin::Image) {
+            if always && exact.is_some() && for_workload && rule.from.contains(&Origin::Image) {
                 assert_eq!(decision.verdict, palisade_abi::codes::verdict::ALLOWED, "{path}");
             }
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use palisade_abi::codes::code_flags;
 
-use crate::{document::Origin, glob::Pattern};
+use crate::{glob::Pattern, origin::Origin};
 
 /// What a policy says about such code.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,7 +90,7 @@ mod tests {
         let listed = |path: &str| CodeRules {
             libraries: Some(BTreeMap::from([(
                 Pattern::parse(path).unwrap(),
-                BTreeSet::from([Origin::Volume(crate::document::VolumeName::parse("plugins").unwrap())]),
+                BTreeSet::from([Origin::Volume(crate::origin::VolumeName::parse("plugins").unwrap())]),
             )])),
             ..CodeRules::default()
         };

@@ -4,9 +4,10 @@ use palisade_abi::codes::{origin, reason};
 
 use crate::{
     condition::{Arguments, Condition},
-    document::{Origin, distance},
     glob::{Pattern, escaped},
+    origin::Origin,
     policy::Policy,
+    read::distance,
     session::{Session, Sessions},
     text::{may_have_other_bytes, yaml},
 };

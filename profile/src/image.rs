@@ -10,8 +10,9 @@ use thiserror::Error;
 use crate::{
     automaton::{Alphabet, Automaton, MOST_STATES, MOST_WORDS},
     condition::{self, Arguments, Condition},
-    document::{Mode, Origin},
     glob::Pattern,
+    mode::Mode,
+    origin::Origin,
     policy::Policy,
 };
 

@@ -8,8 +8,9 @@ use std::{
 };
 
 use crate::{
-    document::{API_VERSION, Origin},
+    document::API_VERSION,
     glob::{Pattern, escaped},
+    origin::Origin,
     session::Session,
     text::{may_have_other_bytes, printable, yaml},
 };
@@ -211,9 +212,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        document::{Mode, parse},
+        document::parse,
         evaluate::{Execution, evaluate},
         image::compile,
+        mode::Mode,
         policy::alone,
         selector::ContainerFacts,
     };

@@ -8,8 +8,12 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     code::CodeRules,
     condition::Condition,
-    document::{Digest, ExecRule, Mode, Origin, Profile, Scope},
+    digest::Digest,
+    document::{Profile, Scope},
+    exec::ExecRule,
     glob::Pattern,
+    mode::Mode,
+    origin::Origin,
     selector::ContainerFacts,
     session::Sessions,
 };
@@ -326,6 +330,44 @@ spec:
       - {path: '/opt/*\n/**'}
 "#;
         assert_eq!(alone(&parse("x", text).unwrap()[0]).revision_name(), "3a65e6ced79d");
+    }
+
+    /// Of the shipped examples: whatever is moved or made anew here, what is in force on nodes keeps its name.
+    #[test]
+    fn the_examples_keep_their_names() {
+        let golden: &[(&str, &str, &[&str])] = &[
+            ("web.yaml", include_str!("../../deploy/examples/web.yaml"), &["4039acb519cd"]),
+            (
+                "profiles/java.yaml",
+                include_str!("../../deploy/examples/profiles/java.yaml"),
+                &["8090ac615470"],
+            ),
+            (
+                "profiles/nginx.yaml",
+                include_str!("../../deploy/examples/profiles/nginx.yaml"),
+                &["e691a96246ce"],
+            ),
+            (
+                "profiles/postgresql.yaml",
+                include_str!("../../deploy/examples/profiles/postgresql.yaml"),
+                &["1829ad34229a"],
+            ),
+            (
+                "profiles/python.yaml",
+                include_str!("../../deploy/examples/profiles/python.yaml"),
+                &["2a67a448a273"],
+            ),
+            (
+                "profiles/redis.yaml",
+                include_str!("../../deploy/examples/profiles/redis.yaml"),
+                &["0b048d153ade"],
+            ),
+        ];
+        for (file, text, names) in golden {
+            let found: Vec<String> =
+                parse(file, text).unwrap().iter().map(|profile| alone(profile).revision_name()).collect();
+            assert_eq!(found, *names, "{file}");
+        }
     }
 
     #[test]

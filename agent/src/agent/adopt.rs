@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 use palisade_abi::{maps::PROBE_SLOT, record::Header};
-use palisade_profile::document::VolumeName;
+use palisade_profile::origin::VolumeName;
 
 use super::{
     Agent,

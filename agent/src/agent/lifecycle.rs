@@ -10,7 +10,7 @@ use palisade_abi::{
     codes::{session, slot_flags},
     maps::{AgentState, Process},
 };
-use palisade_profile::{document::Mode, policy::Policy};
+use palisade_profile::{mode::Mode, policy::Policy};
 
 use super::{Agent, held::Settled, volumes};
 use crate::{

@@ -16,7 +16,7 @@ use palisade_abi::{
     codes::{mode, verdict},
     maps::{PROBE_SLOT, Process},
 };
-use palisade_profile::{automaton::Automaton, document::Mode, image::PolicyImage};
+use palisade_profile::{automaton::Automaton, image::PolicyImage, mode::Mode};
 use palisade_proto::v1::{self, record::Event};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 

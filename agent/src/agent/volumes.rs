@@ -225,7 +225,7 @@ fn name_on(volumes: &[Volume], event: &mut v1::ProcessExec, held: Option<&mut He
 mod tests {
     use super::*;
     use crate::kernel::Mounted;
-    use palisade_profile::document::VolumeName;
+    use palisade_profile::origin::VolumeName;
 
     /// A script on a volume was held with its interpreter before anybody knew the volume.
     #[test]

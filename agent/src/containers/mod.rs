@@ -14,7 +14,7 @@ pub mod storage;
 use std::{collections::HashMap, path::PathBuf};
 
 use bytes::Bytes;
-use palisade_profile::{document::Mode, selector::ContainerFacts};
+use palisade_profile::{mode::Mode, selector::ContainerFacts};
 use palisade_proto::v1;
 use prost::Message as _;
 

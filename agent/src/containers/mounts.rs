@@ -15,7 +15,7 @@
 use std::path::{Path, PathBuf};
 
 use palisade_abi::{maps::VOLUME_NAME_CAPACITY, volume::MARK};
-use palisade_profile::document::VolumeName;
+use palisade_profile::origin::VolumeName;
 use palisade_proto::runtime::nri;
 use serde_json::Value;
 
