@@ -127,48 +127,58 @@ unsafe extern "C" fn compare(_turn: u64, comparison: *mut Comparison) -> i64 {
         if current.0 == (*comparison).end {
             return DONE;
         }
-        let Some(Seen { sequence, parent, .. }) = look(turns, current) else { return DONE };
-        // It is being renamed, and may have been all the time.
-        if sequence & 1 != 0 {
+        // An odd one is being renamed, and may have been all the time.
+        if !look(turns, current) || half(turns, offset!(dentry_sequence)) & 1 != 0 {
             return DONE;
         }
-        add_to_seal(turns, current, sequence);
-        (&raw mut (*turns).current).write_volatile(parent.0);
+        add_to_seal(turns, current);
+        (&raw mut (*turns).current).write_volatile(word(turns, offset!(dentry_parent)));
     }
     AGAIN
 }
 
-/// What a walk looks at of a dentry.
-struct Seen {
-    sequence: u32,
-    parent: KernelPtr,
-    /// Where its name is, and its length.
-    name: (u64, u32),
-}
-
-/// Reads the dentry at `current`, all of it at once: to call a helper costs more than what it copies. It copies upwards, so the
-/// counter comes before what it counts the changes of.
+/// Reads the dentry at `current` into the memory of the walk, all of it at once: to call a helper costs more than what it copies. It
+/// copies upwards, so the counter comes before what it counts the changes of. Returns whether it could.
 ///
 /// # Safety
 ///
 /// `turns` must be of the current task's claimed memory.
 #[inline(always)]
-unsafe fn look(turns: *mut Turns, current: KernelPtr) -> Option<Seen> {
-    let begin = offset!(dentry_sequence) & !7;
-    // SAFETY: the caller's promise; the agent loads these programs only where all the fields are within what is read.
+unsafe fn look(turns: *mut Turns, current: KernelPtr) -> bool {
+    // SAFETY: the caller's promise.
     unsafe {
-        let place = &raw mut (*turns).dentry;
-        let target = core::slice::from_raw_parts_mut(place.cast::<u8>(), DENTRY_BYTES as usize);
-        bpf_probe_read_kernel_buf((current.0 + u64::from(begin)) as *const u8, target).ok()?;
-        let word = |offset: u32| place.cast::<u64>().add(((offset - begin) / 8) as usize).read_volatile();
-        let half = |offset: u32| (word(offset) >> (8 * (offset & 4))) as u32;
-        let parent = KernelPtr(word(offset!(dentry_parent)));
-        (parent.0 != 0).then_some(Seen {
-            sequence: half(offset!(dentry_sequence)),
-            parent,
-            name: (word(offset!(dentry_name)), half(offset!(dentry_name_length))),
-        })
+        let place = (&raw mut (*turns).dentry).cast::<u8>();
+        let target = core::slice::from_raw_parts_mut(place, DENTRY_BYTES as usize);
+        bpf_probe_read_kernel_buf((current.0 + u64::from(begin())) as *const u8, target).is_ok()
     }
+}
+
+/// Where in a dentry that begins.
+#[inline(always)]
+fn begin() -> u32 {
+    offset!(dentry_sequence) & !7
+}
+
+/// Eight bytes of what [`look`] has read, those with the field at `offset`. Read where they are needed, not kept on the stack.
+///
+/// # Safety
+///
+/// `turns` must be of the current task's claimed memory.
+#[inline(always)]
+unsafe fn word(turns: *mut Turns, offset: u32) -> u64 {
+    // SAFETY: the caller's promise; the agent loads these programs only where all the fields are within what is read.
+    unsafe { (&raw mut (*turns).dentry).cast::<u64>().add(((offset - begin()) / 8) as usize).read_volatile() }
+}
+
+/// Four of them.
+///
+/// # Safety
+///
+/// As [`word`].
+#[inline(always)]
+unsafe fn half(turns: *mut Turns, offset: u32) -> u32 {
+    // SAFETY: the caller's promise.
+    (unsafe { word(turns, offset) } >> (8 * (offset & 4))) as u32
 }
 
 /// Adds a folder to what is compared. Its counter (`d_seq` of include/linux/dcache.h) goes up by one before its name or its parent
@@ -179,12 +189,13 @@ unsafe fn look(turns: *mut Turns, current: KernelPtr) -> Option<Seen> {
 ///
 /// `turns` must be of the current task's claimed memory.
 #[inline(always)]
-unsafe fn add_to_seal(turns: *mut Turns, folder: KernelPtr, sequence: u32) {
+unsafe fn add_to_seal(turns: *mut Turns, folder: KernelPtr) {
     /// 2^64 divided by the golden ratio: odd, and its bits are mixed well.
     const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
     // SAFETY: the caller's promise.
     unsafe {
         let seal = (&raw const (*turns).seal).read_volatile();
+        let sequence = half(turns, offset!(dentry_sequence));
         let seal = (seal ^ folder.0).wrapping_mul(MULTIPLIER) ^ u64::from(sequence);
         (&raw mut (*turns).seal).write_volatile(seal);
     }
@@ -350,13 +361,16 @@ unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
         return 0;
     }
     // SAFETY: as above.
-    let Some(Seen { sequence, parent, name }) = (unsafe { look(turns, current) }) else {
+    let parent = unsafe { if look(turns, current) { word(turns, offset!(dentry_parent)) } else { 0 } };
+    if parent == 0 {
         return reason::READ_FAILED.into();
-    };
-    let orphan = parent == current;
+    }
+    let orphan = parent == current.0;
     if orphan && depth != 0 {
         return reason::WALK_INCOMPLETE.into();
     }
+    // SAFETY: as above.
+    let name = unsafe { (word(turns, offset!(dentry_name)), half(turns, offset!(dentry_name_length))) };
     match prepend(area, start, name, u32::from(!orphan)) {
         // SAFETY: as above.
         Ok(next) => unsafe { (&raw mut (*turns).at).write_volatile(next) },
@@ -374,8 +388,8 @@ unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
         if on_overlay != 0 && origin::palisade_is_redirected(current.0) != 0 {
             (&raw mut (*turns).renamed).write_volatile(1);
         }
-        add_to_seal(turns, current, sequence);
-        (&raw mut (*turns).current).write_volatile(parent.0);
+        add_to_seal(turns, current);
+        (&raw mut (*turns).current).write_volatile(word(turns, offset!(dentry_parent)));
     }
     STILL_CLIMBING
 }
@@ -400,7 +414,7 @@ pub fn hash(scratch: *mut Scratch, area: *mut Area, start: u32) -> [u64; 2] {
         (&raw mut (*turns).at).write_volatile(first);
         turns
     };
-    repeat(PATH_CAPACITY as u32 / 8, &mut Hash { turns, area }, word);
+    repeat(PATH_CAPACITY as u32 / 8, &mut Hash { turns, area }, hash_word);
     // SAFETY: as above.
     unsafe { (&raw const (*turns).hasher).read() }.finish(u64::from(PATH_CAPACITY as u32 - first))
 }
@@ -417,7 +431,7 @@ struct Hash {
 ///
 /// `hash` must be of the current task's claimed memory.
 #[inline(always)]
-unsafe extern "C" fn word(_turn: u64, hash: *mut Hash) -> i64 {
+unsafe extern "C" fn hash_word(_turn: u64, hash: *mut Hash) -> i64 {
     // SAFETY: the caller's promise. The index is a multiple of eight within the area, whose own alignment is eight (a map value).
     unsafe {
         let turns = (*hash).turns;

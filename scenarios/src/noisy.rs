@@ -18,9 +18,9 @@ use crate::{
 };
 
 /// A ring that a flood fills soon.
-pub const SMALL_RING: &str = "maps: {ringBytes: 131072}\n";
+pub const SMALL_RING: &str = "maps: {ringBytes: 262144}\n";
 /// Executions of a flood: each is three records, of about a kilobyte together.
-const FLOOD: &str = "200";
+const FLOOD: &str = "250";
 /// As fast as it can.
 const RATE: &str = "1000000";
 /// Executions of the quiet container.

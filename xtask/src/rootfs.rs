@@ -51,7 +51,8 @@ pub fn prepare(images: &[Image]) -> Result<PathBuf> {
         // Only the first has the services, for their size.
         let small: Vec<&Image> = images.iter().filter(|image| image.name != APPS).collect();
         import(&root, "/opt/containerd-next/usr/bin/containerd", "/var/lib/containerd-next", small)?;
-        let partial = disk.with_extension("partial");
+        // Of this process alone: another one may be making the same disk.
+        let partial = work.path().join("disk.ext4");
         shell::quiet(
             Command::new("mkfs.ext4")
                 .args(["-q", "-F", "-O", "^has_journal", "-E", "lazy_itable_init=1", "-d"])
