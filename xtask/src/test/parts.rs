@@ -159,7 +159,7 @@ pub const PARTS: &[Part] = &[
                 always("noisy"),
                 shorter(
                     "limits --containers 500 --profiles 100 --executions 100 --memory 64",
-                    "limits --containers 10000 --profiles 1000 --memory 64",
+                    "limits --containers 10000 --profiles 1000 --memory 80",
                 ),
                 shorter("members --arrivals 30", "members --arrivals 300"),
                 always("rootfs"),
