@@ -55,7 +55,8 @@ const WALKS: u32 = 4;
 /// the [`reason`] why the path is not known.
 ///
 /// A rename beside it could give a walk half of the old name and half of the new one, so it is repeated until nothing on the way was
-/// renamed meanwhile. What is renamed elsewhere costs nothing, so that no container can keep another one's paths from being known.
+/// renamed meanwhile. What is renamed elsewhere costs nothing, so that a container can keep another one's paths from being known only on
+/// a volume that both have.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
@@ -138,7 +139,7 @@ unsafe extern "C" fn compare(_turn: u64, comparison: *mut Comparison) -> i64 {
 }
 
 /// Reads the dentry at `current` into the memory of the walk, all of it at once: to call a helper costs more than what it copies. It
-/// copies upwards, so the counter comes before what it counts the changes of. Returns whether it could.
+/// copies upwards, so the counter comes before what it counts the changes of (x86 keeps loads in order). Returns whether it could.
 ///
 /// # Safety
 ///

@@ -159,14 +159,14 @@ impl Stage<'_> {
                 others.iter().copied().filter(|act| scene.actors(act).contains(&id)).collect();
             for (act, (code, by)) in others.iter().zip(scene.carry_out_all(self.runtime, id, &others).await?)
             {
-                works(act, code)?;
+                succeeds(act, code)?;
                 scene.recorded(id, act, "audited", by).await?;
             }
         }
         for act in mended {
             for id in scene.actors(act) {
                 let (code, by) = scene.carry_out(self.runtime, id, act).await?;
-                works(act, code)?;
+                succeeds(act, code)?;
                 scene.recorded(id, act, "audited", by).await?;
                 // The next act finds everything in its place.
                 scene.is_mended().await?;
@@ -186,11 +186,9 @@ impl Stage<'_> {
     /// Every act is refused, and is on record as denied. The agent goes on working.
     async fn refused(&self, report: &mut Report) -> Result<()> {
         let scene = self.scene("").await?;
-        let acts: Vec<&Act> = ACTS.iter().collect();
         let mut outcomes = Vec::new();
         for id in scene.containers() {
-            let acts: Vec<&Act> =
-                acts.iter().copied().filter(|act| scene.actors(act).contains(&id)).collect();
+            let acts: Vec<&Act> = ACTS.iter().filter(|act| scene.actors(act).contains(&id)).collect();
             let codes = scene.carry_out_all(self.runtime, id, &acts).await?;
             outcomes.extend(acts.into_iter().zip(codes).map(|(act, outcome)| (id.to_owned(), act, outcome)));
         }
@@ -371,7 +369,7 @@ impl Scene {
 }
 
 /// That an act succeeds where nobody objects.
-fn works(act: &Act, code: i32) -> Result<()> {
+fn succeeds(act: &Act, code: i32) -> Result<()> {
     // A folder that is not empty is not removed, but that is for the filesystem to say, after all who may object.
     ensure!(
         code == 0 || code == libc::ENOTEMPTY,
