@@ -456,6 +456,9 @@ pub struct VolumeName {
 /// makes records.
 pub const LANES: usize = 5;
 
+/// Tasks that can judge at the same time.
+pub const SCRATCH_ENTRIES: u32 = 512;
+
 /// The slot of the agent's self-probe; no cgroup has this id.
 pub const PROBE_SLOT: u64 = u64::MAX - 1;
 

@@ -5,7 +5,6 @@
 //! `ld.so ./file`, `LD_PRELOAD` and `dlopen` are judged. The common case, an unmodified file of the image under a profile that
 //! lists no libraries, is decided without a path.
 
-use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{action, code_act, code_flags, code_record_flags, exec_flags, kind, mode, reason, verdict},
@@ -351,9 +350,8 @@ pub extern "C" fn palisade_pending_verdict() -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_refuses(slot: u64, dentry: u64, rules: u64, how: u64) -> u64 {
-    let task = bpf_get_current_pid_tgid();
     let denies = u64::from(rules_mode(rules) != mode::AUDIT);
-    let Some(scratch) = scratch::claim(task) else {
+    let Some((claim, scratch)) = scratch::claim() else {
         if denies != 0 {
             record::lose(slot, Lane::Check);
         }
@@ -376,16 +374,16 @@ pub extern "C" fn palisade_refuses(slot: u64, dentry: u64, rules: u64, how: u64)
     }
     let mut reason = if traces { u64::from(reason::TRACE) } else { 0 };
     if !traces && dentry != 0 {
-        palisade_walk(task, dentry, EXECUTABLE);
-        let origin = palisade_classify(task) as u8;
+        palisade_walk(claim, dentry, EXECUTABLE);
+        let origin = palisade_classify(claim) as u8;
         // SAFETY: as above.
         unsafe { (*scratch).origin = origin };
         reason = if is_memory {
             // The program itself was judged as an exec already.
-            if palisade_executes(dentry) != 0 { 0 } else { palisade_judge_mapped(task, rules) }
+            if palisade_executes(dentry) != 0 { 0 } else { palisade_judge_mapped(claim, rules) }
         } else if act == code_act::OPEN_LAYER {
             reason::LAYER.into()
-        } else if !planted!(CODE_EXECUTABLES_UNPROTECTED) && palisade_is_allowed_executable(task, rules) != 0
+        } else if !planted!(CODE_EXECUTABLES_UNPROTECTED) && palisade_is_allowed_executable(claim, rules) != 0
         {
             reason::PROTECTED.into()
         } else {
@@ -410,10 +408,10 @@ pub extern "C" fn palisade_refuses(slot: u64, dentry: u64, rules: u64, how: u64)
             (*scratch).action = if denies != 0 { action::REFUSED } else { action::NONE };
         }
         if denies != 0 || reason != u64::from(reason::JIT) || first_of_program() {
-            palisade_report_code(task);
+            palisade_report_code(claim);
         }
     }
-    scratch::release(task);
+    scratch::release(claim);
     refused
 }
 
@@ -432,8 +430,8 @@ fn first_of_program() -> bool {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_report_code(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_report_code(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     if !record::is_active() {
         // SAFETY: the memory belongs to this task until it is released.
         unsafe {
@@ -447,27 +445,27 @@ pub extern "C" fn palisade_report_code(task: u64) -> u64 {
     // SAFETY: as above.
     let length = PATH_CAPACITY as u32 - unsafe { (*scratch).executable.start };
     if length <= SMALL_PATH as u32 {
-        palisade_write_small_code(task)
+        palisade_write_small_code(claim)
     } else {
-        palisade_write_large_code(task)
+        palisade_write_large_code(claim)
     }
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_write_small_code(task: u64) -> u64 {
-    u64::from(!write::<SMALL_PATH>(task, 0))
+pub extern "C" fn palisade_write_small_code(claim: u64) -> u64 {
+    u64::from(!write::<SMALL_PATH>(claim, 0))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_write_large_code(task: u64) -> u64 {
-    u64::from(!write::<LARGE_PATH>(task, 1))
+pub extern "C" fn palisade_write_large_code(claim: u64) -> u64 {
+    u64::from(!write::<LARGE_PATH>(claim, 1))
 }
 
 #[inline(always)]
-fn write<const PATH: usize>(task: u64, class: u16) -> bool {
-    let Some(scratch) = scratch::of(task) else { return false };
+fn write<const PATH: usize>(claim: u64, class: u16) -> bool {
+    let Some(scratch) = scratch::of(claim) else { return false };
     // SAFETY: the memory belongs to this task until it is released.
     let slot = unsafe { (*scratch).slot };
     let Some((mut entry, header)) = record::reserve::<CodeRecord<PATH>>(slot, kind::CODE, Lane::Check, true)

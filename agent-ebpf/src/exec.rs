@@ -6,8 +6,7 @@
 //! check, the process still dies.
 
 use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, bpf_probe_read_user_buf, bpf_probe_read_user_str_bytes,
-    bpf_send_signal,
+    bpf_ktime_get_boot_ns, bpf_probe_read_user_buf, bpf_probe_read_user_str_bytes, bpf_send_signal,
     generated::{bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_task_pt_regs},
 };
 use core::hint::black_box;
@@ -60,13 +59,13 @@ const MOST_ARGUMENTS: u32 = 64;
 
 /// Claims memory for the current task, with what is known of its process in it.
 #[inline(always)]
-fn claim(task: u64) -> Option<*mut Scratch> {
-    let scratch = scratch::claim(task)?;
-    if processes::palisade_recall_process(task) != 0 {
-        scratch::release(task);
+fn claim() -> Option<(u64, *mut Scratch)> {
+    let (claim, scratch) = scratch::claim()?;
+    if processes::palisade_recall_process(claim) != 0 {
+        scratch::release(claim);
         return None;
     }
-    Some(scratch)
+    Some((claim, scratch))
 }
 
 /// The LSM hook: whether to refuse this pass. With `asked`, nothing will be executed.
@@ -82,8 +81,7 @@ pub fn check(bprm: Address, asked: bool) -> bool {
         kill();
         return true;
     }
-    let task = bpf_get_current_pid_tgid();
-    let Some(scratch) = claim(task) else {
+    let Some((claim, scratch)) = claim() else {
         let denied = palisade_refuses_unexamined(slot) != 0;
         if denied || (asked && record::is_active()) {
             record::lose(slot, Lane::Check);
@@ -92,7 +90,7 @@ pub fn check(bprm: Address, asked: bool) -> bool {
     };
     // SAFETY: the memory belongs to this task until it is released.
     let process = unsafe { &(*scratch).process };
-    let verdict = examine(task, scratch, bprm);
+    let verdict = examine(claim, scratch, bprm);
     // SAFETY: the memory belongs to this task until it is released.
     let unjudged = planted!(SCRIPTS_UNJUDGED) && unsafe { is_script(scratch) };
     let verdict = if unjudged { verdict::ALLOWED } else { verdict };
@@ -126,12 +124,12 @@ pub fn check(bprm: Address, asked: bool) -> bool {
     }
     if asked && verdict == verdict::AUDITED {
         // Nothing comes that would be recorded.
-        palisade_report(task);
+        palisade_report(claim);
     }
     if denied {
         // SAFETY: as above.
         unsafe { (*scratch).action = action::REFUSED };
-        palisade_report(task);
+        palisade_report(claim);
         no_exec_any_more();
     } else if verdict == verdict::HELD && entry_is_missing() {
         // Nobody could say later that it waits.
@@ -140,8 +138,8 @@ pub fn check(bprm: Address, asked: bool) -> bool {
             (*scratch).verdict = verdict::DENIED;
             (*scratch).action = action::REFUSED;
         }
-        palisade_report(task);
-        scratch::release(task);
+        palisade_report(claim);
+        scratch::release(claim);
         return true;
     } else if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
         // SAFETY: the pointers come from map lookups. One exec of a process runs at a time: the kernel holds
@@ -169,7 +167,7 @@ pub fn check(bprm: Address, asked: bool) -> bool {
             }
         }
     }
-    scratch::release(task);
+    scratch::release(claim);
     denied
 }
 
@@ -267,12 +265,11 @@ pub fn elevates(bprm: Address) -> bool {
         // Audited at the tracepoint.
         return false;
     }
-    let task = bpf_get_current_pid_tgid();
-    let Some(scratch) = claim(task) else {
+    let Some((claim, scratch)) = claim() else {
         record::lose(slot, Lane::Check);
         return true;
     };
-    let of_runtime = examine(task, scratch, bprm) == verdict::ALLOWED
+    let of_runtime = examine(claim, scratch, bprm) == verdict::ALLOWED
         // SAFETY: the memory belongs to this task until it is released.
         && unsafe { (*scratch).reason } == reason::RUNTIME;
     if !of_runtime {
@@ -283,10 +280,10 @@ pub fn elevates(bprm: Address) -> bool {
             (*scratch).action = action::REFUSED;
             (*scratch).flags |= exec_flags::ELEVATED;
         }
-        palisade_report(task);
+        palisade_report(claim);
         no_exec_any_more();
     }
-    scratch::release(task);
+    scratch::release(claim);
     !of_runtime
 }
 
@@ -369,8 +366,7 @@ pub fn executed(bprm: Address) {
     if slot == 0 {
         return;
     }
-    let task = bpf_get_current_pid_tgid();
-    let Some(scratch) = claim(task) else {
+    let Some((claim, scratch)) = claim() else {
         palisade_executed_unexamined(slot);
         return;
     };
@@ -386,8 +382,8 @@ pub fn executed(bprm: Address) {
         (*scratch).arguments_known = 1;
         (*scratch).caller = if process.committed == 0 { process.program } else { process.caller };
     }
-    let interpreter_is_lost = process.has_interpreter != 0 && palisade_recall_interpreter(task) != 0;
-    let mut verdict = examine(task, scratch, bprm);
+    let interpreter_is_lost = process.has_interpreter != 0 && palisade_recall_interpreter(claim) != 0;
+    let mut verdict = examine(claim, scratch, bprm);
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         // Only a pass before the last one, that is a script's, can know better than this judgement.
@@ -444,16 +440,16 @@ pub fn executed(bprm: Address) {
             note_first_exec(process.slot);
         }
     }
-    palisade_remember_program(task);
+    palisade_remember_program(claim);
     if waits && verdict != verdict::DENIED {
         go_on();
     }
-    if palisade_report(task) != 0 && verdict == verdict::HELD {
+    if palisade_report(claim) != 0 && verdict == verdict::HELD {
         // Nobody would know that it waits.
         kill();
     }
     let has_script = usize::from(process.script_start) < PATH_CAPACITY;
-    scratch::release(task);
+    scratch::release(claim);
     if has_script {
         let _may_be_gone = SCRIPTS.remove(processes::current_pid());
         if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
@@ -515,8 +511,8 @@ fn go_on() {
 /// interpreter do something else (`BASH_ENV`, `#!/usr/bin/env`).
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_remember_program(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_remember_program(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released; the entry belongs to this process.
     unsafe {
@@ -614,7 +610,7 @@ fn note_first_exec(slot: u64) {
 
 /// Walks, classifies and judges. Returns the verdict; all else is in the scratch memory.
 #[inline(always)]
-fn examine(task: u64, scratch: *mut Scratch, bprm: Address) -> u8 {
+fn examine(claim: u64, scratch: *mut Scratch, bprm: Address) -> u8 {
     // SAFETY: the memory belongs to this task until it is released; what is known of the process was recalled into it.
     let process = unsafe { &(*scratch).process };
     // SAFETY: the memory belongs to this task until it is released.
@@ -634,10 +630,10 @@ fn examine(task: u64, scratch: *mut Scratch, bprm: Address) -> u8 {
         (*scratch).script_start = process.script_start;
         (*scratch).script_origin = process.script_origin;
         (*scratch).script_device = process.script_device;
-        palisade_walk(task, dentry.0, EXECUTABLE);
+        palisade_walk(claim, dentry.0, EXECUTABLE);
     }
     let runtime = process.entering != 0 && palisade_is_runtime_step(process.slot) != 0;
-    let origin = palisade_classify(task) as u8;
+    let origin = palisade_classify(claim) as u8;
     let escaped = !runtime && palisade_is_outside(process.slot) != 0;
     // SAFETY: as above. The session is read anew, since the step before may have begun one.
     unsafe {
@@ -653,7 +649,7 @@ fn examine(task: u64, scratch: *mut Scratch, bprm: Address) -> u8 {
         }
         return verdict::ALLOWED;
     }
-    palisade_judge(task) as u8
+    palisade_judge(claim) as u8
 }
 
 /// Whether the current task, which entered `slot` from outside, is still the runtime's. Clears its latch at the
@@ -730,15 +726,15 @@ unsafe fn is_early(scratch: *mut Scratch) -> bool {
     unsafe { (*scratch).action == action::REFUSED || (*scratch).flags & exec_flags::ONLY_ASKED != 0 }
 }
 
-/// Finds the arguments and reports what `task` has judged.
+/// Finds the arguments and reports what `claim` has judged.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_report(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_report(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     let early = unsafe { is_early(scratch) };
-    palisade_walk(task, working_directory().0, WORKING_DIRECTORY);
-    palisade_name_volume(task, WORKING_DIRECTORY);
+    palisade_walk(claim, working_directory().0, WORKING_DIRECTORY);
+    palisade_name_volume(claim, WORKING_DIRECTORY);
     let (kind, at, length) = if early {
         arguments_of_caller()
     } else {
@@ -773,7 +769,7 @@ pub extern "C" fn palisade_report(task: u64) -> u64 {
         && script_length <= SMALL_PATH as u32
         && kind != arguments::CALLER
         && length <= SMALL_ARGV as u64;
-    if small { palisade_write_small(task) } else { palisade_write_large(task) }
+    if small { palisade_write_small(claim) } else { palisade_write_large(claim) }
 }
 
 #[inline(always)]
@@ -974,22 +970,22 @@ unsafe extern "C" fn string<const CAPACITY: usize>(index: u64, strings: *mut Str
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_write_small(task: u64) -> u64 {
-    u64::from(!write::<SMALL_PATH, SMALL_CWD, SMALL_ARGV, 0>(task, 0))
+pub extern "C" fn palisade_write_small(claim: u64) -> u64 {
+    u64::from(!write::<SMALL_PATH, SMALL_CWD, SMALL_ARGV, 0>(claim, 0))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_write_large(task: u64) -> u64 {
-    u64::from(!write::<LARGE_PATH, LARGE_CWD, LARGE_ARGV, LONGEST_ARGUMENT>(task, 1))
+pub extern "C" fn palisade_write_large(claim: u64) -> u64 {
+    u64::from(!write::<LARGE_PATH, LARGE_CWD, LARGE_ARGV, LONGEST_ARGUMENT>(claim, 1))
 }
 
 #[inline(always)]
 fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: usize>(
-    task: u64,
+    claim: u64,
     class: u16,
 ) -> bool {
-    let Some(scratch) = scratch::of(task) else { return false };
+    let Some(scratch) = scratch::of(claim) else { return false };
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, early, kind) = unsafe { ((*scratch).slot, is_early(scratch), (*scratch).arguments_kind) };
     let lane = if early { Lane::Check } else { Lane::Exec };

@@ -4,10 +4,7 @@
 //! program of the image started with arguments of his own. So it must be the unmodified file to which that name leads in the image: by
 //! itself, or by links of the image that the agent has followed; or one that a rule allows to execute.
 
-use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid,
-    generated::{bpf_probe_read_kernel, bpf_probe_read_kernel_str},
-};
+use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_probe_read_kernel_str};
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
@@ -71,11 +68,11 @@ fn name_of_kernel() -> Option<KernelPtr> {
     name.follow(offset!(filename_name))
 }
 
-/// Fills the memory of `task` with what was noted of its interpreter. Returns 1 when it has one of which nothing is known any more.
+/// Fills the memory of `claim` with what was noted of its interpreter. Returns 1 when it has one of which nothing is known any more.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_recall_interpreter(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_recall_interpreter(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     let Some(opened) = INTERPRETERS.get_ptr_mut(processes::current_pid()) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released, the entry to this process.
     unsafe {
@@ -119,8 +116,7 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
         // The runtime's own.
         return 0;
     }
-    let task = bpf_get_current_pid_tgid();
-    let Some(scratch) = scratch::claim(task) else {
+    let Some((claim, scratch)) = scratch::claim() else {
         if palisade_refuses_unexamined(slot) == 0 {
             return 0;
         }
@@ -134,29 +130,30 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
         (*scratch).dentry = KernelPtr(file).follow(offset!(file_dentry)).unwrap_or(KernelPtr(0)).0;
         (&raw mut (*scratch).session).write(processes::session_of(processes::current_pid()));
     }
-    palisade_examine_interpreter(task, name.0);
-    let reason = if planted!(INTERPRETER_UNJUDGED) { 0 } else { palisade_judge_interpreter(task) };
-    let refused = if reason == 0 { 0 } else { palisade_refuse_interpreter(task) };
-    scratch::release(task);
+    palisade_examine_interpreter(claim, name.0);
+    let reason = if planted!(INTERPRETER_UNJUDGED) { 0 } else { palisade_judge_interpreter(claim) };
+    let refused = if reason == 0 { 0 } else { palisade_refuse_interpreter(claim) };
+    scratch::release(claim);
     refused
 }
 
-/// Finds path and origin of the interpreter that `task` opens, and the hash of the name that it is asked for by; notes them.
+/// Finds path and origin of the interpreter that `claim` opens, and the hash of the name that it is asked for by; notes them.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_examine_interpreter(task: u64, name: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_examine_interpreter(claim: u64, name: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     let dentry = unsafe { (*scratch).dentry };
-    palisade_walk(task, dentry, EXECUTABLE);
-    let origin = palisade_classify(task) as u8;
+    palisade_walk(claim, dentry, EXECUTABLE);
+    let origin = palisade_classify(claim) as u8;
     // SAFETY: as above.
     unsafe {
         (*scratch).origin = origin;
         (*scratch).interpreter_origin = origin;
         (*scratch).interpreter = path::hash(scratch, &raw mut (*scratch).path, (*scratch).executable.start);
         (*scratch).interpreter_name = hash_name(scratch, name);
-        // The end of the path, with the zeros in front that it may have.
+        path::clear_end_before::<INTERPRETER>(&raw mut (*scratch).path, (*scratch).executable.start);
+        // The end of the path, with zeros in front if it is shorter.
         let end = (&raw const (*scratch).path).cast::<u8>().add(PATH_CAPACITY - INTERPRETER);
         let opened = &raw mut (*scratch).opened;
         (*opened).path = (*scratch).interpreter;
@@ -192,7 +189,7 @@ unsafe fn hash_name(scratch: *mut Scratch, name: u64) -> [u64; 2] {
     let length = (black_box(read - 1) as usize) & (LONGEST_NAME - 1);
     let start = PATH_CAPACITY - length;
     let at = (black_box(start) as usize) & (PATH_CAPACITY - 1);
-    // SAFETY: as above; the copy ends where a path ends, and in front of it are zeros, since it is shorter than half of the area.
+    // SAFETY: as above; the copy ends where a path ends.
     let failed = unsafe {
         let area = (&raw mut (*scratch).cwd).cast::<u8>();
         bpf_probe_read_kernel(
@@ -205,14 +202,16 @@ unsafe fn hash_name(scratch: *mut Scratch, name: u64) -> [u64; 2] {
         return [0; 2];
     }
     // SAFETY: as above.
-    path::hash(scratch, unsafe { &raw mut (*scratch).cwd }, start as u32)
+    let area = unsafe { &raw mut (*scratch).cwd };
+    path::clear_front(area, start as u32);
+    path::hash(scratch, area, start as u32)
 }
 
-/// The [`reason`] against the interpreter that `task` has examined; 0 when there is none.
+/// The [`reason`] against the interpreter that `claim` has examined; 0 when there is none.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_judge_interpreter(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return reason::NO_SCRATCH.into() };
+pub extern "C" fn palisade_judge_interpreter(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return reason::NO_SCRATCH.into() };
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, file_origin, session, failure, path, name) = unsafe {
         (
@@ -240,7 +239,7 @@ pub extern "C" fn palisade_judge_interpreter(task: u64) -> u64 {
     // SAFETY: as in `decide`.
     if failure == 0 && unsafe { REVISIONS.get(number) }.is_some() {
         let wanted = grant(file_origin, session);
-        let granted = palisade_granted(task, u64::from(number), u64::from(wanted)) as u32;
+        let granted = palisade_granted(claim, u64::from(number), u64::from(wanted)) as u32;
         if granted & EXEC_GRANTS & wanted != 0 {
             return 0;
         }
@@ -251,8 +250,8 @@ pub extern "C" fn palisade_judge_interpreter(task: u64) -> u64 {
 /// What comes of an interpreter that is not allowed. Returns 1 when the exec ends here.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_refuse_interpreter(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_refuse_interpreter(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     let slot = unsafe { (*scratch).slot };
     let rules = palisade_code_rules(slot);
@@ -280,15 +279,15 @@ pub extern "C" fn palisade_refuse_interpreter(task: u64) -> u64 {
             .and_then(|file| file.follow(offset!(file_dentry)))
             .unwrap_or(KernelPtr(0));
         (*scratch).dentry = dentry.0;
-        palisade_walk(task, dentry.0, EXECUTABLE);
-        (*scratch).origin = palisade_classify(task) as u8;
+        palisade_walk(claim, dentry.0, EXECUTABLE);
+        (*scratch).origin = palisade_classify(claim) as u8;
         (*scratch).verdict = verdict::DENIED;
         (*scratch).reason = reason::INTERPRETER;
         (*scratch).action = action::REFUSED;
         (*scratch).mode = rules_mode(rules);
         (*scratch).revision = (rules >> 32) as u32;
     }
-    palisade_report(task);
+    palisade_report(claim);
     exec::no_exec_any_more();
     1
 }

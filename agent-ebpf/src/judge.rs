@@ -3,7 +3,7 @@
 //! `profile`'s evaluation of a policy image is the same function in ordinary Rust, so a change here is a change there. The scenario
 //! `differential` compares the two on profiles and files drawn at random.
 
-use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, bpf_probe_read_user_buf};
+use aya_ebpf::helpers::{bpf_ktime_get_boot_ns, bpf_probe_read_user_buf};
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
@@ -23,17 +23,17 @@ use crate::{
     scratch::{self, Area, Automaton, Scratch, Turns},
 };
 
-/// Judges the execution that `task` has examined, and writes the decision into its memory. Returns the
+/// Judges the execution that `claim` has examined, and writes the decision into its memory. Returns the
 /// [`verdict`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_judge(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else {
+pub extern "C" fn palisade_judge(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else {
         return u64::from(verdict::DENIED);
     };
     // SAFETY: the memory belongs to this task until it is released.
     let slot = unsafe { (*scratch).slot };
-    let decision = decide(slot, Some(scratch));
+    let decision = decide(slot, Some((claim, scratch)));
     // SAFETY: as above.
     unsafe {
         (*scratch).verdict = decision.verdict;
@@ -44,11 +44,11 @@ pub extern "C" fn palisade_judge(task: u64) -> u64 {
     u64::from(decision.verdict)
 }
 
-/// Whether the file that `task` judges may start in a container that is not identified.
+/// Whether the file that `claim` judges may start in a container that is not identified.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_is_admitted(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 0 };
+pub extern "C" fn palisade_is_admitted(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 0 };
     // SAFETY: the memory belongs to this task until it is released.
     let (area, start, failure, file_origin, dentry) = unsafe {
         (
@@ -98,14 +98,14 @@ fn allowed(reason: u8, mode: u8, revision: u32) -> Decision {
 }
 
 #[inline(always)]
-fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
+fn decide(slot: u64, claimed: Option<(u64, *mut Scratch)>) -> Decision {
     if slot == TOO_DEEP {
         // Nobody can say which container this is, so no profile can say that it only audits.
         return mismatch(reason::UNIDENTIFIED, mode::ENFORCE, 0);
     }
     // SAFETY: one word, written by the agent in one map update; read once, so that one revision decides.
     let Some(policy) = (unsafe { SLOT_POLICIES.get(slot) }) else {
-        return unidentified(scratch);
+        return unidentified(claimed);
     };
     let number = policy.revision;
     if policy.slot != slot {
@@ -116,7 +116,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
         return allowed(reason::NO_PROFILE, 0, 0);
     }
     // SAFETY: the memory belongs to this task until it is released.
-    let escaped = scratch.is_some_and(|scratch| unsafe { (*scratch).escaped } != 0);
+    let escaped = claimed.is_some_and(|(_, scratch)| unsafe { (*scratch).escaped } != 0);
     // SAFETY: a revision is written before a slot points to it and removed after the last one left it.
     let Some(revision) = (unsafe { REVISIONS.get(number) }) else {
         count::error(error::REVISION_MISSED);
@@ -129,7 +129,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     if revision.restricts_exec == 0 {
         return allowed(reason::NO_RULE, mode, number);
     }
-    let Some(scratch) = scratch else { return mismatch(reason::NO_SCRATCH, mode, number) };
+    let Some((claim, scratch)) = claimed else { return mismatch(reason::NO_SCRATCH, mode, number) };
     // SAFETY: the memory belongs to this task until it is released.
     let (failure, file_origin, session) =
         unsafe { ((*scratch).executable.failure as u8, (*scratch).origin, (*scratch).session.kind) };
@@ -146,8 +146,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     } else {
         grant(file_origin, session)
     };
-    let task = bpf_get_current_pid_tgid();
-    let (now, any) = granted(number, wanted);
+    let (now, any) = granted(claim, number, wanted);
     // SAFETY: the memory belongs to this task until it is released.
     let (with_arguments, arguments_known) =
         unsafe { ((*scratch).with_arguments & EXEC_GRANTS, (*scratch).arguments_known) };
@@ -161,7 +160,7 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
         } else if arguments_known == 0 {
             // The tracepoint judges them, before the program's first instruction.
             allowed(reason::ARGUMENTS, mode, number)
-        } else if palisade_granted_to_arguments(task) as u32 & wanted != 0 {
+        } else if palisade_granted_to_arguments(claim) as u32 & wanted != 0 {
             allowed(reason::RULE, mode, number)
         } else {
             mismatch(reason::ARGUMENTS, mode, number)
@@ -180,13 +179,13 @@ fn decide(slot: u64, scratch: Option<*mut Scratch>) -> Decision {
     }
 }
 
-/// What the rules of revision `number` grant to the path that `task` has examined: what holds whatever the arguments are in the
+/// What the rules of revision `number` grant to the path that `claim` has examined: what holds whatever the arguments are in the
 /// lower word, what does under any condition in the upper one; or as much of both as answers `wanted`. Notes in the task's
 /// memory what depends on arguments. A step of its own, since its loops are most of what the verifier follows.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_granted(task: u64, number: u64, wanted: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 0 };
+pub extern "C" fn palisade_granted(claim: u64, number: u64, wanted: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 0 };
     let number = number as u32;
     // SAFETY: as in `decide`.
     let Some(revision) = (unsafe { REVISIONS.get(number) }) else { return 0 };
@@ -234,30 +233,30 @@ fn caller_as_parent(scratch: *mut Scratch, number: u32) -> u32 {
     unsafe { RULES.get(RuleKey { path_hash, revision: number, parent: 0 }) }.map_or(0, |rule| rule.parent)
 }
 
-/// The same, of the current task.
+/// The same, taken apart.
 #[inline(always)]
-fn granted(number: u32, wanted: u32) -> (u32, u32) {
-    let granted = palisade_granted(bpf_get_current_pid_tgid(), u64::from(number), u64::from(wanted));
+fn granted(claim: u64, number: u32, wanted: u32) -> (u32, u32) {
+    let granted = palisade_granted(claim, u64::from(number), u64::from(wanted));
     (granted as u32, (granted >> 32) as u32)
 }
 
-/// What the automata that [`palisade_granted`] has noted grant to the arguments of what `task` has executed.
+/// What the automata that [`palisade_granted`] has noted grant to the arguments of what `claim` has executed.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_granted_to_arguments(task: u64) -> u64 {
-    let length = palisade_read_arguments(task);
+pub extern "C" fn palisade_granted_to_arguments(claim: u64) -> u64 {
+    let length = palisade_read_arguments(claim);
     if length > PATH_CAPACITY as u64 {
         return 0;
     }
-    palisade_run_on_arguments(task, 0, length) | palisade_run_on_arguments(task, 1, length)
+    palisade_run_on_arguments(claim, 0, length) | palisade_run_on_arguments(claim, 1, length)
 }
 
 /// Copies all arguments to where the working directory will stand. Returns how many bytes they are; more than [`PATH_CAPACITY`]
 /// when they are more, or cannot be read.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_read_arguments(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return u64::MAX };
+pub extern "C" fn palisade_read_arguments(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return u64::MAX };
     let Some((begin, end)) = exec::arguments_of_new_image() else { return u64::MAX };
     let length = black_box(end - begin);
     if length == 0 {
@@ -281,8 +280,8 @@ pub extern "C" fn palisade_read_arguments(task: u64) -> u64 {
 /// What one of the automata grants to the `length` bytes of arguments that were copied.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_run_on_arguments(task: u64, which: u64, length: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 0 };
+pub extern "C" fn palisade_run_on_arguments(claim: u64, which: u64, length: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 0 };
     // SAFETY: the memory belongs to this task until it is released.
     let (area, automaton) = unsafe {
         let automata = &raw const (*scratch).automata;
@@ -340,12 +339,12 @@ pub fn rules_mode(rules: u64) -> u8 {
     (rules >> 8) as u8
 }
 
-/// Judges the file that `task` has examined and that is to be mapped executable, under `rules`. Returns the [`reason`] against
+/// Judges the file that `claim` has examined and that is to be mapped executable, under `rules`. Returns the [`reason`] against
 /// it; 0 when it is allowed.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_judge_mapped(task: u64, rules: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return reason::NO_SCRATCH.into() };
+pub extern "C" fn palisade_judge_mapped(claim: u64, rules: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return reason::NO_SCRATCH.into() };
     let number = (rules >> 32) as u32;
     // SAFETY: as in `decide`.
     if unsafe { REVISIONS.get(number) }.is_none() {
@@ -366,7 +365,7 @@ pub extern "C" fn palisade_judge_mapped(task: u64, rules: u64) -> u64 {
         return u64::from(if in_memory { reason::MEMORY } else { failure });
     }
     let wanted = grant(file_origin, session) | library_grant(file_origin);
-    let (now, mut any) = granted(number, wanted);
+    let (now, mut any) = granted(claim, number, wanted);
     if any_of_image {
         any |= library_grant(origin::IMAGE);
     }
@@ -392,11 +391,11 @@ pub extern "C" fn palisade_judge_mapped(task: u64, rules: u64) -> u64 {
     })
 }
 
-/// Whether rules allow anybody to execute the file that `task` has examined.
+/// Whether rules allow anybody to execute the file that `claim` has examined.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_is_allowed_executable(task: u64, rules: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_is_allowed_executable(claim: u64, rules: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     let number = (rules >> 32) as u32;
     // SAFETY: as in `decide`.
     if unsafe { REVISIONS.get(number) }.is_none() {
@@ -405,14 +404,14 @@ pub extern "C" fn palisade_is_allowed_executable(task: u64, rules: u64) -> u64 {
     // SAFETY: the memory belongs to this task until it is released.
     let (failure, file_origin) = unsafe { ((*scratch).executable.failure, (*scratch).origin) };
     // What may run when it has been changed as well is not taken from anybody by a change.
-    let (_, any) = granted(number, 0);
+    let (_, any) = granted(claim, number, 0);
     let only_unchanged = any & grant_to_any(origin::DRIFT) == 0;
     u64::from(failure == 0 && only_unchanged && any & grant_to_any(file_origin) != 0)
 }
 
 /// The verdict on what a container executes that nobody has identified yet.
 #[inline(always)]
-fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
+fn unidentified(claimed: Option<(u64, *mut Scratch)>) -> Decision {
     if !record::is_active() {
         // The set that is active knows the container, or gates it.
         return allowed(reason::UNIDENTIFIED, 0, 0);
@@ -431,12 +430,14 @@ fn unidentified(scratch: Option<*mut Scratch>) -> Decision {
     if mode == mode::AUDIT {
         return mismatch(reason, mode, 0);
     }
-    if scratch.is_some() && palisade_is_admitted(bpf_get_current_pid_tgid()) != 0 {
+    if let Some((claim, _)) = claimed
+        && palisade_is_admitted(claim) != 0
+    {
         return allowed(reason::ADMITTED, mode, 0);
     }
     if mode == mode::HOLD {
         // Without memory there is nothing to settle later.
-        let Some(scratch) = scratch else { return mismatch(reason::NO_SCRATCH, mode::ENFORCE, 0) };
+        let Some((_, scratch)) = claimed else { return mismatch(reason::NO_SCRATCH, mode::ENFORCE, 0) };
         // SAFETY: the memory belongs to this task until it is released.
         let failure = unsafe { (*scratch).executable.failure as u8 };
         let reason = if failure == 0 { reason } else { failure };

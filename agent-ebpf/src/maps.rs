@@ -6,14 +6,14 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, RingBuf},
+    maps::{Array, HashMap, LruHashMap, RingBuf, Stack},
 };
 use palisade_abi::{
     codes,
     maps::{
         Account, AdmittedKey, AgentState, GlobChunk, LayerKey, LinkKey, LinkTarget, OpenedInterpreter,
-        Process, Revision, RingShare, RootIdentity, RuleKey, RuleValue, SetMeta, Settings, Slot, SlotPolicy,
-        Volume, VolumeKey, VolumeName,
+        Process, Revision, RingShare, RootIdentity, RuleKey, RuleValue, SCRATCH_ENTRIES, SetMeta, Settings,
+        Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
     },
     offsets::KernelOffsets,
     record::CGROUP_NAME,
@@ -101,9 +101,13 @@ pub static PROTECTED: HashMap<u64, u32> = HashMap::with_max_entries(256, 0);
 #[map]
 pub static FORKING: HashMap<u64, Process> = HashMap::with_max_entries(4096, 0);
 
-/// Claimed under the task's id while it judges an exec.
+/// Memory for tasks that judge.
 #[map]
-pub static SCRATCH: HashMap<u64, Scratch> = HashMap::with_max_entries(512, 0);
+pub static SCRATCH: Array<Scratch> = Array::with_max_entries(SCRATCH_ENTRIES, 0);
+
+/// The indexes of `SCRATCH` that no task has. The agent fills it before anything is attached.
+#[map]
+pub static FREE_SCRATCH: Stack<u32> = Stack::with_max_entries(SCRATCH_ENTRIES, 0);
 
 /// Canonical paths of scripts whose interpreter is being executed, by tgid; right-aligned, zero in front. Those
 /// of execs that failed give way to new ones.

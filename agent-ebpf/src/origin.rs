@@ -46,15 +46,15 @@ pub fn current_root() -> Option<RootIdentity> {
     identity(root)
 }
 
-/// Classifies the file that `task` judges. Returns an [`origin`].
+/// Classifies the file that `claim` judges. Returns an [`origin`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_classify(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return u64::from(origin::UNKNOWN) };
+pub extern "C" fn palisade_classify(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return u64::from(origin::UNKNOWN) };
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, dentry, renamed) =
         unsafe { ((*scratch).slot, KernelPtr((*scratch).dentry), (*scratch).executable.renamed) };
-    let found = classify(task, slot, dentry);
+    let found = classify(claim, slot, dentry);
     u64::from(if found == origin::IMAGE && renamed != 0 { origin::DRIFT } else { found })
 }
 
@@ -91,7 +91,7 @@ fn origin_on_root(slot: u64, file: &RootIdentity, dentry: KernelPtr) -> Option<u
 }
 
 #[inline(always)]
-fn classify(task: u64, slot: u64, dentry: KernelPtr) -> u8 {
+fn classify(claim: u64, slot: u64, dentry: KernelPtr) -> u8 {
     let Some(file) = identity(dentry) else {
         count::error(error::ORIGIN_READ);
         return origin::UNKNOWN;
@@ -99,7 +99,7 @@ fn classify(task: u64, slot: u64, dentry: KernelPtr) -> u8 {
     if let Some(own) = origin_on_root(slot, &file, dentry) {
         return own;
     }
-    if palisade_name_volume(task, EXECUTABLE) != 0 {
+    if palisade_name_volume(claim, EXECUTABLE) != 0 {
         return origin::VOLUME;
     }
     if file.magic == TMPFS || file.magic == RAMFS || file.magic == HUGETLBFS {

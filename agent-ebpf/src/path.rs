@@ -51,7 +51,7 @@ fn prepend(area: *mut Area, start: u32, (name, length): (u64, u32), separator: u
 /// Walks that are tried until one is of one moment: a rename takes a microsecond.
 const WALKS: u32 = 4;
 
-/// Walks from `dentry` to the root of its superblock and writes the path into the memory of `task`, area `which`. Returns 0, or
+/// Walks from `dentry` to the root of its superblock and writes the path into the memory of `claim`, area `which`. Returns 0, or
 /// the [`reason`] why the path is not known.
 ///
 /// A rename beside it could give a walk half of the old name and half of the new one, so it is repeated until nothing on the way was
@@ -59,18 +59,17 @@ const WALKS: u32 = 4;
 /// a volume that both have.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
+pub extern "C" fn palisade_walk(claim: u64, dentry: u64, which: u64) -> u64 {
     let mut turn = 0;
     while turn < WALKS {
-        let failure = palisade_walk_once(task, dentry, which);
-        if palisade_was_one_moment(task, dentry) != 0 {
+        let failure = palisade_walk_once(claim, dentry, which);
+        if palisade_was_one_moment(claim, dentry) != 0 {
             return failure;
         }
         turn += 1;
-        palisade_clear_front(task, which);
     }
     count::error(error::WALK_TORN);
-    let Some(scratch) = scratch::of(task) else { return u64::from(reason::NO_SCRATCH) };
+    let Some(scratch) = scratch::of(claim) else { return u64::from(reason::NO_SCRATCH) };
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         let walk = if which == EXECUTABLE {
@@ -83,12 +82,12 @@ pub extern "C" fn palisade_walk(task: u64, dentry: u64, which: u64) -> u64 {
     u64::from(reason::PATH_CHANGES)
 }
 
-/// Whether every folder on the way from `dentry` is as the walk of `task` that has just ended has found it. All of them were so at one
+/// Whether every folder on the way from `dentry` is as the walk of `claim` that has just ended has found it. All of them were so at one
 /// moment then: each in between of when the walk saw it and of now.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_was_one_moment(task: u64, dentry: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
+pub extern "C" fn palisade_was_one_moment(claim: u64, dentry: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         let turns = &raw mut (*scratch).turns;
@@ -202,28 +201,35 @@ unsafe fn add_to_seal(turns: *mut Turns, folder: KernelPtr) {
     }
 }
 
-/// Clears the place of a path that was walked, so that nothing of it is hashed with the next one.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_clear_front(task: u64, which: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
-    // SAFETY: the memory belongs to this task until it is released.
-    let area =
-        unsafe { if which == EXECUTABLE { &raw mut (*scratch).path } else { &raw mut (*scratch).cwd } };
-    let mut word = 0;
-    while word < PATH_CAPACITY / 8 {
-        // SAFETY: the index is within the area, whose own alignment is eight (a map value).
-        unsafe { area.cast::<u64>().add(word).write_volatile(0) };
-        word += 1;
+/// Clears what an earlier path has left before the one that starts at `start`, as far as [`hash`] reads it.
+#[inline(always)]
+pub fn clear_front(area: *mut Area, start: u32) {
+    let index = (black_box(start) as usize) & (PATH_CAPACITY - 8);
+    // SAFETY: the index is a multiple of eight within the area, whose own alignment is eight (a map value). A path is little endian text.
+    unsafe {
+        let word = area.cast::<u8>().add(index).cast::<u64>();
+        word.write_volatile(word.read_volatile() & (u64::MAX << (8 * (start & 7))));
     }
-    0
+}
+
+/// Clears what is before the path that starts at `start`, as far as the last `END` bytes go.
+#[inline(always)]
+pub fn clear_end_before<const END: usize>(area: *mut Area, start: u32) {
+    let mut index = PATH_CAPACITY - END;
+    while index < PATH_CAPACITY {
+        if index + 8 <= start as usize {
+            // SAFETY: as above.
+            unsafe { area.cast::<u8>().add(index).cast::<u64>().write_volatile(0) };
+        }
+        index += 8;
+    }
 }
 
 /// One walk, whatever is renamed meanwhile.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_walk_once(task: u64, dentry: u64, which: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return u64::from(reason::NO_SCRATCH) };
+pub extern "C" fn palisade_walk_once(claim: u64, dentry: u64, which: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return u64::from(reason::NO_SCRATCH) };
     // SAFETY: the memory belongs to this task until it is released.
     let (area, walk) = unsafe {
         if which == EXECUTABLE {
@@ -243,6 +249,7 @@ pub extern "C" fn palisade_walk_once(task: u64, dentry: u64, which: u64) -> u64 
     // SAFETY: as above.
     unsafe {
         let turns = &raw const (*scratch).turns;
+        clear_front(area, (&raw const (*turns).at).read_volatile());
         walk.write(Walk {
             superblock,
             start: (&raw const (*turns).at).read_volatile(),

@@ -57,12 +57,12 @@ pub extern "C" fn palisade_current_slot() -> u64 {
     current().map_or(0, |process| process.slot)
 }
 
-/// Fills the memory of `task`, the current one, with what is known of its process. Returns 1 when it belongs to no slot any more.
+/// Fills the memory of `claim` with what is known of its process. Returns 1 when it belongs to no slot any more.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_recall_process(task: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 1 };
-    let Some(entry) = PROCESSES.get_ptr(current_pid()) else { return palisade_recall_without_entry(task) };
+pub extern "C" fn palisade_recall_process(claim: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 1 };
+    let Some(entry) = PROCESSES.get_ptr(current_pid()) else { return palisade_recall_without_entry(claim) };
     // SAFETY: the memory belongs to this task until it is released; the entry is as in `current`.
     unsafe { (&raw mut (*scratch).process).write(entry.read()) };
     0
@@ -71,8 +71,8 @@ pub extern "C" fn palisade_recall_process(task: u64) -> u64 {
 /// The same for one that has no entry.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_recall_without_entry(task: u64) -> u64 {
-    let (Some(scratch), Some(process)) = (scratch::of(task), current()) else { return 1 };
+pub extern "C" fn palisade_recall_without_entry(claim: u64) -> u64 {
+    let (Some(scratch), Some(process)) = (scratch::of(claim), current()) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     unsafe { (&raw mut (*scratch).process).write(process) };
     0

@@ -1,26 +1,29 @@
 //! The memory in which one task judges one execution, or one mapping.
 //!
-//! It is claimed under the task's id and given back, so no other task can overwrite it, whatever preempts what.
+//! It is taken from those that are free and given back, so no other task can overwrite it, whatever preempts what.
 //! It also carries what the steps of a judgement hand to each other: they are functions that the verifier
-//! checks one by one (global functions), which can only take and return numbers.
+//! checks one by one (global functions), which can only take and return numbers: that of the claim is one.
 
-use aya_ebpf::bindings::BPF_NOEXIST;
 use palisade_abi::{
     PATH_CAPACITY,
     codes::error,
     hash::SipHasher,
     maps::{OpenedInterpreter, Process},
     offsets::DENTRY_BYTES,
-    record::{INTERPRETER, SessionPart},
+    record::SessionPart,
 };
 
-use crate::{count, maps::SCRATCH};
+use crate::{
+    count,
+    maps::{FREE_SCRATCH, SCRATCH},
+};
 
 /// Slack behind a path, so that a component may be copied to any place.
 const SLACK: usize = 256;
 const AREA: usize = PATH_CAPACITY + SLACK;
 
-/// A path, right-aligned at [`PATH_CAPACITY`]; zero before and behind it.
+/// A path, right-aligned at [`PATH_CAPACITY`]. Zero before it up to a multiple of eight; further before may be what an earlier one
+/// has left.
 pub type Area = [u8; AREA];
 
 /// Which of the two paths.
@@ -83,7 +86,7 @@ pub mod arguments {
     pub const CALLER: u32 = 2;
 }
 
-/// An execution that is being judged.
+/// An execution that is being judged. What stands before `turns` is cleared when it is claimed; what comes after is filled before it is read.
 #[repr(C)]
 pub struct Scratch {
     pub bprm: u64,
@@ -132,98 +135,55 @@ pub struct Scratch {
     pub interpreter: [u64; 2],
     pub interpreter_name: [u64; 2],
     pub session: SessionPart,
+    pub executable: Walk,
+    pub working_directory: Walk,
     pub turns: Turns,
     /// What is known of the process.
     pub process: Process,
     pub opened: OpenedInterpreter,
-    pub executable: Walk,
-    pub working_directory: Walk,
     pub path: Area,
     pub cwd: Area,
 }
 
 const NOTHING: Walk = Walk { superblock: 0, start: PATH_CAPACITY as u32, failure: 0, volume: 0, renamed: 0 };
 
-static EMPTY: Scratch = Scratch {
-    bprm: 0,
-    slot: 0,
-    dentry: 0,
-    arguments_at: 0,
-    arguments_length: 0,
-    arguments_kind: 0,
-    revision: 0,
-    verdict: 0,
-    reason: 0,
-    mode: 0,
-    origin: 0,
-    action: 0,
-    of_script: 0,
-    argv_source: 0,
-    flags: 0,
-    path_length: 0,
-    cwd_length: 0,
-    argv_length: 0,
-    script_length: 0,
-    script_start: PATH_CAPACITY as u16,
-    script_origin: 0,
-    escaped: 0,
-    script_device: 0,
-    protection: 0,
-    target: 0,
-    act: 0,
-    arguments_known: 0,
-    interpreter_origin: 0,
-    reserved: [0; 5],
-    with_arguments: 0,
-    reserved_too: 0,
-    automata: [Automaton { base: 0, width: 0 }; 2],
-    caller: [0; 2],
-    interpreter: [0; 2],
-    interpreter_name: [0; 2],
-    session: SessionPart { start: 0, pid: 0, kind: 0, reserved: [0; 3] },
-    turns: Turns {
-        current: 0,
-        seal: 0,
-        dentry: [0; DENTRY_BYTES as usize / 8],
-        hasher: SipHasher::new([0; 2]),
-        at: 0,
-        outer: 0,
-        state: 0,
-        outcome: 0,
-        volume: 0,
-        renamed: 0,
-    },
-    process: Process::new(0, 0),
-    opened: OpenedInterpreter { path: [0; 2], name: [0; 2], origin: 0, shown: [0; INTERPRETER] },
-    executable: NOTHING,
-    working_directory: NOTHING,
-    path: [0; AREA],
-    cwd: [0; AREA],
-};
+/// Words of what is cleared when memory is claimed: all before what its users fill themselves.
+const CLEARED: usize = core::mem::offset_of!(Scratch, turns) / 8;
 
-/// Claims memory for the task `task` (its tgid and pid). `None` is counted. Give it back with [`release`].
+/// Claims memory for the current task. Returns the number of the claim, by which the steps of a judgement find the memory, and the
+/// memory. `None` is counted. Give it back with [`release`].
 #[inline(always)]
-pub fn claim(task: u64) -> Option<*mut Scratch> {
-    if SCRATCH.insert(task, &EMPTY, u64::from(BPF_NOEXIST)).is_err() {
+pub fn claim() -> Option<(u64, *mut Scratch)> {
+    let Ok(Some(free)) = FREE_SCRATCH.pop() else {
         count::error(error::SCRATCH_FULL);
         return None;
+    };
+    let claim = u64::from(free);
+    let scratch = of(claim)?;
+    // SAFETY: the memory is claimed by nobody else; what is cleared is a prefix of it, of whole words.
+    unsafe {
+        let mut word = 0;
+        while word < CLEARED {
+            scratch.cast::<u64>().add(word).write_volatile(0);
+            word += 1;
+        }
+        (&raw mut (*scratch).script_start).write(PATH_CAPACITY as u16);
+        (&raw mut (*scratch).executable).write(NOTHING);
+        (&raw mut (*scratch).working_directory).write(NOTHING);
     }
-    of(task)
+    Some((claim, scratch))
 }
 
-/// The memory that `task` has claimed.
+/// The memory of a claim.
 #[inline(always)]
-pub fn of(task: u64) -> Option<*mut Scratch> {
-    let claimed = SCRATCH.get_ptr_mut(task);
-    if claimed.is_none() {
-        count::error(error::SCRATCH_LOST);
-    }
-    claimed
+pub fn of(claim: u64) -> Option<*mut Scratch> {
+    SCRATCH.get_ptr_mut(claim as u32)
 }
 
+/// Gives it back. What cannot be is never claimed again, and counted.
 #[inline(always)]
-pub fn release(task: u64) {
-    if SCRATCH.remove(task).is_err() {
+pub fn release(claim: u64) {
+    if FREE_SCRATCH.push(&(claim as u32), 0).is_err() {
         count::error(error::SCRATCH_LOST);
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     kernel::KernelPtr,
     maps::{ROOTS, VOLUME_NAMES, VOLUMES, offset},
     origin,
+    path::clear_front,
     scratch::{self, EXECUTABLE},
 };
 
@@ -74,13 +75,13 @@ pub fn rooted_at(slot: u64, superblock: u64, dentry: KernelPtr) -> Option<Volume
     (volume.superblock == superblock && volume.inode_number == number).then_some(*volume)
 }
 
-/// Names what `task` has walked to, area `which`, by the volume that it is on: the executable as
+/// Names what `claim` has walked to, area `which`, by the volume that it is on: the executable as
 /// [`palisade_abi::volume`] has it, the working directory by its path alone. Returns 0 and changes nothing when it is
 /// on none.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_name_volume(task: u64, which: u64) -> u64 {
-    let Some(scratch) = scratch::of(task) else { return 0 };
+pub extern "C" fn palisade_name_volume(claim: u64, which: u64) -> u64 {
+    let Some(scratch) = scratch::of(claim) else { return 0 };
     // SAFETY: the memory belongs to this task until it is released.
     let (area, walk) = unsafe {
         if which == EXECUTABLE {
@@ -125,6 +126,7 @@ pub extern "C" fn palisade_name_volume(task: u64, which: u64) -> u64 {
             count::error(error::WALK_LONG);
         } else {
             (&raw mut (*walk).start).write_volatile(start - shown);
+            clear_front(area, start - shown);
         }
     }
     1

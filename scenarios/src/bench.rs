@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::{
     attacks::profile,
+    bench_programs::{self, Program},
     cri::{Runtime, WORKLOAD_IMAGE, until},
     events,
     node::{AgentOptions, Node},
@@ -32,6 +33,7 @@ struct Repeat {
     records: u64,
     rss_kib: u64,
     maps_kib: u64,
+    programs: Vec<Program>,
 }
 
 /// Nanoseconds per exec of a loop outside any container.
@@ -170,6 +172,7 @@ async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64, sca
         captured == count && gaps.is_empty(),
         "invalid: {captured} of {count} execs captured, gaps {gaps:?}"
     );
+    let programs = bench_programs::during(agent, count, inside(runtime, container, count)).await?;
     node.stop_agent()?;
     let outside_after = outside(count)?;
     let inside_after = inside(runtime, container, count).await?;
@@ -185,5 +188,6 @@ async fn measure(cri: &Path, runtime: &Runtime, container: &str, count: u64, sca
         records: captured,
         rss_kib,
         maps_kib,
+        programs,
     })
 }

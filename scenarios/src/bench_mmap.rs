@@ -7,6 +7,7 @@ use aya::programs::loaded_programs;
 use serde::Serialize;
 
 use crate::{
+    bench_programs::{self, Program},
     cri::{Pod, Runtime, Spec, until},
     events,
     node::{AgentOptions, Node},
@@ -30,6 +31,8 @@ struct Repeat {
     java_before: f64,
     java_agent: f64,
     java_after: f64,
+    /// Of the linked program.
+    programs: Vec<Program>,
 }
 
 pub async fn run(cri: &Path, count: u64, repeats: u32) -> Result<ExitCode> {
@@ -99,6 +102,9 @@ impl Stage<'_> {
         let (linked_agent, java_agent) =
             under.with_context(|| format!("under the agent, which refused: {denied:#?}"))?;
         ensure!(denied.is_empty(), "invalid: something was refused: {denied:?}");
+        let agent = node.agent_pid().context("no agent")?;
+        let linked = self.starts(container, self.count, &["/usr/bin/true"]);
+        let programs = bench_programs::during(agent, self.count, linked).await?;
         node.stop_agent()?;
         // The kernel lets go of them one after the other, a grace period after the last of their users.
         until("the agent's programs are gone", async || {
@@ -106,6 +112,14 @@ impl Stage<'_> {
         })
         .await?;
         let (linked_after, java_after) = self.both(container).await.context("after the agent")?;
-        Ok(Repeat { linked_before, linked_agent, linked_after, java_before, java_agent, java_after })
+        Ok(Repeat {
+            linked_before,
+            linked_agent,
+            linked_after,
+            java_before,
+            java_agent,
+            java_after,
+            programs,
+        })
     }
 }

@@ -8,6 +8,7 @@ mod attacks;
 mod bench;
 mod bench_delivery;
 mod bench_mmap;
+mod bench_programs;
 mod bench_start;
 mod claims;
 mod code;

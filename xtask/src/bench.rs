@@ -186,6 +186,24 @@ fn print_rows(bench: &str, release: &str, rows: &[(&str, Vec<f64>)], repeats: &[
     }
 }
 
+/// What each program in the kernel took in the last repeat, in a loop of its own. In JSON it is among the repeats.
+fn print_programs(repeats: &[Value], as_json: bool) {
+    let programs = repeats.last().and_then(|repeat| repeat["programs"].as_array());
+    if as_json {
+        return;
+    }
+    println!("{:<42} {:>10} {:>10}", "programs in the kernel, per turn", "runs", "µs");
+    for program in programs.into_iter().flatten() {
+        let number = |field: &str| program[field].as_f64().unwrap_or(f64::NAN);
+        println!(
+            "{:<42} {:>10.2} {:>10.3}",
+            program["name"].as_str().unwrap_or_default(),
+            number("runs"),
+            number("nanoseconds") / 1e3
+        );
+    }
+}
+
 fn exec(options: &Exec) -> Result<ExitCode> {
     let (count, repeats) = (options.count.to_string(), options.repeats.to_string());
     let (rules, profiles) = (options.rules.to_string(), options.profiles.to_string());
@@ -218,6 +236,7 @@ fn exec(options: &Exec) -> Result<ExitCode> {
     let rows =
         rows.map(|(name, values, unit)| (name, values.into_iter().map(|value| value / unit).collect()));
     print_rows("exec", &release, &rows, &repeats, options.json);
+    print_programs(&repeats, options.json);
     Ok(ExitCode::from(code))
 }
 
@@ -237,6 +256,7 @@ fn mmap(options: &Mmap) -> Result<ExitCode> {
         ("Java virtual machine with it, ms", milliseconds("java_agent")),
     ];
     print_rows("mmap", &release, &rows, &repeats, options.json);
+    print_programs(&repeats, options.json);
     Ok(ExitCode::from(code))
 }
 

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context as _;
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData},
+    maps::{Array, MapData, Stack},
     programs::{
         FExit, Lsm, Program, RawTracePoint,
         links::{FdLink, PinnedLink},
@@ -18,7 +18,7 @@ use palisade_abi::{
     ABI_VERSION,
     codes::{error, set_state, tampering, volume_flags},
     hash::hash_path,
-    maps::{GlobChunk, HOST_ROOT, LEDGER_VERSION, SetMeta, Settings},
+    maps::{GlobChunk, HOST_ROOT, LEDGER_VERSION, SCRATCH_ENTRIES, SetMeta, Settings},
     offsets::ABSENT,
 };
 use thiserror::Error;
@@ -652,6 +652,14 @@ fn load(
     let mut head: Array<_, SetMeta> =
         ebpf.map_mut("META").context("the object has no map META")?.try_into().map_err(anyhow::Error::new)?;
     head.set(0, meta, 0).context("cannot describe the set")?;
+    let mut free: Stack<_, u32> = ebpf
+        .map_mut("FREE_SCRATCH")
+        .context("the object has no map FREE_SCRATCH")?
+        .try_into()
+        .map_err(anyhow::Error::new)?;
+    for entry in 0..SCRATCH_ENTRIES {
+        free.push(entry, 0).context("cannot say which memory is free")?;
+    }
     let mut programs = Vec::new();
     for name in TRACEPOINTS.iter().chain(ON_DEMAND) {
         let program: &mut RawTracePoint = program(&mut ebpf, name)?;
