@@ -21,13 +21,13 @@ macro_rules! codes {
 }
 
 codes! {
-    /// What a record reports.
+    /// What a record reports: the family in the upper byte, from 1, and the event in the lower one.
     kind: u16 {
-        FORK = 1 => "fork",
-        EXEC = 2 => "exec",
-        EXIT = 3 => "exit",
-        TAMPER = 4 => "tampering",
-        CODE = 5 => "code",
+        FORK = 0x0101 => "fork",
+        EXIT = 0x0102 => "exit",
+        EXEC = 0x0201 => "exec",
+        CODE = 0x0301 => "code",
+        TAMPER = 0x0401 => "tampering",
     }
 }
 
@@ -280,7 +280,7 @@ pub mod code_record_flags {
     pub const EXECUTING: u8 = 1 << 1;
 }
 
-/// Bits of [`crate::maps::Revision::code`]: code that is not executed and not named by a rule.
+/// Bits of [`crate::policy::SectionHead::flags`]: code that is not executed and not named by a rule.
 pub mod code_flags {
     /// Every unmodified file of the image may be mapped executable.
     pub const LIBRARIES_OF_IMAGE: u32 = 1 << 0;
@@ -294,7 +294,7 @@ pub mod code_flags {
     pub const NO_ELEVATION: u32 = 1 << 4;
 }
 
-/// Bits of [`crate::maps::SlotPolicy::flags`].
+/// Bits of [`crate::policy::SlotPolicy::flags`].
 pub mod slot_flags {
     /// The container's root filesystem is the host's own, so the root directory does not tell the runtime's steps
     /// from the workload: there are none.
@@ -303,7 +303,7 @@ pub mod slot_flags {
     pub const MEMBERS_KNOWN: u32 = 1 << 1;
 }
 
-/// Bits of [`crate::maps::SetMeta::state`].
+/// Bits of [`crate::ledger::SetMeta::state`].
 pub mod set_state {
     /// It has made records, or is about to.
     pub const RECORDED: u32 = 1 << 0;
@@ -311,7 +311,7 @@ pub mod set_state {
     pub const WHOLE: u32 = 1 << 1;
 }
 
-/// Bits of [`crate::maps::Volume::flags`].
+/// Bits of [`crate::state::Volume::flags`].
 pub mod volume_flags {
     /// The kubelet keeps its files in a folder that it replaces whole (`..2026_11_22_…`, to which `..data` and every name
     /// lead); no path has that folder. `AtomicWriter` in `pkg/volume/util/atomic_writer.go` of Kubernetes.

@@ -7,8 +7,8 @@
 /// The value of an offset whose field the kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
 
-/// Bytes that the programs read of a dentry at once, from the eight that its counter is in: its parent and its name must be among them.
-pub const DENTRY_BYTES: u32 = 48;
+/// Bytes that the programs read of a dentry at once, from the eight that its counter is in: its parent, its name and its inode must be among them.
+pub const DENTRY_BYTES: u32 = 56;
 
 /// A kernel field: where to find it in BTF and what it must look like there.
 #[derive(Clone, Copy, Debug)]
@@ -55,12 +55,15 @@ macro_rules! offsets {
 }
 
 impl KernelOffsets {
-    /// Whether a dentry's parent and name are behind its counter, within [`DENTRY_BYTES`].
+    /// Whether a dentry's parent, name and inode are behind its counter, within [`DENTRY_BYTES`].
     #[must_use]
     pub fn dentry_is_together(&self) -> bool {
         let begin = self.dentry_sequence & !7;
         let holds = |offset: u32, size: u32| offset >= begin + 4 && offset - begin + size <= DENTRY_BYTES;
-        holds(self.dentry_parent, 8) && holds(self.dentry_name, 8) && holds(self.dentry_name_length, 4)
+        holds(self.dentry_parent, 8)
+            && holds(self.dentry_name, 8)
+            && holds(self.dentry_name_length, 4)
+            && holds(self.dentry_inode, 8)
     }
 }
 
@@ -203,20 +206,23 @@ mod tests {
     }
 
     #[test]
-    fn a_dentry_is_read_at_once_where_its_parent_and_name_are_behind_its_counter() {
-        let with = |dentry_sequence, dentry_parent, dentry_name_length, dentry_name| KernelOffsets {
-            dentry_sequence,
-            dentry_parent,
-            dentry_name_length,
-            dentry_name,
-            ..KernelOffsets::poison()
-        };
+    fn a_dentry_is_read_at_once_where_its_fields_are_behind_its_counter() {
+        let with =
+            |dentry_sequence, dentry_parent, dentry_name_length, dentry_name, dentry_inode| KernelOffsets {
+                dentry_sequence,
+                dentry_parent,
+                dentry_name_length,
+                dentry_name,
+                dentry_inode,
+                ..KernelOffsets::poison()
+            };
         // Of 5.10 to 7.2.
-        assert!(with(4, 24, 36, 40).dentry_is_together());
-        assert!(with(8, 16, 48, 48).dentry_is_together());
-        assert!(!with(24, 16, 36, 40).dentry_is_together());
-        assert!(!with(4, 0, 36, 40).dentry_is_together());
-        assert!(!with(4, 24, 36, 44).dentry_is_together());
-        assert!(!with(4, 24, 48, 40).dentry_is_together());
+        assert!(with(4, 24, 36, 40, 48).dentry_is_together());
+        assert!(with(8, 16, 48, 48, 56).dentry_is_together());
+        assert!(!with(24, 16, 36, 40, 48).dentry_is_together());
+        assert!(!with(4, 0, 36, 40, 48).dentry_is_together());
+        assert!(!with(4, 24, 36, 52, 40).dentry_is_together());
+        assert!(!with(4, 24, 56, 40, 48).dentry_is_together());
+        assert!(!with(4, 24, 36, 40, 56).dentry_is_together());
     }
 }

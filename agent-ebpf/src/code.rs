@@ -8,9 +8,9 @@
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{action, code_act, code_flags, code_record_flags, exec_flags, kind, mode, reason, verdict},
-    maps::HOST_ROOT,
     offsets::ABSENT,
     record::{CodePart, CodeRecord, LARGE_PATH, SMALL_PATH},
+    state::HOST_ROOT,
 };
 
 use crate::{
@@ -367,8 +367,8 @@ pub extern "C" fn palisade_refuses(slot: u64, dentry: u64, rules: u64, how: u64)
         (*scratch).act = act;
         (*scratch).protection = (how >> 16) as u32 & 0xffff;
         (*scratch).target = (how >> 32) as u32;
-        (*scratch).revision = (rules >> 32) as u32;
-        (*scratch).mode = rules_mode(rules);
+        (*scratch).decision.revision = (rules >> 32) as u32;
+        (*scratch).decision.mode = rules_mode(rules);
         (&raw mut (*scratch).session).write(processes::session_of(processes::current_pid()));
         (*scratch).caller = processes::program_of(processes::current_pid());
     }
@@ -403,9 +403,9 @@ pub extern "C" fn palisade_refuses(slot: u64, dentry: u64, rules: u64, how: u64)
         refused = denies;
         // SAFETY: as above.
         unsafe {
-            (*scratch).reason = reason as u8;
-            (*scratch).verdict = if denies != 0 { verdict::DENIED } else { verdict::AUDITED };
-            (*scratch).action = if denies != 0 { action::REFUSED } else { action::NONE };
+            (*scratch).decision.reason = reason as u8;
+            (*scratch).decision.verdict = if denies != 0 { verdict::DENIED } else { verdict::AUDITED };
+            (*scratch).decision.action = if denies != 0 { action::REFUSED } else { action::NONE };
         }
         if denies != 0 || reason != u64::from(reason::JIT) || first_of_program() {
             palisade_report_code(claim);
@@ -436,7 +436,7 @@ pub extern "C" fn palisade_report_code(claim: u64) -> u64 {
         // SAFETY: the memory belongs to this task until it is released.
         unsafe {
             // As for an exec: the set that records is not asked any more.
-            if (*scratch).verdict == verdict::DENIED {
+            if (*scratch).decision.verdict == verdict::DENIED {
                 record::lose((*scratch).slot, Lane::Check);
             }
         }
@@ -480,23 +480,19 @@ fn write<const PATH: usize>(claim: u64, class: u16) -> bool {
         (&raw mut (*scratch).path_length).write_volatile(length as u16);
         context::describe(KernelPtr::current_task(), &raw mut (*place).head.process);
         (&raw mut (*place).head.session).write((&raw const (*scratch).session).read_volatile());
+        (&raw mut (*place).head.decision).write((&raw const (*scratch).decision).read());
         let code: *mut CodePart = &raw mut (*place).head.code;
         let failure = (*scratch).executable.failure as u8;
         let cut = matches!(failure, reason::PATH_TOO_LONG | reason::PATH_TOO_DEEP);
         let dentry = (*scratch).dentry;
         let inode = context::palisade_pointer(dentry, u64::from(offset!(dentry_inode)));
         let superblock = (*scratch).executable.superblock;
-        (&raw mut (*code).verdict).write((*scratch).verdict);
-        (&raw mut (*code).action).write((*scratch).action);
-        (&raw mut (*code).reason).write((*scratch).reason);
         (&raw mut (*code).origin).write((*scratch).origin);
-        (&raw mut (*code).mode).write((*scratch).mode);
         (&raw mut (*code).act).write((*scratch).act);
         let executing = u8::from(palisade_pending_verdict() != 0) * code_record_flags::EXECUTING;
         let cut = u8::from(cut) * exec_flags::PATH_TRUNCATED;
         (&raw mut (*code).flags).write(cut | executing);
         (&raw mut (*code).reserved).write(0);
-        (&raw mut (*code).revision).write((*scratch).revision);
         (&raw mut (*code).protection).write((*scratch).protection);
         (&raw mut (*code).inode).write(context::palisade_pointer(inode, u64::from(offset!(inode_number))));
         let device = context::palisade_word(superblock, u64::from(offset!(superblock_device)));

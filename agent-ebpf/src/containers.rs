@@ -9,10 +9,11 @@ use aya_ebpf::{
     helpers::{bpf_ktime_get_boot_ns, bpf_probe_read_kernel_str_bytes, generated::bpf_probe_read_kernel_str},
 };
 use palisade_abi::{
-    ABI_VERSION,
+    RECORDS_VERSION,
     codes::{control, error, slot_flags},
-    maps::{HOST_ROOT, RootIdentity, Slot},
+    ledger::Slot,
     record::{CGROUP_NAME, CGROUP_PATH, ControlRecord},
+    state::{HOST_ROOT, RootIdentity},
 };
 
 use crate::{
@@ -131,7 +132,7 @@ fn tell(kind: u16, slot: u64, name: &[u8; CGROUP_NAME], name_length: u32, path: 
     // SAFETY: the place is a whole reserved record; the helper checks the address and writes at most the array's length.
     unsafe {
         (&raw mut (*place).kind).write(kind);
-        (&raw mut (*place).abi).write(ABI_VERSION as u16);
+        (&raw mut (*place).version).write(RECORDS_VERSION);
         (&raw mut (*place).name_length).write(name_length);
         (&raw mut (*place).slot).write(slot);
         (&raw mut (*place).time).write(time);
@@ -199,7 +200,7 @@ pub fn cgroup_made(cgroup: Address, path: Address) -> Option<u64> {
     }
     #[cfg(not(feature = "fetch-add"))]
     if crate::maps::SLOT_LANES
-        .insert(cgroup_id, [0_u64; palisade_abi::maps::LANES], u64::from(BPF_NOEXIST))
+        .insert(cgroup_id, [0_u64; palisade_abi::ledger::LANES], u64::from(BPF_NOEXIST))
         .is_err()
     {
         count::error(error::SLOT_MAP_FULL);

@@ -13,12 +13,12 @@ use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{action, argv_source, error, exec_flags, kind, mode, origin, reason, slot_flags, verdict},
-    maps::{HOST_ROOT, Process},
     offsets::ABSENT,
     record::{
         ExecPart, ExecRecord, INTERPRETER, LARGE_ARGV, LARGE_CWD, LARGE_PATH, LONGEST_ARGUMENT, SMALL_ARGV,
         SMALL_CWD, SMALL_PATH,
     },
+    state::{HOST_ROOT, Process},
 };
 
 use crate::{
@@ -111,7 +111,7 @@ pub fn check(bprm: Address, asked: bool) -> bool {
             // The arguments will be the interpreter's.
             (*scratch).of_script = 1;
             without_arguments(scratch, verdict)
-        } else if unknowable && (*scratch).reason == reason::ARGUMENTS {
+        } else if unknowable && (*scratch).decision.reason == reason::ARGUMENTS {
             without_arguments(scratch, verdict)
         } else {
             verdict
@@ -128,15 +128,15 @@ pub fn check(bprm: Address, asked: bool) -> bool {
     }
     if denied {
         // SAFETY: as above.
-        unsafe { (*scratch).action = action::REFUSED };
+        unsafe { (*scratch).decision.action = action::REFUSED };
         palisade_report(claim);
         no_exec_any_more();
     } else if verdict == verdict::HELD && entry_is_missing() {
         // Nobody could say later that it waits.
         // SAFETY: as above.
         unsafe {
-            (*scratch).verdict = verdict::DENIED;
-            (*scratch).action = action::REFUSED;
+            (*scratch).decision.verdict = verdict::DENIED;
+            (*scratch).decision.action = action::REFUSED;
         }
         palisade_report(claim);
         scratch::release(claim);
@@ -163,7 +163,7 @@ pub fn check(bprm: Address, asked: bool) -> bool {
             keep_script(scratch, entry, first);
             if first || verdict > pending || pending == verdict::ALLOWED {
                 (&raw mut (*entry).pending_verdict).write_volatile(verdict);
-                (&raw mut (*entry).pending_reason).write_volatile((*scratch).reason);
+                (&raw mut (*entry).pending_reason).write_volatile((*scratch).decision.reason);
             }
         }
     }
@@ -183,10 +183,10 @@ unsafe fn without_arguments(scratch: *mut Scratch, verdict: u8) -> u8 {
     }
     // SAFETY: the caller's promise.
     unsafe {
-        let audits = (*scratch).mode == mode::AUDIT;
-        (*scratch).verdict = if audits { verdict::AUDITED } else { verdict::DENIED };
-        (*scratch).reason = reason::ARGUMENTS;
-        (*scratch).verdict
+        let audits = (*scratch).decision.mode == mode::AUDIT;
+        (*scratch).decision.verdict = if audits { verdict::AUDITED } else { verdict::DENIED };
+        (*scratch).decision.reason = reason::ARGUMENTS;
+        (*scratch).decision.verdict
     }
 }
 
@@ -271,13 +271,13 @@ pub fn elevates(bprm: Address) -> bool {
     };
     let of_runtime = examine(claim, scratch, bprm) == verdict::ALLOWED
         // SAFETY: the memory belongs to this task until it is released.
-        && unsafe { (*scratch).reason } == reason::RUNTIME;
+        && unsafe { (*scratch).decision.reason } == reason::RUNTIME;
     if !of_runtime {
         // SAFETY: as above.
         unsafe {
-            (*scratch).verdict = verdict::DENIED;
-            (*scratch).reason = reason::ELEVATION;
-            (*scratch).action = action::REFUSED;
+            (*scratch).decision.verdict = verdict::DENIED;
+            (*scratch).decision.reason = reason::ELEVATION;
+            (*scratch).decision.action = action::REFUSED;
             (*scratch).flags |= exec_flags::ELEVATED;
         }
         palisade_report(claim);
@@ -389,54 +389,54 @@ pub fn executed(bprm: Address) {
         // Only a pass before the last one, that is a script's, can know better than this judgement.
         if process.passes > 1 && process.pending_verdict > verdict {
             verdict = process.pending_verdict;
-            (*scratch).verdict = verdict;
-            (*scratch).reason = process.pending_reason;
+            (*scratch).decision.verdict = verdict;
+            (*scratch).decision.reason = process.pending_reason;
             (*scratch).of_script = 1;
         } else if process.pending_reason == reason::INTERPRETER && process.pending_verdict > verdict {
             verdict = process.pending_verdict;
-            (*scratch).verdict = verdict;
-            (*scratch).reason = reason::INTERPRETER;
+            (*scratch).decision.verdict = verdict;
+            (*scratch).decision.reason = reason::INTERPRETER;
         }
         if process.elevates != 0 {
             (*scratch).flags |= exec_flags::ELEVATED;
             let rules = palisade_code_rules(process.slot);
             if rules_forbid_elevation(rules)
                 && verdict == verdict::ALLOWED
-                && (*scratch).reason != reason::RUNTIME
+                && (*scratch).decision.reason != reason::RUNTIME
             {
                 let audits = rules_mode(rules) == mode::AUDIT;
                 verdict = if audits { verdict::AUDITED } else { verdict::DENIED };
-                (*scratch).verdict = verdict;
-                (*scratch).reason = reason::ELEVATION;
+                (*scratch).decision.verdict = verdict;
+                (*scratch).decision.reason = reason::ELEVATION;
             }
         }
         if process.held != 0 {
             // It is stopped already, and must be let go by whoever settles it.
             verdict = verdict::HELD;
-            (*scratch).verdict = verdict;
-            (*scratch).reason = process.pending_reason;
+            (*scratch).decision.verdict = verdict;
+            (*scratch).decision.reason = process.pending_reason;
         }
         if verdict == verdict::HELD && process.foreign_interpreter != 0 {
             (*scratch).flags |= exec_flags::FOREIGN_INTERPRETER;
         }
         if verdict == verdict::HELD && interpreter_is_lost {
-            (*scratch).reason = reason::LOOKUP_MISSED;
+            (*scratch).decision.reason = reason::LOOKUP_MISSED;
         }
         if verdict == verdict::HELD && process.passes > 1 {
             // It can only be settled later if its script is known: one, by its whole path.
             let known = SCRIPTS.get_ptr_mut(processes::current_pid()).is_some();
             let one = process.passes == 2 && usize::from(process.script_start) < PATH_CAPACITY && known;
             if !one {
-                (*scratch).reason = reason::LOOKUP_MISSED;
+                (*scratch).decision.reason = reason::LOOKUP_MISSED;
             }
         }
         if verdict == verdict::DENIED && kill() {
-            (*scratch).action = action::KILLED;
+            (*scratch).decision.action = action::KILLED;
         }
         if verdict == verdict::HELD {
             hold(scratch);
         }
-        if (*scratch).reason != reason::RUNTIME {
+        if (*scratch).decision.reason != reason::RUNTIME {
             note_first_exec(process.slot);
         }
     }
@@ -577,9 +577,9 @@ unsafe fn hold(scratch: *mut Scratch) {
     // Without an entry nobody would know whom to let go.
     // SAFETY: the caller's promise.
     unsafe {
-        (*scratch).verdict = verdict::DENIED;
+        (*scratch).decision.verdict = verdict::DENIED;
         if kill() {
-            (*scratch).action = action::KILLED;
+            (*scratch).decision.action = action::KILLED;
         }
     }
 }
@@ -644,8 +644,8 @@ fn examine(claim: u64, scratch: *mut Scratch, bprm: Address) -> u8 {
     if runtime {
         // SAFETY: as above.
         unsafe {
-            (*scratch).verdict = verdict::ALLOWED;
-            (*scratch).reason = reason::RUNTIME;
+            (*scratch).decision.verdict = verdict::ALLOWED;
+            (*scratch).decision.reason = reason::RUNTIME;
         }
         return verdict::ALLOWED;
     }
@@ -723,7 +723,7 @@ pub extern "C" fn palisade_is_outside(slot: u64) -> u64 {
 #[inline(always)]
 unsafe fn is_early(scratch: *mut Scratch) -> bool {
     // SAFETY: the caller's promise.
-    unsafe { (*scratch).action == action::REFUSED || (*scratch).flags & exec_flags::ONLY_ASKED != 0 }
+    unsafe { (*scratch).decision.action == action::REFUSED || (*scratch).flags & exec_flags::ONLY_ASKED != 0 }
 }
 
 /// Finds the arguments and reports what `claim` has judged.
@@ -757,7 +757,7 @@ pub extern "C" fn palisade_report(claim: u64) -> u64 {
     if early && !record::is_active() {
         // SAFETY: as above.
         unsafe {
-            if (*scratch).action == action::REFUSED {
+            if (*scratch).decision.action == action::REFUSED {
                 // The set that records is not asked any more: a hook ends with the first refusal.
                 record::lose((*scratch).slot, Lane::Check);
             }
@@ -990,7 +990,7 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
     let (slot, early, kind) = unsafe { ((*scratch).slot, is_early(scratch), (*scratch).arguments_kind) };
     let lane = if early { Lane::Check } else { Lane::Exec };
     // SAFETY: as above.
-    let urgent = unsafe { (*scratch).verdict } != verdict::ALLOWED;
+    let urgent = unsafe { (*scratch).decision.verdict } != verdict::ALLOWED;
     let Some((mut entry, header)) =
         record::reserve::<ExecRecord<PATH, CWD, ARGV, SLACK>>(slot, kind::EXEC, lane, urgent)
     else {
@@ -1054,6 +1054,7 @@ fn write<const PATH: usize, const CWD: usize, const ARGV: usize, const SLACK: us
         context::describe(current, &raw mut (*place).head.process);
         (&raw mut (*place).head.session).write((&raw const (*scratch).session).read_volatile());
         context::describe_context(current, &raw mut (*place).head.context);
+        (&raw mut (*place).head.decision).write((&raw const (*scratch).decision).read());
         write_exec_part(scratch, &raw mut (*place).head.exec, class);
         record::submit(entry, urgent);
     }
@@ -1070,11 +1071,7 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
     // SAFETY: the caller's promise.
     unsafe {
         let inode = context::palisade_pointer((*scratch).dentry, u64::from(offset!(dentry_inode)));
-        (&raw mut (*exec).verdict).write((*scratch).verdict);
-        (&raw mut (*exec).action).write((*scratch).action);
-        (&raw mut (*exec).reason).write((*scratch).reason);
         (&raw mut (*exec).origin).write((*scratch).origin);
-        (&raw mut (*exec).mode).write((*scratch).mode);
         (&raw mut (*exec).argv_source).write((&raw const (*scratch).argv_source).read_volatile());
         let flags = (&raw const (*scratch).flags).read_volatile();
         // `of_script` is 0 or 1.
@@ -1082,7 +1079,6 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
         let escaped = (*scratch).escaped * exec_flags::ESCAPED;
         (&raw mut (*exec).flags).write(flags | of_script | escaped);
         (&raw mut (*exec).reserved).write(0);
-        (&raw mut (*exec).revision).write((*scratch).revision);
         let argc = context::palisade_word((*scratch).bprm, u64::from(offset!(binprm_argc)));
         (&raw mut (*exec).argc).write(argc as u32);
         (&raw mut (*exec).inode).write(context::palisade_pointer(inode, u64::from(offset!(inode_number))));
@@ -1100,7 +1096,6 @@ unsafe fn write_exec_part(scratch: *mut Scratch, exec: *mut ExecPart, class: u16
         (&raw mut (*exec).interpreter_origin).write((*scratch).interpreter_origin);
         (&raw mut (*exec).interpreter).write((*scratch).interpreter);
         (&raw mut (*exec).interpreter_name).write((*scratch).interpreter_name);
-        (&raw mut (*exec).reserved_too).write([0; 8]);
         (&raw mut (*exec).script_device).write((*scratch).script_device);
         (&raw mut (*exec).caller).write((*scratch).caller);
     }

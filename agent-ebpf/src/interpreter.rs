@@ -9,9 +9,10 @@ use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{action, error, mode, origin, reason, verdict},
-    maps::{EXEC_GRANTS, LinkKey, grant},
     offsets::ABSENT,
+    policy::exec::{EXEC_GRANTS, grant},
     record::INTERPRETER,
+    state::LinkKey,
 };
 
 use crate::{
@@ -281,11 +282,11 @@ pub extern "C" fn palisade_refuse_interpreter(claim: u64) -> u64 {
         (*scratch).dentry = dentry.0;
         palisade_walk(claim, dentry.0, EXECUTABLE);
         (*scratch).origin = palisade_classify(claim) as u8;
-        (*scratch).verdict = verdict::DENIED;
-        (*scratch).reason = reason::INTERPRETER;
-        (*scratch).action = action::REFUSED;
-        (*scratch).mode = rules_mode(rules);
-        (*scratch).revision = (rules >> 32) as u32;
+        (*scratch).decision.verdict = verdict::DENIED;
+        (*scratch).decision.reason = reason::INTERPRETER;
+        (*scratch).decision.action = action::REFUSED;
+        (*scratch).decision.mode = rules_mode(rules);
+        (*scratch).decision.revision = (rules >> 32) as u32;
     }
     palisade_report(claim);
     exec::no_exec_any_more();

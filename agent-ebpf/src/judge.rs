@@ -7,11 +7,12 @@ use aya_ebpf::helpers::{bpf_ktime_get_boot_ns, bpf_probe_read_user_buf};
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
-    codes::{code_flags, error, mode, origin, reason, verdict},
-    maps::{
-        AdmittedKey, EXEC_GRANTS, GLOB_BYTES, GLOB_CHUNK, GLOB_DEAD, RuleKey, grant, grant_to_any,
-        library_grant,
-    },
+    codes::{action, code_flags, error, mode, origin, reason, verdict},
+    policy::exec::{EXEC_GRANTS, RuleKey, grant, grant_to_any, library_grant},
+    policy::{GLOB_BYTES, GLOB_CHUNK, GLOB_DEAD},
+    record::DecisionPart,
+    section,
+    state::AdmittedKey,
 };
 
 use crate::{
@@ -36,10 +37,7 @@ pub extern "C" fn palisade_judge(claim: u64) -> u64 {
     let decision = decide(slot, Some((claim, scratch)));
     // SAFETY: as above.
     unsafe {
-        (*scratch).verdict = decision.verdict;
-        (*scratch).reason = decision.reason;
-        (*scratch).mode = decision.mode;
-        (*scratch).revision = decision.revision;
+        (*scratch).decision = decision;
     }
     u64::from(decision.verdict)
 }
@@ -76,29 +74,20 @@ pub extern "C" fn palisade_refuses_unexamined(slot: u64) -> u64 {
     u64::from(decide(slot, None).verdict == verdict::DENIED)
 }
 
-/// A decision and what it rests on.
-#[derive(Clone, Copy)]
-struct Decision {
-    verdict: u8,
-    reason: u8,
-    mode: u8,
-    revision: u32,
-}
-
 /// What `mode` makes of a mismatch. Anything but a clear `AUDIT` is refused.
 #[inline(always)]
-fn mismatch(reason: u8, mode: u8, revision: u32) -> Decision {
+fn mismatch(reason: u8, mode: u8, revision: u32) -> DecisionPart {
     let verdict = if mode == mode::AUDIT { verdict::AUDITED } else { verdict::DENIED };
-    Decision { verdict, reason, mode, revision }
+    DecisionPart { verdict, action: action::NONE, reason, mode, revision }
 }
 
 #[inline(always)]
-fn allowed(reason: u8, mode: u8, revision: u32) -> Decision {
-    Decision { verdict: verdict::ALLOWED, reason, mode, revision }
+fn allowed(reason: u8, mode: u8, revision: u32) -> DecisionPart {
+    DecisionPart { verdict: verdict::ALLOWED, action: action::NONE, reason, mode, revision }
 }
 
 #[inline(always)]
-fn decide(slot: u64, claimed: Option<(u64, *mut Scratch)>) -> Decision {
+fn decide(slot: u64, claimed: Option<(u64, *mut Scratch)>) -> DecisionPart {
     if slot == TOO_DEEP {
         // Nobody can say which container this is, so no profile can say that it only audits.
         return mismatch(reason::UNIDENTIFIED, mode::ENFORCE, 0);
@@ -126,7 +115,7 @@ fn decide(slot: u64, claimed: Option<(u64, *mut Scratch)>) -> Decision {
     if escaped {
         return mismatch(reason::ESCAPED, mode, number);
     }
-    if revision.restricts_exec == 0 {
+    if revision.sections[section::EXEC].restricts == 0 {
         return allowed(reason::NO_RULE, mode, number);
     }
     let Some((claim, scratch)) = claimed else { return mismatch(reason::NO_SCRATCH, mode, number) };
@@ -212,8 +201,9 @@ pub extern "C" fn palisade_granted(claim: u64, number: u64, wanted: u64) -> u64 
         }
         (*scratch).with_arguments = with_arguments;
     }
-    if now & wanted as u32 == 0 && revision.glob_chunks != 0 {
-        let automaton = Automaton { base: revision.automata_base, width: revision.glob_width };
+    let head = &revision.sections[section::EXEC];
+    if now & wanted as u32 == 0 && head.automaton_chunks != 0 {
+        let automaton = Automaton { base: head.automaton_base, width: head.automaton_width };
         let globs = run(scratch, area, (start, PATH_CAPACITY as u32), automaton);
         now |= globs;
         any |= globs;
@@ -320,11 +310,11 @@ pub extern "C" fn palisade_code_rules(slot: u64) -> u64 {
         count::error(error::REVISION_MISSED);
         return packed(number, mode::ENFORCE, 0);
     };
-    if revision.restricts_exec == 0 {
+    if revision.sections[section::EXEC].restricts == 0 {
         return 0;
     }
     let mode = if planted!(ENFORCE_IS_AUDIT) { mode::AUDIT } else { revision.mode as u8 };
-    packed(number, mode, revision.code & 0xff)
+    packed(number, mode, revision.sections[section::EXEC].flags & 0xff)
 }
 
 /// Whether what [`palisade_code_rules`] returned lets no program have rights that its caller has not.
@@ -411,7 +401,7 @@ pub extern "C" fn palisade_is_allowed_executable(claim: u64, rules: u64) -> u64 
 
 /// The verdict on what a container executes that nobody has identified yet.
 #[inline(always)]
-fn unidentified(claimed: Option<(u64, *mut Scratch)>) -> Decision {
+fn unidentified(claimed: Option<(u64, *mut Scratch)>) -> DecisionPart {
     if !record::is_active() {
         // The set that is active knows the container, or gates it.
         return allowed(reason::UNIDENTIFIED, 0, 0);
@@ -441,7 +431,7 @@ fn unidentified(claimed: Option<(u64, *mut Scratch)>) -> Decision {
         // SAFETY: the memory belongs to this task until it is released.
         let failure = unsafe { (*scratch).executable.failure as u8 };
         let reason = if failure == 0 { reason } else { failure };
-        return Decision { verdict: verdict::HELD, reason, mode, revision: 0 };
+        return DecisionPart { verdict: verdict::HELD, action: action::NONE, reason, mode, revision: 0 };
     }
     mismatch(reason, mode, 0)
 }

@@ -5,8 +5,8 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use palisade_abi::{
     PATH_DEPTH,
     codes::{code_act, error},
-    maps::LayerKey,
     offsets::ABSENT,
+    state::LayerKey,
 };
 
 use crate::{

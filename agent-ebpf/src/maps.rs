@@ -10,13 +10,16 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     codes,
-    maps::{
-        Account, AdmittedKey, AgentState, GlobChunk, LayerKey, LinkKey, LinkTarget, OpenedInterpreter,
-        Process, Revision, RingShare, RootIdentity, RuleKey, RuleValue, SCRATCH_ENTRIES, SetMeta, Settings,
-        Slot, SlotPolicy, Volume, VolumeKey, VolumeName,
-    },
+    ledger::{Account, SetMeta, Slot},
     offsets::KernelOffsets,
+    policy::exec::{RuleKey, RuleValue},
+    policy::{GlobChunk, Revision, SlotPolicy},
     record::CGROUP_NAME,
+    settings::{SCRATCH_ENTRIES, Settings},
+    state::{
+        AdmittedKey, AgentState, LayerKey, LinkKey, LinkTarget, OpenedInterpreter, Process, RingShare,
+        RootIdentity, Volume, VolumeKey, VolumeName,
+    },
 };
 
 use crate::scratch::Scratch;
@@ -138,7 +141,7 @@ pub static ERRORS: Array<u64> = Array::with_max_entries(codes::ERROR_SITES, 0);
 /// Last sequence number per lane, where there is no atomic fetch-add.
 #[cfg(not(feature = "fetch-add"))]
 #[map]
-pub static SLOT_LANES: aya_ebpf::maps::PerCpuHashMap<u64, [u64; palisade_abi::maps::LANES]> =
+pub static SLOT_LANES: aya_ebpf::maps::PerCpuHashMap<u64, [u64; palisade_abi::ledger::LANES]> =
     aya_ebpf::maps::PerCpuHashMap::with_max_entries(2048, 0);
 
 /// Overridden at load time.

@@ -2,8 +2,8 @@
 
 use palisade_abi::{
     codes::{error, origin},
-    maps::{HOST_ROOT, RootIdentity},
     offsets::ABSENT,
+    state::{HOST_ROOT, RootIdentity},
 };
 
 use crate::{
@@ -122,17 +122,19 @@ pub fn of_descriptor(descriptor: u64) -> u8 {
     volumes::opened(descriptor).map_or(origin::UNKNOWN, overlay_origin)
 }
 
-/// Whether the overlay's folder at `dentry` stands under another name than in its layer.
+/// Whether the overlay's folder that has the inode at `inode` stands under another name than in its layer.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_is_redirected(dentry: u64) -> u64 {
+pub extern "C" fn palisade_is_redirected(inode: u64) -> u64 {
     let redirect = offset!(ovl_inode_redirect);
     let vfs = offset!(ovl_inode_vfs);
     if redirect == ABSENT || vfs == ABSENT {
         return 0;
     }
-    let Some(inode) = KernelPtr(dentry).follow(offset!(dentry_inode)) else { return 1 };
-    u64::from(KernelPtr(inode.0 - u64::from(vfs)).read::<u64>(redirect) != Some(0))
+    if inode == 0 {
+        return 1;
+    }
+    u64::from(KernelPtr(inode - u64::from(vfs)).read::<u64>(redirect) != Some(0))
 }
 
 /// The inode of the layer in which the bytes of an overlay's file are.

@@ -393,7 +393,7 @@ unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
     unsafe {
         (&raw mut (*turns).outer).write_volatile(start);
         // After its name: overlayfs notes a new name before it gives it.
-        if on_overlay != 0 && origin::palisade_is_redirected(current.0) != 0 {
+        if on_overlay != 0 && origin::palisade_is_redirected(word(turns, offset!(dentry_inode))) != 0 {
             (&raw mut (*turns).renamed).write_volatile(1);
         }
         add_to_seal(turns, current);

@@ -6,8 +6,8 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     codes::{error, kind, session},
-    maps::Process,
     record::{ExitRecord, ForkRecord, SessionPart},
+    state::Process,
 };
 
 use crate::{

@@ -10,7 +10,7 @@ use aya_ebpf::{
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns, generated::bpf_ringbuf_query},
     maps::ring_buf::RingBufEntry,
 };
-use palisade_abi::{ABI_VERSION, codes::error, maps::RingShare, record::Header};
+use palisade_abi::{RECORDS_VERSION, codes::error, record::Header, state::RingShare};
 
 use crate::{
     count,
@@ -155,7 +155,7 @@ pub fn reserve<T: 'static>(
     };
     let header = Header {
         kind,
-        abi: ABI_VERSION as u16,
+        version: RECORDS_VERSION,
         size: size_of::<T>() as u32,
         slot,
         sequence,

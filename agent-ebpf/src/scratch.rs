@@ -8,9 +8,9 @@ use palisade_abi::{
     PATH_CAPACITY,
     codes::error,
     hash::SipHasher,
-    maps::{OpenedInterpreter, Process},
     offsets::DENTRY_BYTES,
-    record::SessionPart,
+    record::{DecisionPart, SessionPart},
+    state::{OpenedInterpreter, Process},
 };
 
 use crate::{
@@ -95,16 +95,12 @@ pub struct Scratch {
     pub arguments_at: u64,
     pub arguments_length: u64,
     pub arguments_kind: u32,
-    pub revision: u32,
-    pub verdict: u8,
-    pub reason: u8,
-    pub mode: u8,
-    pub origin: u8,
-    pub action: u8,
     pub of_script: u8,
+    pub origin: u8,
     pub argv_source: u8,
     /// [`palisade_abi::codes::exec_flags`].
     pub flags: u8,
+    pub decision: DecisionPart,
     pub path_length: u16,
     pub cwd_length: u16,
     pub argv_length: u16,
@@ -131,7 +127,7 @@ pub struct Scratch {
     pub automata: [Automaton; 2],
     /// Hash of the path of the program that calls exec, or maps; 0 when it is not the image's.
     pub caller: [u64; 2],
-    /// Those of [`palisade_abi::maps::Process`].
+    /// Those of [`palisade_abi::state::Process`].
     pub interpreter: [u64; 2],
     pub interpreter_name: [u64; 2],
     pub session: SessionPart,

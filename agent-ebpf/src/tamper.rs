@@ -5,9 +5,9 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use palisade_abi::{
-    codes::{error, kind, mode, tampering, verdict},
-    maps::{AgentState, PROBE_SLOT},
-    record::TamperRecord,
+    codes::{action, error, kind, mode, tampering, verdict},
+    record::{DecisionPart, TamperRecord},
+    state::{AgentState, PROBE_SLOT},
 };
 
 use crate::{
@@ -158,9 +158,15 @@ pub extern "C" fn palisade_attempt(act: u64, target: u64, detail: u64) -> u64 {
             (&raw mut (*place).header).write(header);
             context::describe(KernelPtr::current_task(), &raw mut (*place).process);
             (&raw mut (*place).session).write(processes::session_of(pid));
+            (&raw mut (*place).decision).write(DecisionPart {
+                verdict: if refused { verdict::DENIED } else { verdict::AUDITED },
+                action: if refused { action::REFUSED } else { action::NONE },
+                reason: 0,
+                mode: 0,
+                revision: 0,
+            });
             (&raw mut (*place).act).write(act as u8);
-            (&raw mut (*place).verdict).write(if refused { verdict::DENIED } else { verdict::AUDITED });
-            (&raw mut (*place).reserved).write([0; 2]);
+            (&raw mut (*place).reserved).write([0; 3]);
             (&raw mut (*place).target).write(target as u32);
             (&raw mut (*place).detail).write(detail as u32);
             (&raw mut (*place).reserved_too).write(0);

@@ -9,7 +9,7 @@ use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
     codes::{error, reason},
-    maps::{HOST_ROOT, VOLUME_NAME_CAPACITY, Volume, VolumeKey},
+    state::{HOST_ROOT, VOLUME_NAME_CAPACITY, Volume, VolumeKey},
 };
 
 use crate::{

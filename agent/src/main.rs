@@ -15,7 +15,7 @@ mod sessions;
 mod status;
 mod uninstall;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, sync::LazyLock};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
@@ -26,13 +26,20 @@ use crate::config::Config;
 
 /// Guards the containers of this node.
 #[derive(Parser)]
-#[command(name = "palisade-agent", version)]
+#[command(name = "palisade-agent", version, long_version = long_version())]
 struct Arguments {
     /// Configuration file; absent means all defaults
     #[arg(long, global = true, env = "PALISADE_AGENT_CONFIG")]
     config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
+}
+
+/// With the versions of what an upgrade takes over: between builds of the same, nothing is found out anew.
+fn long_version() -> &'static str {
+    static TEXT: LazyLock<String> =
+        LazyLock::new(|| format!("{}\nlayouts: {}", env!("CARGO_PKG_VERSION"), palisade_abi::VERSIONS));
+    &TEXT
 }
 
 #[derive(Subcommand)]

@@ -279,7 +279,7 @@ impl Revisions {
         flags: u32,
     ) -> Result<String> {
         let Some(policy) = policy else {
-            maps.set_policy(slot, 0, flags)?;
+            maps.policies.set_policy(slot, 0, flags)?;
             self.release(maps, slot);
             return Ok(String::new());
         };
@@ -288,19 +288,19 @@ impl Revisions {
         if self.of_slot.get(&slot) == Some(&name)
             && let Some(revision) = self.by_name.get(&name)
         {
-            maps.set_policy(slot, revision.number, flags)?;
+            maps.policies.set_policy(slot, revision.number, flags)?;
             return Ok(name);
         }
         let number = match self.by_name.get(&name) {
             Some(revision) => revision.number,
             None => {
-                let number = maps.install(number_of(&name), &image::compile(policy)?)?;
+                let number = maps.policies.install(number_of(&name), &image::compile(policy)?)?;
                 self.by_name.insert(name.clone(), Revision { number, slots: 0, read_back: false });
                 self.names.insert(number, name.clone());
                 number
             }
         };
-        if let Err(error) = maps.set_policy(slot, number, flags) {
+        if let Err(error) = maps.policies.set_policy(slot, number, flags) {
             self.drop_unused(maps, &name);
             return Err(error);
         }
@@ -319,16 +319,16 @@ impl Revisions {
             return Ok(());
         };
         let image = image::compile(policy)?;
-        if !maps.holds(revision.number, &image) {
+        if !maps.policies.holds(revision.number, &image) {
             tracing::error!(
                 revision = name,
                 "the kernel has other rules under this name than it should; writing them anew"
             );
-            let number = maps.install(number_of(name), &image)?;
+            let number = maps.policies.install(number_of(name), &image)?;
             for (slot, _) in self.of_slot.iter().filter(|(_, other)| *other == name) {
-                maps.switch(*slot, number)?;
+                maps.policies.switch(*slot, number)?;
             }
-            maps.retire(revision.number);
+            maps.policies.retire(revision.number);
             revision.number = number;
             self.names.insert(number, name.to_owned());
         }
@@ -367,7 +367,7 @@ impl Revisions {
         if let Some(revision) = self.by_name.get(name)
             && revision.slots == 0
         {
-            maps.retire(revision.number);
+            maps.policies.retire(revision.number);
             self.by_name.remove(name);
         }
     }

@@ -6,7 +6,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use palisade_abi::{
     codes::{self, exec_flags},
     hash::hash_path,
-    maps::SetMeta,
+    ledger::SetMeta,
     record::{
         Decoded, DecodedCode, DecodedExec, ExitRecord, ForkRecord, Header, ProcessPart, SessionPart,
         TamperRecord,
@@ -198,14 +198,14 @@ pub fn make(
                 executable: if executing { String::new() } else { processes.executable(key(&head.process)) },
                 executing,
                 process: Some(describe(source, processes, &head.process)),
-                decided_revision: revision_name(head.code.revision),
+                decided_revision: revision_name(head.decision.revision),
                 ..code(&record)
             });
             let (header, session) = (head.header, head.session);
             Made { header, session, process: key(&head.process), event, urgent: true, held: None }
         }
         Decoded::Exec(exec) => {
-            let decided_revision = revision_name(exec.head.exec.revision);
+            let decided_revision = revision_name(exec.head.decision.revision);
             make_exec(source, processes, decided_revision, slot_of, &exec)
         }
     }
@@ -219,12 +219,13 @@ fn make_exec(
     record: &DecodedExec<'_>,
 ) -> Made {
     let part = &record.head.exec;
+    let decision = &record.head.decision;
     let context = &record.head.context;
     let process = &record.head.process;
     let (executable, origin) = named(record.path, part.origin);
     let Header { slot, time, .. } = record.head.header;
     let ancestors = processes.ancestors(slot, parent_key(process), slot_of);
-    let refused = part.action == codes::action::REFUSED || part.flags & exec_flags::ONLY_ASKED != 0;
+    let refused = decision.action == codes::action::REFUSED || part.flags & exec_flags::ONLY_ASKED != 0;
     let (script, script_origin) = if record.script.is_empty() {
         (String::new(), String::new())
     } else {
@@ -248,9 +249,9 @@ fn make_exec(
         process: Some(describe(source, processes, process)),
         executable,
         origin,
-        verdict: name(codes::verdict::name(part.verdict)),
-        action: name(codes::action::name(part.action)),
-        reason: name(codes::reason::name(part.reason)),
+        verdict: name(codes::verdict::name(decision.verdict)),
+        action: name(codes::action::name(decision.action)),
+        reason: name(codes::reason::name(decision.reason)),
         arguments: arguments(record.argv, part.argc),
         argument_count: part.argc,
         arguments_truncated: has(exec_flags::ARGV_TRUNCATED),
@@ -279,7 +280,7 @@ fn make_exec(
         }),
         cgroup: context.cgroup,
         terminal: text(until_zero(&context.tty)),
-        decided_mode: codes::mode::name(part.mode).unwrap_or_default().to_owned(),
+        decided_mode: codes::mode::name(decision.mode).unwrap_or_default().to_owned(),
         decided_revision,
         script_device: if script.is_empty() { String::new() } else { device(part.script_device) },
         script,
@@ -297,11 +298,11 @@ fn make_exec(
         interpreter,
         interpreter_origin,
     };
-    let held = (part.verdict == codes::verdict::HELD).then(|| Held {
+    let held = (decision.verdict == codes::verdict::HELD).then(|| Held {
         path: record.path.to_vec(),
         origin: part.origin,
         session: record.head.session.kind,
-        failure: if part.reason == codes::reason::UNIDENTIFIED { 0 } else { part.reason },
+        failure: if decision.reason == codes::reason::UNIDENTIFIED { 0 } else { decision.reason },
         script: (!record.script.is_empty()).then(|| (record.script.to_vec(), part.script_origin)),
         escaped: has(exec_flags::ESCAPED),
         foreign_interpreter: has(exec_flags::FOREIGN_INTERPRETER),
@@ -320,21 +321,22 @@ fn make_exec(
         session: record.head.session,
         process: key(process),
         event: Event::Exec(exec),
-        urgent: part.verdict != codes::verdict::ALLOWED,
+        urgent: decision.verdict != codes::verdict::ALLOWED,
         held,
     }
 }
 
 fn code(record: &DecodedCode<'_>) -> v1::Code {
     let part = &record.head.code;
+    let decision = &record.head.decision;
     let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
     let in_file = !record.path.is_empty() || part.origin != codes::origin::UNKNOWN;
     let (file, origin) = if in_file { named(record.path, part.origin) } else { Default::default() };
     v1::Code {
         act: name(codes::code_act::name(part.act)),
-        verdict: name(codes::verdict::name(part.verdict)),
-        action: name(codes::action::name(part.action)),
-        reason: name(codes::reason::name(part.reason)),
+        verdict: name(codes::verdict::name(decision.verdict)),
+        action: name(codes::action::name(decision.action)),
+        reason: name(codes::reason::name(decision.reason)),
         file,
         origin,
         path_truncated: part.flags & exec_flags::PATH_TRUNCATED != 0,
@@ -342,7 +344,7 @@ fn code(record: &DecodedCode<'_>) -> v1::Code {
         inode: part.inode,
         device: if in_file { device(part.device) } else { String::new() },
         target_pid: part.target,
-        decided_mode: codes::mode::name(part.mode).unwrap_or_default().to_owned(),
+        decided_mode: codes::mode::name(decision.mode).unwrap_or_default().to_owned(),
         ..Default::default()
     }
 }
@@ -358,14 +360,13 @@ fn protection(bits: u32) -> String {
 }
 
 fn tampering(record: &TamperRecord) -> v1::Tampering {
-    let TamperRecord { act, verdict, target, detail, .. } = *record;
-    let refused = verdict == codes::verdict::DENIED;
+    let TamperRecord { act, decision, target, detail, .. } = *record;
     let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
     let is_object = matches!(act, codes::tampering::OPEN_MAP | codes::tampering::OPEN_PROGRAM);
     v1::Tampering {
         act: name(codes::tampering::name(act)),
-        verdict: name(codes::verdict::name(verdict)),
-        action: name(codes::action::name(if refused { codes::action::REFUSED } else { codes::action::NONE })),
+        verdict: name(codes::verdict::name(decision.verdict)),
+        action: name(codes::action::name(decision.action)),
         agent_pid: if is_object { 0 } else { target },
         object: if is_object { target } else { 0 },
         signal: if act == codes::tampering::SIGNAL { detail } else { 0 },

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use palisade_abi::maps::{GLOB_BYTES, GLOB_DEAD, GLOB_GRANTS};
+use palisade_abi::policy::{GLOB_BYTES, GLOB_DEAD, GLOB_GRANTS};
 
 use crate::glob::Piece;
 
@@ -11,7 +11,7 @@ pub const MOST_STATES: usize = 4096;
 /// Most words of one automaton, 512 KiB: two of them, the one in force and the one after it, fit into the default of `maps.globBytes`.
 pub const MOST_WORDS: usize = 1 << 18;
 
-/// The automaton: [`palisade_abi::maps::GlobChunk`] has the layout of its words. Without patterns it has none.
+/// The automaton: [`palisade_abi::policy::GlobChunk`] has the layout of its words. Without patterns it has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Automaton {
     words: Vec<u16>,
@@ -115,7 +115,7 @@ impl Automaton {
         self.width
     }
 
-    /// What `path` is allowed with (or arguments are), as a mask of [`palisade_abi::maps::grant`]s: the same steps that the kernel takes.
+    /// What `path` is allowed with (or arguments are), as a mask of [`palisade_abi::policy::exec::grant`]s: the same steps that the kernel takes.
     #[must_use]
     pub fn grants(&self, path: &[u8]) -> u32 {
         if self.words.is_empty() {

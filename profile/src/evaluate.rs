@@ -2,7 +2,7 @@
 
 use palisade_abi::{
     codes::{code_flags, mode, origin, reason, verdict},
-    maps::{EXEC_GRANTS, grant, grant_to_any, library_grant},
+    policy::exec::{EXEC_GRANTS, grant, grant_to_any, library_grant},
 };
 
 use crate::image::{Exact, ExactKey, PolicyImage};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use palisade_abi::codes::code_flags;
-use palisade_abi::maps::{grant, library_grant};
+use palisade_abi::policy::exec::{grant, library_grant};
 use palisade_abi::volume;
 use thiserror::Error;
 

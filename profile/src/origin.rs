@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use marked_yaml::{Node, types::MarkedMappingNode};
-use palisade_abi::{codes::origin, maps::VOLUME_NAME_CAPACITY};
+use palisade_abi::{codes::origin, state::VOLUME_NAME_CAPACITY};
 
 use crate::{
     glob::Pattern,

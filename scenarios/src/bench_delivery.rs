@@ -206,8 +206,9 @@ fn write_templates(set: &Path) -> Result<()> {
     head.context.capabilities_permitted = 0xa804_25fb;
     head.context.capabilities_effective = 0xa804_25fb;
     head.context.capabilities_bounding = 0xa804_25fb;
+    head.decision.verdict = verdict::ALLOWED;
     let part = &mut head.exec;
-    (part.verdict, part.origin) = (verdict::ALLOWED, origin::IMAGE);
+    part.origin = origin::IMAGE;
     (part.inode, part.file_mode, part.argc) = (654_321, 0o100_755, 4);
     // Each at the start of its room.
     let room = |text: &[u8], room: usize| [text, &vec![0; room - text.len()]].concat();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData, PerCpuHashMap};
-use palisade_abi::maps::{LANES, Slot};
+use palisade_abi::ledger::{LANES, Slot};
 
 /// A map of the set of programs that is pinned in `set`.
 pub fn map(set: &Path, name: &str) -> Result<Map> {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use palisade_abi::maps::Process;
+use palisade_abi::state::Process;
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::{

@@ -202,11 +202,11 @@ enum Command {
         /// Times that it is killed while two configurations take turns
         #[arg(long, default_value_t = 10)]
         turns: u32,
-        /// Another build of the agent, which takes turns with this one after each step of an upgrade and back
+        /// Another build of the agent, which takes turns with this one after each step of an upgrade and back; may be given again
         ///
-        /// Its ABI may be another one: then its state cannot be copied, and what is left in its ring must be counted.
+        /// What its layouts let be taken over must be, and what is left in its ring must be read or counted.
         #[arg(long)]
-        other: Option<PathBuf>,
+        other: Vec<PathBuf>,
         /// Attacks meanwhile, at least
         #[arg(long, default_value_t = 1000)]
         attacks: u64,
@@ -391,7 +391,8 @@ fn start(arguments: Arguments) -> Result<ExitCode> {
             Command::Members { arrivals } => members::run(&cri, arrivals).await,
             Command::Rootfs => rootfs::run(&cri).await,
             Command::Outlives { kills, turns, other, attacks, seed, short } => {
-                outlives::run(&cri, &outlives::Options { kills, turns, other, attacks, seed, short }).await
+                outlives::run(&cri, &outlives::Options { kills, turns, others: other, attacks, seed, short })
+                    .await
             }
             Command::Claims => claims::run(&cri).await,
             Command::Tampering => tampering::run(&cri).await,

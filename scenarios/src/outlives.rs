@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{Command, ExitCode},
     time::{Duration, Instant},
 };
 
@@ -27,8 +27,8 @@ pub struct Options {
     pub kills: u32,
     /// The same while every agent has another configuration than the one before.
     pub turns: u32,
-    /// Another build of the agent.
-    pub other: Option<PathBuf>,
+    /// Other builds of the agent.
+    pub others: Vec<PathBuf>,
     /// Attacks that are tried meanwhile, at least.
     pub attacks: u64,
     /// Where the random moments come from; printed, so that they can be repeated.
@@ -72,7 +72,7 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
     report.case(&name, killed(&mut node, &runtime, &pod, options, false)).await;
     if options.turns > 0 {
         let name = format!("the same while two configurations take turns, {} kills", options.turns);
-        let options = Options { kills: options.turns, other: None, ..*options };
+        let options = Options { kills: options.turns, others: Vec::new(), ..*options };
         report.case(&name, killed(&mut node, &runtime, &pod, &options, true)).await;
     }
     report
@@ -83,11 +83,12 @@ pub async fn run(cri: &Path, options: &Options) -> Result<ExitCode> {
         .await;
     let other = AgentOptions { settings: "maps: {rules: 8192}\n", ..AgentOptions::default() };
     let name = "killed after each step of an upgrade, and back";
-    report.case(name, upgraded(&mut node, &runtime, &pod, &other, true, options.short)).await;
-    if let Some(program) = &options.other {
+    report.case(name, upgraded(&mut node, &runtime, &pod, &other, Shared::ALL, options.short)).await;
+    for program in &options.others {
+        let shared = Shared::with(program)?;
         let other = AgentOptions { program: Some(program.clone()), ..AgentOptions::default() };
-        let name = format!("the same with {}", program.display());
-        report.case(&name, upgraded(&mut node, &runtime, &pod, &other, false, options.short)).await;
+        let name = format!("the same with {}: {shared}", program.display());
+        report.case(&name, upgraded(&mut node, &runtime, &pod, &other, shared, options.short)).await;
     }
     report
         .case("--keep-enforcing stops the agent and leaves the verdicts", kept(&mut node, &runtime, &pod))
@@ -244,7 +245,7 @@ async fn killed(
     .await?;
     // Numbers of an earlier set are not among those of the last.
     let made = if taking_turns { 0 } else { ended["coverage"]["records_made"].as_u64().unwrap_or(0) };
-    balance(node, &container, &nonce, tried, made, true).await?;
+    balance(node, &container, &nonce, tried, made, Shared::ALL).await?;
     Ok(())
 }
 
@@ -279,7 +280,7 @@ async fn starved(node: &mut Node, runtime: &Runtime, pod: &Pod) -> Result<()> {
     })
     .await?;
     let made = ended["coverage"]["records_made"].as_u64().unwrap_or(0);
-    let counted = balance(node, &container, &nonce, tried, made, true).await?;
+    let counted = balance(node, &container, &nonce, tried, made, Shared::ALL).await?;
     ensure!(counted > 0, "nothing was lost, so it was not starved");
     node.stop_agent()?;
     node.start_agent(&AgentOptions::default()).await?;
@@ -300,6 +301,42 @@ const COPIED: &str = "the state is copied";
 /// The steps after which most may go wrong.
 const IN_SHORT: [&str; 2] = [COPIED, "this set records"];
 
+/// Which layouts two builds of the agent share.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shared {
+    state: bool,
+    policy: bool,
+    records: bool,
+}
+
+impl Shared {
+    const ALL: Self = Self { state: true, policy: true, records: true };
+
+    /// Those that this build and another one say that they have in common.
+    fn with(program: &Path) -> Result<Self> {
+        let layouts = |program: &Path| -> Result<Vec<String>> {
+            let output = Command::new(program).arg("--version").output()?;
+            let text = String::from_utf8(output.stdout)?;
+            let line = text.lines().find_map(|line| line.strip_prefix("layouts: "));
+            let line = line.with_context(|| format!("{} --version: {text:?}", program.display()))?;
+            Ok(line.split(", ").map(str::to_owned).collect())
+        };
+        let (own, other) = (layouts(Path::new("palisade-agent"))?, layouts(program)?);
+        let same = |kind: &str| own.iter().any(|layout| layout.starts_with(kind) && other.contains(layout));
+        let shared = Self { state: same("state "), policy: same("policy "), records: same("records ") };
+        ensure!(shared != Self::ALL, "{} has the same layouts", program.display());
+        Ok(shared)
+    }
+}
+
+impl std::fmt::Display for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let layouts = [("state", self.state), ("policy", self.policy), ("records", self.records)];
+        let other: Vec<&str> = layouts.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect();
+        write!(f, "another layout of {}", other.join(" and "))
+    }
+}
+
 /// Two agents take turns, each under attack, and each is killed when it has said that it has taken a step; then it is begun
 /// anew and finishes.
 async fn upgraded(
@@ -307,7 +344,7 @@ async fn upgraded(
     runtime: &Runtime,
     pod: &Pod,
     other: &AgentOptions,
-    same_layout: bool,
+    shared: Shared,
     short: bool,
 ) -> Result<()> {
     let container = runtime.container(pod, "c-upgraded", WORKLOAD_IMAGE, &[]).await?;
@@ -321,7 +358,7 @@ async fn upgraded(
         // The state of another layout cannot be copied.
         for (step, agent) in STEPS
             .iter()
-            .filter(|step| same_layout || **step != COPIED)
+            .filter(|step| shared.state || **step != COPIED)
             .filter(|step| !short || IN_SHORT.contains(step))
             .flat_map(|step| turns.map(|agent| (*step, agent)))
         {
@@ -331,7 +368,7 @@ async fn upgraded(
             until_within(UNREADABLE, step, async || Ok(node.log("agent").contains(step).then_some(())))
                 .await?;
             node.kill_agent()?;
-            in_order(&node.log("agent"), step, same_layout)?;
+            in_order(&node.log("agent"), step, shared.state)?;
             // Begun anew it goes all the way.
             node.start_agent(agent).await?;
             until_within(UNREADABLE, "one set is left", async || Ok((node.sets()?.len() == 1).then_some(())))
@@ -350,14 +387,14 @@ async fn upgraded(
         Ok(records.into_iter().find(|record| record["coverage"]["change"] == "ended"))
     })
     .await?;
-    balance(node, &container, &nonce, tried, 0, same_layout).await?;
+    balance(node, &container, &nonce, tried, 0, shared).await?;
     Ok(())
 }
 
 /// Whether the log has every step up to `last`, in their order.
-fn in_order(log: &str, last: &str, same_layout: bool) -> Result<()> {
+fn in_order(log: &str, last: &str, copied: bool) -> Result<()> {
     let mut from = 0;
-    for step in STEPS.iter().filter(|step| same_layout || **step != COPIED) {
+    for step in STEPS.iter().filter(|step| copied || **step != COPIED) {
         let place =
             log[from..].find(step).with_context(|| format!("no step {step:?} in its place: {log}"))?;
         from += place;
@@ -402,11 +439,11 @@ async fn balance(
     nonce: &str,
     tried: u64,
     made: u64,
-    same_layout: bool,
+    shared: Shared,
 ) -> Result<u64> {
     // Where programs cannot refuse, each set judges: the one that records may not know the container yet when the other one,
     // whose state it could not copy, kills.
-    let may_not_know = !same_layout && node.log("agent").contains("tier=\"fallback\"");
+    let may_not_know = !(shared.state && shared.policy) && node.log("agent").contains("tier=\"fallback\"");
     let records = events::query(node, &["--all", "--container", container])?;
     let mut identities = BTreeSet::new();
     let (mut stored, mut gaps, mut denials) = (0_u64, 0_u64, 0_u64);
@@ -427,6 +464,12 @@ async fn balance(
             let (verdict, reason) = (&record["exec"]["verdict"], &record["exec"]["reason"]);
             let does_not_know = may_not_know && verdict == "audited" && reason == "unidentified";
             ensure!(verdict == "denied" || does_not_know, "{record}");
+            // One that is found anew has no session any more.
+            let session = &record["session_of"]["kind"];
+            ensure!(
+                !shared.state || session == "exec" || session == "admin",
+                "its session is lost: {record}"
+            );
             denials += 1;
         }
     }

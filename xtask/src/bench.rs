@@ -7,7 +7,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use crate::{
-    build, images,
+    build::{self, Another},
+    images,
     kernels::Kernel,
     native::Containerd,
     vm::{Machine, Processors, Stream},
@@ -263,7 +264,7 @@ fn mmap(options: &Mmap) -> Result<ExitCode> {
 /// On this machine itself: its disk and its network count.
 fn delivery(options: &Delivery) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
-    let (agent, objects) = (build::test_agent(true)?, build::generator()?);
+    let (agent, objects) = (build::test_agent(Another::State, true)?, build::generator()?);
     let containerd = Containerd::start(&images::make(&binaries)?)?;
     let mut measured = Vec::new();
     let mut failed = 0;

@@ -48,19 +48,51 @@ pub fn run(options: &Options) -> Result<PathBuf> {
     shell::counted_step("build the binaries", |progress| binaries(options, &objects, &[], &[], progress))
 }
 
-/// Builds the agent of the tests: its layouts are those of another version, for testing upgrades, and it loads other objects from the
-/// folder that `PALISADE_TEST_OBJECTS` names. One build serves both, since each takes a minute; less where nothing is `measured` with it.
-pub fn test_agent(measured: bool) -> Result<PathBuf> {
-    shell::counted_step("build the agent of the tests", |progress| {
-        let objects = ebpf(&["another-abi"], "another-abi")?;
+/// A kind of layout that an agent of the tests has of another version, for testing upgrades.
+#[derive(Clone, Copy)]
+pub enum Another {
+    State,
+    Policy,
+    Records,
+}
+
+impl Another {
+    pub const ALL: &[Self] = &[Self::State, Self::Policy, Self::Records];
+
+    /// The feature of `palisade-abi`.
+    fn feature(self) -> &'static str {
+        match self {
+            Self::State => "another-state",
+            Self::Policy => "another-policy",
+            Self::Records => "another-records",
+        }
+    }
+
+    /// Where the agent stands in a machine.
+    pub fn place(self) -> &'static str {
+        match self {
+            Self::State => "bin/palisade-agent-of-another-state",
+            Self::Policy => "bin/palisade-agent-of-another-policy",
+            Self::Records => "bin/palisade-agent-of-another-records",
+        }
+    }
+}
+
+/// Builds an agent of the tests: a layout of it is of another version, and it loads other objects from the folder that
+/// `PALISADE_TEST_OBJECTS` names. One build serves both, since each takes a minute; less where nothing is `measured` with it.
+pub fn test_agent(another: Another, measured: bool) -> Result<PathBuf> {
+    let what = format!("build the agent of the tests ({})", another.feature());
+    shell::counted_step(&what, |progress| {
+        let objects = ebpf(&[another.feature()], another.feature())?;
         let options = Options { release: true };
         let mut settings = Vec::new();
         if !measured {
             settings.extend(["--config", "profile.release.package.palisade-agent.opt-level=1"]);
         }
-        let features = ["palisade-agent/another-abi", "palisade-agent/test-objects"];
+        let feature = format!("palisade-agent/{}", another.feature());
+        let features = [feature.as_str(), "palisade-agent/test-objects"];
         let folder = binaries(&options, &objects, &features, &settings, progress)?;
-        let kept = folder.join(TEST_AGENT);
+        let kept = folder.join(another.place().trim_start_matches("bin/"));
         std::fs::copy(folder.join("palisade-agent"), &kept)?;
         Ok(kept)
     })
@@ -70,17 +102,14 @@ pub fn test_agent(measured: bool) -> Result<PathBuf> {
 pub fn planted() -> Result<PathBuf> {
     // Only what the kernel that they run on takes.
     shell::step("build programs with planted bugs", || {
-        ebpf_variants(&VARIANTS[..1], &["planted", "another-abi"], "planted")
+        ebpf_variants(&VARIANTS[..1], &["planted", "another-state"], "planted")
     })
 }
 
 /// Builds programs that make records by themselves, for [`test_agent`].
 pub fn generator() -> Result<PathBuf> {
-    shell::step("build the generator of records", || ebpf(&["generator", "another-abi"], "generator"))
+    shell::step("build the generator of records", || ebpf(&["generator", "another-state"], "generator"))
 }
-
-/// The name of the agent that [`test_agent`] builds.
-pub const TEST_AGENT: &str = "palisade-agent-of-another-abi";
 
 fn ebpf(extra: &[&str], name: &str) -> Result<PathBuf> {
     ebpf_variants(VARIANTS, extra, name)

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::{
-    build,
+    build::{self, Another},
     images::{self, Image},
     kernels::{self, Kernel},
     paths, rootfs, shell,
@@ -39,10 +39,10 @@ pub struct Options {
     /// Give up after this many seconds
     #[arg(long, default_value_t = 1800)]
     pub deadline: u64,
-    /// Have the agent of the tests, whose layouts are of another version: palisade-agent-of-another-abi; and programs with planted
-    /// bugs in /palisade/objects
+    /// Have the agents of the tests, each with a layout of another version (palisade-agent-of-another-state, -policy, -records), and
+    /// programs with planted bugs in /palisade/objects
     #[arg(long)]
-    pub another_abi: bool,
+    pub test_agents: bool,
     /// Have the image of Debian's services, which `palisade-scenarios apps` needs
     #[arg(long)]
     pub apps: bool,
@@ -144,11 +144,14 @@ pub struct Outcome {
 pub fn run(options: &Options) -> Result<ExitCode> {
     let binaries = build::run(&build::Options { release: true })?;
     let here = std::env::current_dir()?;
-    let other = options.another_abi.then(|| build::test_agent(false)).transpose()?;
-    let planted = options.another_abi.then(build::planted).transpose()?;
-    let place = format!("bin/{}", build::TEST_AGENT);
-    let mut extra: Vec<(&str, &Path)> = other.iter().map(|other| (place.as_str(), other.as_path())).collect();
-    extra.extend(planted.iter().map(|planted| ("objects", planted.as_path())));
+    let mut built = Vec::new();
+    if options.test_agents {
+        for another in Another::ALL {
+            built.push((another.place(), build::test_agent(*another, false)?));
+        }
+        built.push(("objects", build::planted()?));
+    }
+    let extra = built.iter().map(|(place, path)| (*place, path.as_path())).collect();
     let machine = Machine {
         kernel: options.kernel,
         processors: match (options.icount, options.turns) {

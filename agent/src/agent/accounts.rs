@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use palisade_abi::maps::Account;
+use palisade_abi::ledger::Account;
 
 use super::{Agent, others::Others};
 use crate::{
@@ -103,7 +103,7 @@ impl Agent {
         };
         known.extend(of(&self.kernel.maps.ledger, self.kernel.meta.epoch));
         for set in self.others.iter().flat_map(Others::sets) {
-            known.extend(of(set.ledger(), set.meta.epoch));
+            known.extend(of(&set.ledger, set.meta.epoch));
         }
         self.queue.settle_all_but(&known);
     }

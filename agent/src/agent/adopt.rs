@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
-use palisade_abi::{maps::PROBE_SLOT, record::Header};
+use palisade_abi::{record::Header, state::PROBE_SLOT};
 use palisade_profile::origin::VolumeName;
 
 use super::{

@@ -62,8 +62,11 @@ impl Agent {
         let (id, attempts) = (container.id.clone(), container.digests.attempts);
         let found = self.process_in_its_root(slot).map(|pid| {
             // By the first exec the kernel knows the root; before it, nobody but the runtime has chosen one.
-            let device =
-                if self.is_untouched(slot, pid) { None } else { Some(self.kernel.maps.root_device(slot)) };
+            let device = if self.is_untouched(slot, pid) {
+                None
+            } else {
+                Some(self.kernel.maps.state.root_device(slot))
+            };
             read_all(pid, device, open.clone())
         });
         let mut found = found.unwrap_or_default();

@@ -7,8 +7,8 @@ use std::{
 };
 
 use palisade_abi::{
-    maps::PROBE_SLOT,
     record::{ForkRecord, Header, SessionPart, decode},
+    state::PROBE_SLOT,
 };
 use palisade_proto::v1::{self, record::Event};
 
@@ -85,7 +85,7 @@ impl Agent {
                 source,
                 processes,
                 |number| revisions.name(number),
-                |pid| maps.slot_of_process(pid),
+                |pid| maps.state.slot_of_process(pid),
                 decoded,
             )),
             Err(error) => {

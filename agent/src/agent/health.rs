@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use palisade_abi::maps::PROBE_SLOT;
+use palisade_abi::state::PROBE_SLOT;
 use palisade_proto::v1::record::Event;
 use tokio::{
     io::AsyncWriteExt as _,

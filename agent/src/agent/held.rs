@@ -2,8 +2,8 @@
 
 use palisade_abi::{
     codes::{action, mode, origin, reason, verdict},
-    maps::Process,
     record::INTERPRETER,
+    state::Process,
 };
 use palisade_profile::{
     evaluate::{Execution, evaluate},
@@ -77,6 +77,7 @@ impl Agent {
         let unrecorded: Vec<(u32, Process)> = self
             .kernel
             .maps
+            .state
             .processes()
             .into_iter()
             .filter(|(pid, process)| process.held != 0 && !recorded.contains(pid))
@@ -113,8 +114,14 @@ impl Agent {
             return;
         }
         let enforced = container.mode == "enforce";
-        let members: Vec<(u32, Process)> =
-            self.kernel.maps.processes().into_iter().filter(|(_, process)| process.slot == slot).collect();
+        let members: Vec<(u32, Process)> = self
+            .kernel
+            .maps
+            .state
+            .processes()
+            .into_iter()
+            .filter(|(_, process)| process.slot == slot)
+            .collect();
         if !members.iter().all(|(pid, process)| process.held == 0 && processes::is_stopped(*pid)) {
             return;
         }

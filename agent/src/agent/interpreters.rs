@@ -75,7 +75,7 @@ impl Agent {
             return last;
         };
         for (name, path) in &found {
-            if let Err(error) = self.kernel.maps.learn_link(slot, name, path) {
+            if let Err(error) = self.kernel.maps.state.learn_link(slot, name, path) {
                 tracing::error!(
                     container = id,
                     error = format!("{error:#}"),
@@ -104,7 +104,7 @@ impl Agent {
     fn names_in_image(&self, slot: u64, policy: &Policy) -> Option<BTreeMap<String, String>> {
         let pid = self.process_in_its_root(slot)?;
         let untouched = self.is_untouched(slot, pid);
-        let device = if untouched { None } else { Some(self.kernel.maps.root_device(slot)) };
+        let device = if untouched { None } else { Some(self.kernel.maps.state.root_device(slot)) };
         let executables: Vec<String> = policy
             .exec
             .iter()

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use palisade_abi::{
     codes::{session, slot_flags},
-    maps::{AgentState, Process},
+    state::{AgentState, Process},
 };
 use palisade_profile::{mode::Mode, policy::Policy};
 
@@ -57,7 +57,7 @@ impl Agent {
         let first = processes::oldest(&found.members()).unwrap_or(0);
         let is_new = self.kernel.maps.add_slot(found.slot, first, &found.id)?;
         // The cgroup first: what forks from now on is found by it.
-        self.kernel.maps.add_cgroup(found.slot, found.slot)?;
+        self.kernel.maps.state.add_cgroup(found.slot, found.slot)?;
         if !found.is_there() {
             // It went before the kernel knew that it is a container's, so nobody would ever say that it ended.
             self.kernel.maps.remove_slot(found.slot);
@@ -78,7 +78,7 @@ impl Agent {
             } else {
                 running_process(found.slot, *pid, first, &above, &mut roots)
             };
-            if let Err(error) = self.kernel.maps.add_process(*pid, process) {
+            if let Err(error) = self.kernel.maps.state.add_process(*pid, process) {
                 // Its cgroup still says where it belongs.
                 tracing::error!(
                     container = found.id,
@@ -98,7 +98,7 @@ impl Agent {
             !still.contains(process) && (now.is_none() || now != above.get(*process).map(|(start, _)| *start))
         };
         for process in members.iter().filter(ended) {
-            self.kernel.maps.remove_process(*process);
+            self.kernel.maps.state.remove_process(*process);
         }
         self.processes.seed(found.slot, &still);
         // A slot that the kernel made itself has a time of creation.
@@ -327,9 +327,9 @@ impl Agent {
         });
         let Some(container) = self.containers.get_mut(&slot) else { return };
         let first = self.kernel.maps.ledger.slot(slot).map_or(0, |slot| slot.workload_pid);
-        let is_its_own = first != 0 && self.kernel.maps.slot_of_process(first) == Some(slot);
+        let is_its_own = first != 0 && self.kernel.maps.state.slot_of_process(first) == Some(slot);
         // Only where the kernel has no other root for it: a `chroot` into a mounted host directory must not count.
-        let has_own_root = self.kernel.maps.has_root(slot);
+        let has_own_root = self.kernel.maps.state.has_root(slot);
         // Nor where one that ran before has gone there by itself.
         let is_given = !container.found_running || container.root == RootFilesystem::Runtimes;
         let mut flags = if is_its_own && is_given && !has_own_root && self.kernel.has_hosts_root(first) {
@@ -359,7 +359,7 @@ impl Agent {
                 container.mode = policy.as_ref().map_or(NO_PROFILE, |policy| policy.mode.as_str());
                 container.profiles =
                     policy.as_ref().map(|policy| policy.profiles.clone()).unwrap_or_default();
-                container.in_force_since = self.source.wall(self.kernel.maps.in_force_since(slot));
+                container.in_force_since = self.source.wall(self.kernel.maps.policies.in_force_since(slot));
             }
             Err(error) => {
                 if self.pending.insert(slot) {

@@ -55,7 +55,7 @@ impl Agent {
         let policy = self.profiles.policy_for(&identity.facts)?;
         let rules = exact(&policy);
         let pid = self.process_in_its_root(slot)?;
-        let device = self.kernel.maps.root_device(slot);
+        let device = self.kernel.maps.state.root_device(slot);
         let (sender, found) = mpsc::channel();
         // A thread that the container's file system keeps waiting is left behind.
         std::thread::spawn(move || {

@@ -30,8 +30,8 @@ use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 use palisade_abi::{
     codes::{control, mode},
-    maps::AgentState,
     record::{ControlRecord, decode_control},
+    state::AgentState,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -54,7 +54,7 @@ use crate::{
         nri,
     },
     delivery::{self, Link, News, Queue, Run},
-    kernel::{self, Kernel},
+    kernel::{self, Kernel, OldSet},
     losses::Losses,
     policies::{Profiles, Revisions},
     processes::{ProcessKey, Processes},
@@ -260,8 +260,7 @@ pub async fn run(config: Config) -> Result<()> {
     if let Err(error) = agent.prepare_self_probe() {
         tracing::error!(error = format!("{error:#}"), "the self-probe has no place in the kernel");
     }
-    let unreadable =
-        agent.kernel.other_sets()? > others.len() || others.iter().any(|set| set.whole().is_none());
+    let unreadable = agent.kernel.other_sets()? > others.len() || !others.iter().all(OldSet::can_be_copied);
     if others.is_empty() && !unreadable {
         agent.kernel.activate(true)?;
         agent.find_running();
@@ -392,7 +391,8 @@ impl Agent {
     /// Forgets processes and sessions whose end was not told.
     fn prune(&mut self) {
         self.empty_ring();
-        let alive: HashSet<u32> = self.kernel.maps.processes().into_iter().map(|(pid, _)| pid).collect();
+        let alive: HashSet<u32> =
+            self.kernel.maps.state.processes().into_iter().map(|(pid, _)| pid).collect();
         self.processes.prune(&alive);
         self.settle_unrecorded();
         let over = self.sessions.prune(&alive, self.source.now());
@@ -415,7 +415,7 @@ impl Agent {
             self.apply(slot, "policy-changed");
         }
         self.compare_roots_early();
-        self.kernel.maps.reap();
+        self.kernel.maps.policies.reap();
         self.retire_others();
         self.push_overdue();
         self.report_first_execs();
@@ -433,7 +433,7 @@ impl Agent {
             .collect();
         for slot in ended {
             // A process that was moved out of the cgroup keeps its slot.
-            if !self.kernel.maps.has_processes(slot) {
+            if !self.kernel.maps.state.has_processes(slot) {
                 self.end(slot);
             }
         }

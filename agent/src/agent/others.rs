@@ -7,14 +7,14 @@ use std::{
     time::Instant,
 };
 
-use palisade_abi::{codes::verdict, maps::PROBE_SLOT, record::decode};
+use palisade_abi::{codes::verdict, record::decode, state::PROBE_SLOT};
 use palisade_proto::v1::{self, record::Event};
 
 use super::{Agent, accounts::settle, flow::SMALLEST_RECORD};
 use crate::{
     containers::{Container, cgroups},
     delivery::{Credit, Queue},
-    kernel::{Ledger, OldSet, Whole},
+    kernel::{Ledger, OldSet, Policies, State},
     processes::Processes,
     records::{Made, Source, make},
 };
@@ -48,7 +48,7 @@ impl Leaving {
         let slots: Vec<u64> = made(&set).into_keys().collect();
         let accounted = slots
             .into_iter()
-            .map(|slot| (slot, settle(set.ledger_mut(), queue, epoch, slot).settled))
+            .map(|slot| (slot, settle(&mut set.ledger, queue, epoch, slot).settled))
             .collect();
         Self { set, accounted, read: false }
     }
@@ -79,16 +79,16 @@ impl Others {
     pub(super) fn ledger_mut(&mut self, epoch: u64) -> Option<&mut Ledger> {
         match self {
             Self::InForce(others) => {
-                others.sets.iter_mut().find(|set| set.meta.epoch == epoch).map(OldSet::ledger_mut)
+                others.sets.iter_mut().find(|set| set.meta.epoch == epoch).map(|set| &mut set.ledger)
             }
-            Self::Leaving(_) => self.leaving(epoch).map(|leaving| leaving.set.ledger_mut()),
+            Self::Leaving(_) => self.leaving(epoch).map(|leaving| &mut leaving.set.ledger),
         }
     }
 }
 
 pub(super) struct InForce {
     sets: Vec<OldSet>,
-    /// Whether some have another layout: what they guard cannot be read.
+    /// Whether some have another layout: what they guard cannot be read, or was not copied.
     unreadable: bool,
     since: Instant,
     /// When it was last said that they stay.
@@ -185,8 +185,8 @@ impl Agent {
         let guarded: HashSet<u64> = sets
             .iter()
             .filter(|set| set.in_force)
-            .filter_map(OldSet::whole)
-            .flat_map(|whole| whole.maps.guarded())
+            .filter_map(|set| Some(set.policies.as_ref()?.guarded(&set.ledger)))
+            .flatten()
             .collect();
         let covered =
             |slot: &u64| self.containers.get(slot).is_some_and(|container| container.is_under_policy());
@@ -196,8 +196,8 @@ impl Agent {
     /// Notes in sets that are still in force that a process is not held any more: each refuses to let it be woken.
     pub(super) fn let_go_in_others(&mut self, pid: u32) {
         if let Some(Others::InForce(others)) = &mut self.others {
-            for whole in others.sets.iter_mut().filter_map(OldSet::whole_mut) {
-                if let Err(error) = whole.maps.let_go(pid) {
+            for state in others.sets.iter_mut().filter_map(|set| set.state.as_mut()) {
+                if let Err(error) = state.let_go(pid) {
                     tracing::error!(
                         pid,
                         error = format!("{error:#}"),
@@ -247,7 +247,7 @@ impl Agent {
                 continue;
             }
             let now = self.source.now();
-            let cause = if set.whole().is_some() { "agent-killed" } else { "another-layout" }.to_owned();
+            let cause = if set.records.is_some() { "agent-killed" } else { "another-layout" }.to_owned();
             let gap = v1::Gap { count, cause, from: now, to: now };
             let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
@@ -261,20 +261,21 @@ impl Agent {
         }
     }
 
-    /// The records that wait in the ring of an older set; none when it has another layout.
+    /// The records that wait in the ring of an older set; none when its records have another layout.
     fn read_ring(&self, source: &Source, set: &mut OldSet) -> Vec<Made> {
         let mut made = Vec::new();
-        let Some(Whole { maps, records, ring_bytes }) = set.whole_mut() else { return made };
-        let revisions = maps.revision_names();
+        let OldSet { state, policies, records: Some(records), .. } = set else { return made };
+        let revisions = policies.as_ref().map(Policies::revision_names).unwrap_or_default();
+        let slot_of = |pid| state.as_ref().and_then(|state: &State| state.slot_of_process(pid));
         // Apart from the live ones: these records are older.
         let mut processes = Processes::new(&self.source.boot);
         // What its ring can hold: a set that has lost the map that all share may go on.
-        records.drain(*ring_bytes / SMALLEST_RECORD, |bytes| match decode(bytes) {
+        records.ring.drain(records.ring_bytes / SMALLEST_RECORD, |bytes| match decode(bytes) {
             Ok(decoded) => made.push(make(
                 source,
                 &mut processes,
                 |number| revisions.get(&number).cloned().unwrap_or_default(),
-                |pid| maps.slot_of_process(pid),
+                slot_of,
                 decoded,
             )),
             Err(error) => tracing::error!(%error, "a record of an older set cannot be read"),
@@ -285,7 +286,7 @@ impl Agent {
 
 /// Every slot of a set with what was numbered in it.
 fn made(set: &OldSet) -> HashMap<u64, u64> {
-    let ledger = set.ledger();
+    let ledger = &set.ledger;
     let mut made: HashMap<u64, u64> =
         ledger.accounts().into_iter().map(|(slot, account)| (slot, account.made)).collect();
     for (slot, _) in ledger.slots().into_iter().filter(|(slot, _)| *slot != PROBE_SLOT) {
@@ -297,14 +298,14 @@ fn made(set: &OldSet) -> HashMap<u64, u64> {
 /// Whether everything that a set has numbered is in the spool or delivered, or counted there.
 fn is_balanced(set: &OldSet) -> bool {
     made(set).into_iter().all(|(slot, made)| {
-        let account = set.ledger().account(slot);
+        let account = set.ledger.account(slot);
         account.spooled + account.from_memory >= made
     })
 }
 
 /// A container that is gone, as far as the set knows it.
 fn by_name(set: &OldSet, slot: u64) -> Container {
-    let name = set.ledger().name(slot);
+    let name = set.ledger.name(slot);
     let id = cgroups::container_id(&name).unwrap_or(&name).to_owned();
     Container::new(id, std::path::PathBuf::new(), true)
 }

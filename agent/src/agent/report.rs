@@ -1,6 +1,6 @@
 //! What the agent says of its own accord: coverage, sessions, losses, and evidence against the programs.
 
-use palisade_abi::maps::PROBE_SLOT;
+use palisade_abi::state::PROBE_SLOT;
 use palisade_proto::v1::{self, record::Event};
 
 use super::Agent;

@@ -43,7 +43,7 @@ impl Agent {
         let ran_before = container.found_running;
         // Read in this order: the kernel knows the root before it notes the first exec.
         let has_executed = self.kernel.maps.ledger.slot(found.slot).is_some_and(|slot| slot.first_exec != 0);
-        let has_root = self.kernel.maps.has_root(found.slot);
+        let has_root = self.kernel.maps.state.has_root(found.slot);
         let root = match (ran_before, has_root) {
             (false, false) if !has_executed => return,
             // The kernel would not have it, since it is the host's, say.
@@ -70,7 +70,7 @@ impl Agent {
         let preparing = members.iter().all(|pid| self.kernel.is_at_home(*pid));
         let maps = &self.kernel.maps;
         let theirs = bundle::find(first, &found.id, |pid| {
-            maps.slot_of_process(pid).is_some() || cgroups::holds_container(pid)
+            maps.state.slot_of_process(pid).is_some() || cgroups::holds_container(pid)
         });
         let settled = match theirs {
             Ok(theirs) if ran_before => self.learn_root(found, first, preparing, &theirs),
@@ -102,7 +102,7 @@ impl Agent {
 
     /// Sees to it that nothing that enters a container later decides what its image is.
     fn keep_without_root(&mut self, found: &Found) {
-        if let Err(error) = self.kernel.maps.set_no_root(found.slot) {
+        if let Err(error) = self.kernel.maps.state.set_no_root(found.slot) {
             tracing::error!(
                 container = found.id,
                 error = format!("{error:#}"),
@@ -123,7 +123,7 @@ impl Agent {
         let is_same = own.as_ref().is_some_and(|own| theirs.is_same_filesystem(own));
         let is_hosts = self.kernel.is_hosts_root(theirs.directory());
         let is_known =
-            theirs.is_overlay() && self.kernel.maps.root_device(found.slot) == Some(theirs.device());
+            theirs.is_overlay() && self.kernel.maps.state.root_device(found.slot) == Some(theirs.device());
         // A folder that is no overlay may still be waiting for what will be mounted there.
         let may_be_learned = !is_hosts && (theirs.is_overlay() || is_same);
         let learned = if may_be_learned && !is_known {
@@ -158,7 +158,7 @@ impl Agent {
 
     /// Compares the root filesystem that the kernel saw a container begin with. It stays, since nothing of the container had run.
     fn check_root(&self, slot: u64, theirs: &Root) -> RootFilesystem {
-        match self.kernel.maps.root_device(slot) {
+        match self.kernel.maps.state.root_device(slot) {
             None => RootFilesystem::NotCompared,
             // Its number need not be the one that stat(2) tells.
             Some(_) if !theirs.is_overlay() => RootFilesystem::NotExamined,

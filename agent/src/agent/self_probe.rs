@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use palisade_abi::{
     codes::{mode, verdict},
-    maps::{PROBE_SLOT, Process},
+    state::{PROBE_SLOT, Process},
 };
 use palisade_profile::{automaton::Automaton, image::PolicyImage, mode::Mode};
 use palisade_proto::v1::{self, record::Event};
@@ -118,10 +118,10 @@ impl Agent {
             exact: std::collections::BTreeMap::default(),
             globs: Automaton::default(),
         };
-        let revision = maps.install(0, &nothing)?;
-        maps.set_policy(PROBE_SLOT, revision, 0)?;
+        let revision = maps.policies.install(0, &nothing)?;
+        maps.policies.set_policy(PROBE_SLOT, revision, 0)?;
         if let Some(before) = self.self_probe.revision.replace(revision) {
-            maps.retire(before);
+            maps.policies.retire(before);
         }
         Ok(())
     }
@@ -196,7 +196,7 @@ impl Agent {
         }
         let mut word = [0; 1];
         output.read_exact(&mut word).context("the child does not get ready")?;
-        self.kernel.maps.put_process(running.child.id(), Process::new(PROBE_SLOT, 0))?;
+        self.kernel.maps.state.put_process(running.child.id(), Process::new(PROBE_SLOT, 0))?;
         let mut go = running.child.stdin.take().context("the child has no input")?;
         go.write_all(b"\n").context("the child does not listen")?;
         running.acts = true;

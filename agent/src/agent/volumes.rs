@@ -100,7 +100,7 @@ impl Agent {
             || held.into_iter().any(|exec| {
                 let header = &exec.made.header;
                 exec.made.process.0 == pid && header.time.saturating_sub(first_exec) < SAME_EXEC
-            }) && self.kernel.maps.is_held(pid)
+            }) && self.kernel.maps.state.is_held(pid)
     }
 
     fn note_volumes(&mut self, slot: u64, found: Vec<Volume>, open: bool) -> bool {

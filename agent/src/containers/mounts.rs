@@ -14,7 +14,7 @@
 
 use std::path::{Path, PathBuf};
 
-use palisade_abi::{maps::VOLUME_NAME_CAPACITY, volume::MARK};
+use palisade_abi::{state::VOLUME_NAME_CAPACITY, volume::MARK};
 use palisade_profile::origin::VolumeName;
 use palisade_proto::runtime::nri;
 use serde_json::Value;

@@ -33,7 +33,7 @@ pub enum BtfError {
     )]
     Field { structure: &'static str, member: &'static str, size: u32, found: String },
     #[error(
-        "this kernel's dentry has its parent or its name before its counter d_seq, or more than {DENTRY_BYTES} bytes behind it; this build \
+        "this kernel's dentry has its parent, its name or its inode before its counter d_seq, or more than {DENTRY_BYTES} bytes behind it; this build \
          does not support it"
     )]
     Dentry,

@@ -15,11 +15,14 @@ use aya::{
     },
 };
 use palisade_abi::{
-    ABI_VERSION,
+    POLICY_VERSION, RECORDS_VERSION, STATE_VERSION, VERSIONS,
     codes::{error, set_state, tampering, volume_flags},
     hash::hash_path,
-    maps::{GlobChunk, HOST_ROOT, LEDGER_VERSION, SCRATCH_ENTRIES, SetMeta, Settings},
+    ledger::SetMeta,
     offsets::ABSENT,
+    policy::GlobChunk,
+    settings::{SCRATCH_ENTRIES, Settings},
+    state::HOST_ROOT,
 };
 use thiserror::Error;
 
@@ -468,7 +471,7 @@ impl Kernel {
 
     /// Names and mount points of the volumes that the kernel knows of `slot`.
     pub fn volumes_of(&self, slot: u64) -> Vec<(String, String)> {
-        self.maps.volumes.of(slot)
+        self.maps.state.volumes.of(slot)
     }
 
     /// Tells the kernel that a mount is a volume of `slot`.
@@ -478,7 +481,7 @@ impl Kernel {
     /// When a map is full.
     pub fn learn_volume(&mut self, slot: u64, opened: &Opened, volume: &Volume) -> anyhow::Result<()> {
         let (text, mark) = volume.text().context("its name is too long")?;
-        let name = self.maps.volumes.index(slot, &text, mark)?;
+        let name = self.maps.state.volumes.index(slot, &text, mark)?;
         let flags = if volume.replaced_whole { volume_flags::REPLACED_WHOLE } else { 0 };
         volumes::learn(&self.learn_volume, slot, opened, name, flags)
     }
@@ -502,7 +505,7 @@ impl Kernel {
         }
         if !kill {
             // One that is to die stays held until it is dead: nobody may wake it before.
-            self.maps.let_go(pid)?;
+            self.maps.state.let_go(pid)?;
         }
         let signal = if kill { Signal::KILL } else { Signal::CONT };
         match pidfd_send_signal(handle, signal) {
@@ -599,13 +602,12 @@ fn load(
     // Before the maps are made, which count against the same limit.
     give_back_memory();
     let meta = SetMeta {
-        abi: ABI_VERSION,
+        versions: VERSIONS,
         state: 0,
         epoch: now(),
         epoch_since_boot: now_since_boot(),
         // That of the set before, whose rules can then be taken over as they are.
         hash_key: recording(pins).map_or_else(random_key, |before| Ok(before.hash_key))?,
-        ledger: LEDGER_VERSION,
         reserved: 0,
     };
     let settings = Settings {
@@ -701,7 +703,7 @@ fn set_name(object: &[u8], sizes: &Sizes) -> String {
     let mut all = object.to_vec();
     all.extend(described.as_bytes());
     let [fingerprint, _] = hash_path([0, 0], &all);
-    format!("v{ABI_VERSION}-{fingerprint:016x}")
+    format!("v{STATE_VERSION}-{POLICY_VERSION}-{RECORDS_VERSION}-{fingerprint:016x}")
 }
 
 /// Attaches a pinned program for good.

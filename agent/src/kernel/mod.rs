@@ -14,9 +14,9 @@ mod volumes;
 
 pub use btf::{BtfError, Layout};
 pub use load::{Kernel, LoadError, Tier};
-pub use maps::{Ledger, Maps, Sizes};
+pub use maps::{Ledger, Maps, Policies, Sizes, State};
 pub use pins::Pins;
 pub use probe::{Features, features};
 pub use ring::Ring;
-pub use sets::{OldSet, Whole, agent_state, held_processes};
+pub use sets::{OldSet, agent_state, held_processes};
 pub use volumes::{Mounted, Opened, Table, mount_of, mounted};

@@ -6,7 +6,7 @@
 //! | `<set>/maps`, `<set>/programs`, `<set>/links` | a set that is in force |
 //! | `<set>-new/` | one that is being put in force; whoever finds it takes it away |
 //!
-//! A set is named by its ABI version and a fingerprint of its programs and map sizes. One agent at a time holds the lock
+//! A set is named by the versions of its layouts and a fingerprint of its programs and map sizes. One agent at a time holds the lock
 //! of the folder: two readers of one ring corrupt each other.
 
 use std::{

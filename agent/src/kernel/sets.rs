@@ -9,50 +9,47 @@ use aya::{
     programs::{FExit, Lsm, RawTracePoint, links::PinnedLink},
 };
 use palisade_abi::{
-    ABI_VERSION,
-    codes::set_state,
-    maps::{AgentState, SetMeta},
+    LEDGER_VERSION, POLICY_VERSION, RECORDS_VERSION, STATE_VERSION, VERSIONS, Versions, codes::set_state,
+    ledger::SetMeta, state::AgentState,
 };
 
 use super::{
-    Kernel, Ledger, Maps, Pins, Ring,
+    Kernel, Ledger, Maps, Pins, Policies, Ring, State,
     load::{AT_RETURN, LSM, ON_DEMAND, TRACEPOINTS},
     pins::SetFolder,
 };
 
-/// A set that another agent left and that makes no records any more.
+/// A set that another agent left and that makes no records any more. What of it this build can read depends on its versions.
 pub struct OldSet {
     pub name: String,
     pub meta: SetMeta,
-    content: Content,
+    pub ledger: Ledger,
+    /// `None` when its state has another layout.
+    pub state: Option<State>,
+    /// `None` when its policies have another layout.
+    pub policies: Option<Policies>,
+    /// `None` when its records have another layout: then it can only be said how many there were.
+    pub records: Option<OldRecords>,
     /// Whether its programs still judge.
     pub in_force: bool,
 }
 
-/// What this build can read of it.
-enum Content {
-    /// It has this build's layout.
-    Whole(Box<Whole>),
-    /// It has another one: it can only be said how many records it made.
-    Ledger(Box<Ledger>),
-}
-
-/// A set of this build's layout.
-pub struct Whole {
-    pub maps: Maps,
-    pub records: Ring,
-    /// Bytes of its ring.
+/// What is left in the ring of an old set.
+pub struct OldRecords {
+    pub ring: Ring,
+    /// Bytes of the ring.
     pub ring_bytes: usize,
 }
 
-impl Whole {
-    fn open(folder: &SetFolder, pins: &Pins) -> anyhow::Result<Self> {
+impl OldRecords {
+    fn open(folder: &SetFolder, meta: &SetMeta) -> anyhow::Result<Self> {
+        let version = meta.versions.records;
+        anyhow::ensure!(
+            version == RECORDS_VERSION,
+            "its records are of version {version}, this build's of {RECORDS_VERSION}"
+        );
         let size = MapData::from_pin(folder.map("RECORDS"))?.info()?.max_entries();
-        Ok(Self {
-            maps: Maps::open(folder, pins)?,
-            records: ring(folder, "RECORDS")?,
-            ring_bytes: size as usize,
-        })
+        Ok(Self { ring: ring(folder, "RECORDS")?, ring_bytes: size as usize })
     }
 }
 
@@ -61,54 +58,37 @@ impl OldSet {
         let folder = pins.find(name).context("it is gone")?;
         let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
         let meta = meta.get(&0, 0)?;
-        let whole = if meta.abi == ABI_VERSION {
-            Whole::open(&folder, pins)
-        } else {
-            Err(anyhow::anyhow!("its ABI is {}, this build's {ABI_VERSION}", meta.abi))
-        };
-        let content = match whole {
-            Ok(whole) => Content::Whole(Box::new(whole)),
-            Err(error) => {
-                tracing::warn!(
-                    set = name,
-                    error = format!("{error:#}"),
-                    "an older set cannot be read whole: what is left in its ring is lost, and counted"
-                );
-                Content::Ledger(Box::new(Ledger::open(&folder, &meta)?))
-            }
-        };
-        Ok(Self { meta, content, name: name.to_owned(), in_force: true })
+        Ok(Self {
+            ledger: Ledger::open(&folder, &meta)?,
+            state: readable(name, State::open(&folder, &meta), "what it knows is found out anew"),
+            policies: readable(
+                name,
+                Policies::open(&folder, &meta),
+                "it stays in force until all is compiled anew",
+            ),
+            records: readable(
+                name,
+                OldRecords::open(&folder, &meta),
+                "what is left in its ring is lost, and counted",
+            ),
+            meta,
+            name: name.to_owned(),
+            in_force: true,
+        })
     }
 
-    /// `None` when it has another layout.
-    pub fn whole(&self) -> Option<&Whole> {
-        match &self.content {
-            Content::Whole(whole) => Some(whole),
-            Content::Ledger(_) => None,
-        }
+    /// Whether this build can read what it knows, and by what it decides.
+    pub fn can_be_copied(&self) -> bool {
+        self.state.is_some() && self.policies.is_some()
     }
+}
 
-    /// `None` when it has another layout.
-    pub fn whole_mut(&mut self) -> Option<&mut Whole> {
-        match &mut self.content {
-            Content::Whole(whole) => Some(whole),
-            Content::Ledger(_) => None,
-        }
-    }
-
-    pub fn ledger(&self) -> &Ledger {
-        match &self.content {
-            Content::Whole(whole) => &whole.maps.ledger,
-            Content::Ledger(ledger) => ledger,
-        }
-    }
-
-    pub fn ledger_mut(&mut self) -> &mut Ledger {
-        match &mut self.content {
-            Content::Whole(whole) => &mut whole.maps.ledger,
-            Content::Ledger(ledger) => ledger,
-        }
-    }
+/// What can be read; else that is said, with what comes of it.
+fn readable<T>(set: &str, part: anyhow::Result<T>, otherwise: &str) -> Option<T> {
+    part.inspect_err(|error| {
+        tracing::warn!(set, error = format!("{error:#}"), "an older set cannot be read whole: {otherwise}");
+    })
+    .ok()
 }
 
 impl Kernel {
@@ -157,7 +137,7 @@ impl Kernel {
         let active = self.maps.recording()?;
         let recording = others.iter().find(|set| set.meta.epoch == active).map(|set| set.meta.state);
         let state =
-            recording.unwrap_or_else(|| if active == self.meta.epoch { self.maps.state() } else { 0 });
+            recording.unwrap_or_else(|| if active == self.meta.epoch { self.maps.set_state() } else { 0 });
         if state & set_state::WHOLE == 0 {
             return Ok(others);
         }
@@ -172,8 +152,8 @@ impl Kernel {
         Ok(left)
     }
 
-    /// Copies the state of the set that records from among `others`; `None` when it is not there. Returns whether that set knew
-    /// all that those before it knew: what it lacks, a copy lacks.
+    /// Copies the state of the set that records from among `others`, with its policies if this build can read them; `None` when it is not
+    /// there, or its state has another layout. Returns whether this set then knows all that any knew: what the old one lacks, a copy lacks.
     ///
     /// # Errors
     ///
@@ -181,9 +161,11 @@ impl Kernel {
     pub fn inherit(&mut self, others: &[OldSet]) -> anyhow::Result<Option<bool>> {
         let active = self.maps.recording()?;
         let Some(old) = others.iter().find(|set| set.meta.epoch == active) else { return Ok(None) };
-        let Some(whole) = old.whole() else { return Ok(None) };
-        self.maps.inherit(&whole.maps).with_context(|| format!("copying the state of {}", old.name))?;
-        Ok(Some(old.meta.state & set_state::WHOLE != 0))
+        let Some(state) = &old.state else { return Ok(None) };
+        self.maps
+            .inherit(state, old.policies.as_ref(), &old.ledger)
+            .with_context(|| format!("copying the state of {}", old.name))?;
+        Ok(Some(old.policies.is_some() && old.meta.state & set_state::WHOLE != 0))
     }
 
     /// Takes the programs of all other sets out of force; their maps stay until [`Kernel::forget_others`].
@@ -213,18 +195,22 @@ impl Kernel {
     }
 }
 
-/// What the set is that records, where one of this build's layout does.
+/// What the set is that records, where this build can read what it knows or by what it decides.
 pub(super) fn recording(pins: &Pins) -> Option<SetMeta> {
     let active: Array<_, u64> = pinned_map(&pins.active_epoch()).ok()?.try_into().ok()?;
     let active = active.get(&0, 0).ok()?;
     let names = pins.sets().ok()?;
     names.iter().filter_map(|name| pins.find(name)).find_map(|folder| {
         let meta: Array<_, SetMeta> = pinned_map(&folder.map("META")).ok()?.try_into().ok()?;
-        meta.get(&0, 0).ok().filter(|meta| meta.abi == ABI_VERSION && meta.epoch == active)
+        let same = |meta: &SetMeta| {
+            let Versions { state, policy, ledger, .. } = meta.versions;
+            ledger == LEDGER_VERSION && (state == STATE_VERSION || policy == POLICY_VERSION)
+        };
+        meta.get(&0, 0).ok().filter(|meta| same(meta) && meta.epoch == active)
     })
 }
 
-/// Processes that sets of this build's layout hold stopped.
+/// Processes that sets hold stopped whose state has this build's layout.
 ///
 /// # Errors
 ///
@@ -233,9 +219,9 @@ pub fn held_processes(pins: &Pins) -> anyhow::Result<Vec<u32>> {
     let mut held = Vec::new();
     for name in pins.sets()? {
         if let Ok(set) = OldSet::open(pins, &name)
-            && let Some(whole) = set.whole()
+            && let Some(state) = set.state
         {
-            let processes = whole.maps.processes().into_iter();
+            let processes = state.processes().into_iter();
             held.extend(processes.filter(|(_, process)| process.held != 0).map(|(pid, _)| pid));
         }
     }
@@ -258,7 +244,13 @@ pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
         // What is no set, somebody else has put there.
         let Ok(map) = pinned_map(&set.map("META")) else { continue };
         let Ok(meta) = Array::<_, SetMeta>::try_from(map) else { continue };
-        if meta.get(&0, 0)?.epoch == active {
+        let meta = meta.get(&0, 0)?;
+        if meta.epoch == active {
+            anyhow::ensure!(
+                meta.versions.state == STATE_VERSION,
+                "the programs that record are of another version ({}); this build is of {VERSIONS}",
+                meta.versions
+            );
             let agent: Array<_, AgentState> = pinned_map(&set.map("AGENT"))?.try_into()?;
             return Ok(Some(agent.get(&0, 0)?));
         }
@@ -270,7 +262,11 @@ pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
 pub(super) fn adoptable(pins: &Pins, folder: &SetFolder, full: bool) -> anyhow::Result<SetMeta> {
     let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
     let meta = meta.get(&0, 0)?;
-    anyhow::ensure!(meta.abi == ABI_VERSION, "its ABI is {}, this build's {ABI_VERSION}", meta.abi);
+    anyhow::ensure!(
+        meta.versions == VERSIONS,
+        "it is of other versions ({}), this build of {VERSIONS}",
+        meta.versions
+    );
     let active: Array<_, u64> = pinned_map(&pins.active_epoch())?.try_into()?;
     let active = active.get(&0, 0)?;
     anyhow::ensure!(active == meta.epoch, "another set makes the records");

@@ -24,7 +24,7 @@ use aya::{
     maps::{Array, HashMap, MapData},
     programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
-use palisade_abi::maps::{VOLUME_NAME_CAPACITY, Volume, VolumeKey, VolumeName};
+use palisade_abi::state::{VOLUME_NAME_CAPACITY, Volume, VolumeKey, VolumeName};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags, open, openat2, statx};
 
 use crate::containers::mounts::{self, Described};

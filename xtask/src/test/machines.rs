@@ -12,7 +12,8 @@ use super::{
     parts::{Boot, Part, Work},
 };
 use crate::{
-    build, images, kernels,
+    build::{self, Another},
+    images, kernels,
     matrix::{self, Row},
     rootfs,
     vm::{self, Machine, Processors, Stream},
@@ -50,7 +51,10 @@ impl<'a> Machines<'a> {
     pub fn prepare(binaries: &'a Path, parts: &[&Part], full: bool) -> Result<Self> {
         let mut extra = Vec::new();
         if boots(parts).any(|boot| boot.test_agent) {
-            extra.push((TEST_AGENT, build::test_agent(false)?));
+            let kinds: &[Another] = if full { Another::ALL } else { &[Another::State] };
+            for another in kinds {
+                extra.push((another.place(), build::test_agent(*another, false)?));
+            }
             extra.push(("objects", build::planted()?));
         }
         let kernels = boots(parts).map(|boot| boot.kernel);
@@ -108,6 +112,3 @@ impl<'a> Machines<'a> {
         ["sh", "-c", &script].map(str::to_owned).to_vec()
     }
 }
-
-/// Where the agent of the tests stands in a machine.
-const TEST_AGENT: &str = "bin/palisade-agent-of-another-abi";

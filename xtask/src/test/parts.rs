@@ -41,7 +41,7 @@ pub struct Boot {
     pub append: &'static str,
     /// Whether the image of Debian's services is there.
     pub apps: bool,
-    /// Whether the agent of the tests is there, and programs with planted bugs.
+    /// Whether the agents of the tests are there, and programs with planted bugs.
     pub test_agent: bool,
     pub scenarios: &'static [Scenario],
 }
@@ -159,7 +159,7 @@ pub const PARTS: &[Part] = &[
                 always("noisy"),
                 shorter(
                     "limits --containers 500 --profiles 100 --executions 100 --memory 64",
-                    "limits --containers 10000 --profiles 1000 --memory 80",
+                    "limits --containers 10000 --profiles 1000 --memory 96",
                 ),
                 shorter("members --arrivals 30", "members --arrivals 300"),
                 always("rootfs"),
@@ -209,8 +209,8 @@ pub const PARTS: &[Part] = &[
                 &[
                     always("faults"),
                     shorter(
-                        "outlives --other palisade-agent-of-another-abi --kills 10 --turns 4 --attacks 200 --short",
-                        "outlives --other palisade-agent-of-another-abi",
+                        "outlives --other palisade-agent-of-another-state --kills 10 --turns 4 --attacks 200 --short",
+                        "outlives --other palisade-agent-of-another-state --other palisade-agent-of-another-policy --other palisade-agent-of-another-records",
                     ),
                 ],
             )
@@ -236,7 +236,7 @@ pub const PARTS: &[Part] = &[
             test_agent: true,
             ..boot(
                 Kernel::V6_12,
-                &[always("planted --agent palisade-agent-of-another-abi --objects /palisade/objects")],
+                &[always("planted --agent palisade-agent-of-another-state --objects /palisade/objects")],
             )
         }),
     },
@@ -289,9 +289,9 @@ pub const NATIVE: &[Scenario] = &[
     always("noisy"),
     always("peers"),
     always("tls"),
-    always("switches"),
-    always("races --count 10000"),
-    always("torn"),
+    shorter("switches --changes 10", "switches"),
+    shorter("races --count 3000", "races --count 10000"),
+    shorter("torn --count 2000", "torn"),
     always("faults"),
     shorter("starts --here --count 10", "starts --here"),
     shorter("soak --minutes 2", "soak --minutes 30"),

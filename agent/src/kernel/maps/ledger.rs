@@ -4,11 +4,13 @@
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{HashMap, MapData, PerCpuHashMap, PerCpuValues};
 use palisade_abi::{
-    maps::{Account, LANES, LEDGER_VERSION, SetMeta, Slot},
+    LEDGER_VERSION,
+    ledger::{Account, LANES, SetMeta, Slot},
     record::CGROUP_NAME,
+    state::PROBE_SLOT,
 };
 
-use super::{BPF_ANY, BPF_NOEXIST};
+use super::{BPF_ANY, BPF_NOEXIST, ROOM_FOR_SLOTS, copy};
 use crate::kernel::{pins::SetFolder, sets::pinned_map};
 
 /// The maps of a set that count.
@@ -26,8 +28,9 @@ impl Ledger {
     ///
     /// When it has another layout.
     pub(in crate::kernel) fn open(folder: &SetFolder, meta: &SetMeta) -> Result<Self> {
-        if meta.ledger != LEDGER_VERSION {
-            bail!("its ledger is of version {}, this build's of {LEDGER_VERSION}", meta.ledger);
+        let version = meta.versions.ledger;
+        if version != LEDGER_VERSION {
+            bail!("its ledger is of version {version}, this build's of {LEDGER_VERSION}");
         }
         let take = |name: &str| pinned_map(&folder.map(name));
         let lanes = folder.map("SLOT_LANES");
@@ -75,6 +78,15 @@ impl Ledger {
         let length = id.len().min(CGROUP_NAME);
         name[..length].copy_from_slice(&id.as_bytes()[..length]);
         self.names.insert(slot, name, BPF_ANY).context("the map of names is full; raise maps.slots")
+    }
+
+    /// Copies the names of an old set's slots.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room.
+    pub(super) fn inherit_names(&mut self, old: &Self) -> Result<()> {
+        copy(&old.names, &mut self.names, |slot, _| *slot != PROBE_SLOT).context(ROOM_FOR_SLOTS)
     }
 
     pub(super) fn remove(&mut self, slot: u64) {
