@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -110,6 +110,16 @@ pub fn profile(app: &str, mode: &str) -> String {
 pub fn nonce(name: &str) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
     format!("{name}-{now:x}")
+}
+
+/// How long ago [`nonce`] made a word, or one that it is part of.
+pub fn age(word: &str) -> Option<Duration> {
+    let made = word
+        .split('-')
+        .filter(|part| part.len() == 16)
+        .find_map(|part| u64::from_str_radix(part, 16).ok())?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+    now.checked_sub(Duration::from_nanos(made))
 }
 
 /// What is expected of the node.

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{cri::until, node::Node};
+use crate::{attacks, cri::until, node::Node};
 
 /// Every stored record that `arguments` select.
 pub fn query(node: &Node, arguments: &[&str]) -> Result<Vec<Value>> {
@@ -17,7 +17,11 @@ pub fn query(node: &Node, arguments: &[&str]) -> Result<Vec<Value>> {
 
 /// Execs whose arguments hold the word "payload" and `nonce`: what an attack tried, not its preparation.
 pub fn payloads(node: &Node, nonce: &str) -> Result<Vec<Value>> {
-    let records = query(node, &["--kind", "exec"])?;
+    // Not the whole past, which grows: nothing was executed with a word before it was made up.
+    let since = attacks::age(nonce).map(|age| format!("{}s", age.as_secs() + 5));
+    let mut words = vec!["--kind", "exec"];
+    words.extend(since.iter().flat_map(|since| ["--since", since]));
+    let records = query(node, &words)?;
     let found = of_payload(&records, nonce);
     node.execs.replace(records);
     Ok(found)

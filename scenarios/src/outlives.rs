@@ -356,11 +356,16 @@ async fn upgraded(
         let own = AgentOptions::default();
         let turns = [other, &own];
         // The state of another layout cannot be copied.
-        for (step, agent) in STEPS
+        for (step, agent, _) in STEPS
             .iter()
             .filter(|step| shared.state || **step != COPIED)
             .filter(|step| !short || IN_SHORT.contains(step))
-            .flat_map(|step| turns.map(|agent| (*step, agent)))
+            .enumerate()
+            // Each step both ways, or in short one way and the next one back.
+            .flat_map(|(index, step)| {
+                turns.into_iter().enumerate().map(move |(turn, agent)| (*step, agent, index % 2 == turn))
+            })
+            .filter(|(_, _, is_its_turn)| !short || *is_its_turn)
         {
             node.kill_agent()?;
             node.spawn_agent(agent)?;

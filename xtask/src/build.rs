@@ -154,8 +154,12 @@ fn ebpf_variants(variants: &[Variant], extra: &[&str], name: &str) -> Result<Pat
             .env_remove("RUSTC_WRAPPER");
         shell::quiet(&mut command, &format!("ebpf-{}-{variant}", name.replace('/', "-")))?;
         let built = build.join("bpfel-unknown-none/release/palisade-ebpf");
-        let object = output.join(format!("{variant}.o"));
-        copy_if_changed(&built, &object)?;
+        // What debuggers read is most of the object, and the agent carries and parses it. What the kernel is told comes from `.BTF`.
+        let stripped = built.with_extension("stripped");
+        let mut strip = Command::new(setup::OBJCOPY);
+        strip.arg("--strip-debug").args([&built, &stripped]);
+        shell::quiet(&mut strip, &format!("strip-{}-{variant}", name.replace('/', "-")))?;
+        copy_if_changed(&stripped, &output.join(format!("{variant}.o")))?;
     }
     Ok(output)
 }

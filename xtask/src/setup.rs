@@ -22,6 +22,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("kmod", "/sbin/modprobe"),
     ("cpio", "/usr/bin/cpio"),
     ("xz-utils", "/usr/bin/xz"),
+    ("llvm-22", OBJCOPY),
 ];
 
 /// What the eBPF compiler takes from Debian when rustup has no nightly with `rust-src`.
@@ -59,6 +60,9 @@ pub fn ebpf_toolchain() -> EbpfToolchain {
     });
     if has_source { EbpfToolchain::Nightly } else { EbpfToolchain::Debian }
 }
+
+/// Takes sections out of objects.
+pub const OBJCOPY: &str = "/usr/lib/llvm-22/bin/llvm-objcopy";
 
 /// The linker that `cargo install` puts beside cargo.
 pub fn bpf_linker() -> Result<std::path::PathBuf> {
