@@ -73,7 +73,8 @@ pub(super) struct Stamp {
 }
 
 impl Agent {
-    /// Takes one round of records out of the ring, after the news of the containers that they belong to.
+    /// Takes one round of records out of the ring, after the news of the containers that they belong to. It puts nothing under a policy,
+    /// so whoever does may have records taken before: what is due then waits for [`Agent::apply_due`].
     pub(super) fn take_records(&mut self) {
         self.renew_lease();
         self.take_control();
@@ -95,7 +96,6 @@ impl Agent {
         });
         self.more = taken == RING_ROUND;
         let mut settled = HashSet::new();
-        let mut mounted = HashSet::new();
         for mut made in made {
             let slot = made.header.slot;
             if let Some(settling) = &mut self.settling {
@@ -108,16 +108,13 @@ impl Agent {
                     && self.containers.get(&slot).is_some_and(|container| container.volumes.is_none())
                 {
                     self.learn_volumes(slot);
-                    mounted.insert(slot);
+                    self.due.insert(slot);
                 }
                 self.name_early(slot, made.header.time, event, made.held.as_mut());
             }
             if self.take_record(made) && containers_know(&self.containers, slot) {
                 settled.insert(slot);
             }
-        }
-        for slot in mounted {
-            self.apply_if_mounted(slot);
         }
         // What was stopped just before its container was identified.
         for slot in settled {

@@ -383,6 +383,7 @@ impl Agent {
 
     pub(super) fn end(&mut self, slot: u64) {
         self.empty_ring();
+        self.apply_due();
         let unsettled = self.held.remove(&slot).unwrap_or_default();
         for exec in unsettled {
             self.finish(slot, exec, Settled::unidentified());

@@ -20,7 +20,7 @@ mod volumes;
 pub use self_probe::{REFUSED, SIGNAL_LET_THROUGH};
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -114,6 +114,8 @@ pub struct Agent {
     pending: HashSet<u64>,
     /// Slots whose policy speaks of volumes and waits until they are mounted.
     awaiting_mounts: HashMap<u64, Instant>,
+    /// Containers whose mounts became known while records were taken; see [`Agent::apply_due`].
+    due: BTreeSet<u64>,
     /// Changes of coverage that found no room in the queue.
     unsaid: VecDeque<Bytes>,
     /// Whether the ring may hold more than the last round took.
@@ -225,6 +227,7 @@ pub async fn run(config: Config) -> Result<()> {
         cgroups: cgroup_root,
         pending: HashSet::new(),
         awaiting_mounts: HashMap::new(),
+        due: BTreeSet::new(),
         unsaid: VecDeque::new(),
         more: false,
         self_probe: SelfProbe::new(Duration::from_secs(config.self_probe_seconds)),
@@ -364,6 +367,7 @@ impl Agent {
                 // What is left of a full ring, after everything else had its turn.
                 () = tokio::task::yield_now(), if self.more => self.take_records(),
             }
+            self.apply_due();
         }
     }
 
@@ -449,6 +453,7 @@ impl Agent {
             self.kernel.detach();
         }
         self.empty_ring();
+        self.apply_due();
         // Nobody is left to ask for them.
         let deny =
             self.kernel.outlives_the_agent() && self.state.when_agent_absent == u32::from(mode::ENFORCE);

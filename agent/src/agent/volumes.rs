@@ -32,11 +32,18 @@ impl Agent {
     }
 
     /// Puts a container under a policy that has waited for its mounts.
-    pub(super) fn apply_if_mounted(&mut self, slot: u64) {
+    fn apply_if_mounted(&mut self, slot: u64) {
         let Some(since) = self.awaiting_mounts.get(&slot) else { return };
         let known = self.containers.get(&slot).is_some_and(|container| container.volumes.is_some());
         if known || since.elapsed() > PATIENCE {
             self.apply(slot, "identified");
+        }
+    }
+
+    /// Puts those under their policy whose mounts became known while records were taken.
+    pub(super) fn apply_due(&mut self) {
+        for slot in std::mem::take(&mut self.due) {
+            self.apply_if_mounted(slot);
         }
     }
 
