@@ -369,10 +369,13 @@ impl Node {
         Ok(())
     }
 
-    /// Whether `palisade-agent ready` says `expected` and succeeds as it should; waits until it does.
+    /// Whether `palisade-agent ready` says `expected` and succeeds as it should; waits until it does. That of the build that runs: another
+    /// one may not be able to read what it says.
     pub async fn says_of_itself(&self, expected: &str, ready: bool) -> Result<()> {
+        let running = self.agent_pid().map(|pid| PathBuf::from(format!("/proc/{pid}/exe")));
+        let program = running.unwrap_or_else(|| PathBuf::from("palisade-agent"));
         until(expected, async || {
-            let output = Command::new("palisade-agent")
+            let output = Command::new(&program)
                 .arg("--config")
                 .arg(self.folder.path().join("agent.yaml"))
                 .arg("ready")

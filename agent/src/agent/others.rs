@@ -215,7 +215,9 @@ impl Agent {
         let source = Source::new(self.source.node.clone(), self.source.boot.clone(), &set.meta);
         let made = self.read_ring(&source, set);
         let read = made.len();
-        for Made { header, event, .. } in made.into_iter().filter(|made| made.header.slot != PROBE_SLOT) {
+        for Made { header, session, event, .. } in
+            made.into_iter().filter(|made| made.header.slot != PROBE_SLOT)
+        {
             let event = match event {
                 // Nobody will judge it any more.
                 Event::Exec(exec) if exec.verdict == verdict::name(verdict::HELD).unwrap_or_default() => {
@@ -226,7 +228,9 @@ impl Agent {
             let slot = header.slot;
             let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
-            let bytes = source.encode(slot, Some(&header), None, container.encoded(), event);
+            let id = self.processes.session_id((session.pid, session.start));
+            let session = Some(self.sessions.reference(slot, &session, id));
+            let bytes = source.encode(slot, Some(&header), session, container.encoded(), event);
             if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 1, ..Credit::default() }).is_ok()
             {
                 *accounted.entry(slot).or_default() += 1;
