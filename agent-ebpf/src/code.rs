@@ -158,6 +158,7 @@ fn container_view(slot: u64, file: KernelPtr) -> u64 {
 /// Whether the current process may not attach to `task`.
 #[inline(always)]
 pub fn traces(task: Address) -> bool {
+    processes::palisade_catch_up(plain(task));
     let Some(pid) = KernelPtr(task).read::<u32>(offset!(task_tgid)) else { return false };
     refused(palisade_traces(code_act::TRACE.into(), u64::from(pid)))
 }
@@ -165,6 +166,7 @@ pub fn traces(task: Address) -> bool {
 /// Whether the current process may not be traced by `tracer`.
 #[inline(always)]
 pub fn be_traced(tracer: Address) -> bool {
+    processes::palisade_catch_up(plain(tracer));
     let Some(pid) = KernelPtr(tracer).read::<u32>(offset!(task_tgid)) else { return false };
     refused(palisade_traces(code_act::BE_TRACED.into(), u64::from(pid)))
 }

@@ -112,7 +112,7 @@ pub static SCRATCH: Array<Scratch> = Array::with_max_entries(SCRATCH_ENTRIES, 0)
 #[map]
 pub static FREE_SCRATCH: Stack<u32> = Stack::with_max_entries(SCRATCH_ENTRIES, 0);
 
-/// Canonical paths of scripts whose interpreter is being executed, by tgid; right-aligned, zero in front. Those
+/// Canonical paths of scripts whose interpreter is being executed, by tgid; right-aligned, each begins where its process's entry says. Those
 /// of execs that failed give way to new ones.
 #[map]
 pub static SCRIPTS: LruHashMap<u32, [u8; palisade_abi::PATH_CAPACITY]> = LruHashMap::with_max_entries(512, 0);

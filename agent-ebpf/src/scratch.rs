@@ -176,10 +176,18 @@ pub fn of(claim: u64) -> Option<*mut Scratch> {
     SCRATCH.get_ptr_mut(claim as u32)
 }
 
+/// Times that it is tried to give memory back: since 6.16 a map's lock may not be had in time.
+const ATTEMPTS: u32 = 4;
+
 /// Gives it back. What cannot be is never claimed again, and counted.
 #[inline(always)]
 pub fn release(claim: u64) {
-    if FREE_SCRATCH.push(&(claim as u32), 0).is_err() {
-        count::error(error::SCRATCH_LOST);
+    let mut attempt = 0;
+    while attempt < ATTEMPTS {
+        if FREE_SCRATCH.push(&(claim as u32), 0).is_ok() {
+            return;
+        }
+        attempt += 1;
     }
+    count::error(error::SCRATCH_LOST);
 }

@@ -14,6 +14,8 @@ mod manifests;
 mod matrix;
 mod native;
 mod paths;
+#[cfg(test)]
+mod places;
 mod rootfs;
 mod setup;
 mod shell;

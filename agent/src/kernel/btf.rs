@@ -75,7 +75,7 @@ pub(super) fn lsm_hooks() -> Result<aya::Btf, BtfError> {
     let path = Path::new(VMLINUX);
     let malformed = |message: String| BtfError::Malformed { path: path.to_owned(), message };
     let raw = std::fs::read(path).map_err(|source| BtfError::Missing { path: path.to_owned(), source })?;
-    let hooks = hooks::functions(&raw, &[b"bpf_lsm_", super::load::AT_RETURN.as_bytes()])
+    let hooks = hooks::functions(&raw, &[b"bpf_lsm_", super::programs::AT_RETURN.as_bytes()])
         .ok_or_else(|| malformed("it has types of a kind that this build does not know".to_owned()))?;
     aya::Btf::parse(&hooks, aya::Endianness::default()).map_err(|error| malformed(error.to_string()))
 }
@@ -144,7 +144,7 @@ impl Layout {
             offsets,
             have_task_pt_regs: has_helper(base, "BPF_FUNC_task_pt_regs"),
             have_loop: has_helper(base, "BPF_FUNC_loop"),
-            dequeue_arguments: arguments(base, super::load::AT_RETURN),
+            dequeue_arguments: arguments(base, super::programs::AT_RETURN),
             pt_regs_size,
             absent,
             overlay: source,

@@ -7,10 +7,10 @@ use std::{
 
 use anyhow::Context as _;
 use aya::{
-    Ebpf, EbpfLoader,
+    EbpfLoader,
     maps::{Array, MapData, Stack},
     programs::{
-        FExit, Lsm, Program, RawTracePoint,
+        Program, RawTracePoint,
         links::{FdLink, PinnedLink},
     },
 };
@@ -26,12 +26,15 @@ use palisade_abi::{
 };
 use thiserror::Error;
 
+#[cfg(feature = "test-objects")]
+use super::programs::GENERATOR;
 use super::{
     BtfError, Features, Layout, Maps, Opened, Pins, Ring, Sizes, Table,
     btf::{OverlayLayout, lsm_hooks},
     pins::SetFolder,
+    programs::{self, LEARN_ROOT, LEARN_VOLUME, PROBE_ORIGIN, ProgramReport},
     roots,
-    sets::{adoptable, pinned_at_return, pinned_lsm, pinned_tracepoint, recording, ring},
+    sets::{adoptable, recording, ring},
     volumes,
 };
 use crate::{
@@ -107,16 +110,6 @@ impl From<anyhow::Error> for LoadError {
     }
 }
 
-/// A loaded program.
-#[derive(Clone, Debug)]
-pub struct ProgramReport {
-    pub name: String,
-    /// Instructions that the verifier looked at; `None` before 5.16.
-    pub verified_instructions: Option<u32>,
-    /// Bytes of the translated program.
-    pub translated_bytes: Option<u32>,
-}
-
 /// The programs and maps, pinned; after [`Kernel::attach`] in force.
 pub struct Kernel {
     pub maps: Maps,
@@ -147,59 +140,12 @@ pub struct Kernel {
     links: Vec<(&'static str, PinnedLink)>,
 }
 
-/// Attached in this order: cgroups first, so that no task enters one that is not known.
-pub(super) const TRACEPOINTS: &[&str] = &[
-    "cgroup_mkdir",
-    "cgroup_rmdir",
-    "cgroup_attach_task",
-    "sched_process_fork",
-    "sched_process_exec",
-    "sched_process_exit",
-];
 /// Tracepoints behind which the full tier has LSM programs: `bprm_check_security` and `bprm_committed_creds`, `task_alloc`, and
 /// `task_free`. Those two are of no use where no tracepoint is skipped.
 const SECOND_LINE: &[&str] =
     &["sched_process_exec", "sched_process_fork", "sched_process_exit", "task_alloc", "task_free"];
 /// The first version of the kernel whose tracepoints may be preempted, and their programs then skipped.
 const SKIPS_SINCE: u32 = 7;
-const LEARN_ROOT: &str = "learn_root";
-const LEARN_VOLUME: &str = "learn_volume";
-const PROBE_ORIGIN: &str = "probe_origin";
-/// Makes records without anything having happened, in builds for measuring.
-#[cfg(feature = "test-objects")]
-const GENERATOR: &str = "generate_records";
-/// Run on demand, never attached.
-pub(super) const ON_DEMAND: &[&str] = &[LEARN_ROOT, LEARN_VOLUME, PROBE_ORIGIN];
-pub(super) const LSM: &[&str] = &[
-    "bprm_check_security",
-    "bprm_creds_for_exec",
-    "bprm_creds_from_file",
-    "bprm_committed_creds",
-    "task_alloc",
-    "task_free",
-    "task_kill",
-    "file_send_sigiotask",
-    "ptrace_access_check",
-    "ptrace_traceme",
-    "file_open",
-    "mmap_file",
-    "mmap_addr",
-    "file_mprotect",
-    "task_setscheduler",
-    "task_setnice",
-    "task_setrlimit",
-    "bpf_map",
-    "bpf_prog",
-    "inode_unlink",
-    "inode_rmdir",
-    "inode_rename",
-    "inode_copy_up",
-    "sb_mount",
-    "move_mount",
-    "sb_umount",
-];
-/// A function of the kernel, and the program that runs when it returns.
-pub(super) const AT_RETURN: &str = "dequeue_signal";
 /// The map that all sets share.
 const ACTIVE_EPOCH: &str = "ACTIVE_EPOCH";
 
@@ -242,7 +188,7 @@ impl Kernel {
         if layout.offsets.ovl_inode_upper == ABSENT {
             return Err(LoadError::Overlay(anyhow::anyhow!("its inode's layout is not known")));
         }
-        let probe = pinned_tracepoint(&kernel.folder, PROBE_ORIGIN)?;
+        let probe = PROBE_ORIGIN.open_on_demand(&kernel.folder)?;
         roots::prove_overlay(&probe).map_err(LoadError::Overlay)?;
         if layout.overlay == OverlayLayout::Inferred {
             tracing::info!("the layout of overlayfs was inferred and proven on a scratch overlay");
@@ -263,14 +209,8 @@ impl Kernel {
         let tier_reason = features.lsm_is_active().err();
         let tier = if tier_reason.is_none() { Tier::Full } else { Tier::Fallback };
         let mut all_programs = Vec::new();
-        for name in TRACEPOINTS.iter().chain(ON_DEMAND) {
-            all_programs.push((*name, Program::RawTracePoint(pinned_tracepoint(&folder, name)?)));
-        }
-        for name in LSM.iter().filter(|_| tier == Tier::Full) {
-            all_programs.push((*name, Program::Lsm(pinned_lsm(&folder, name)?)));
-        }
-        if tier == Tier::Full {
-            all_programs.push((AT_RETURN, Program::FExit(pinned_at_return(&folder, AT_RETURN)?)));
+        for row in programs::of(tier) {
+            all_programs.push((row.name, row.open(&folder)?));
         }
         let mut all_maps = Vec::new();
         for name in folder.map_names()? {
@@ -292,9 +232,9 @@ impl Kernel {
             meta,
             adopted: true,
             host: host_process(),
-            learn_root: pinned_tracepoint(&folder, LEARN_ROOT)?,
-            learn_volume: pinned_tracepoint(&folder, LEARN_VOLUME)?,
-            probe_origin: pinned_tracepoint(&folder, PROBE_ORIGIN)?,
+            learn_root: LEARN_ROOT.open_on_demand(&folder)?,
+            learn_volume: LEARN_VOLUME.open_on_demand(&folder)?,
+            probe_origin: PROBE_ORIGIN.open_on_demand(&folder)?,
             all_programs,
             all_maps,
             active_epoch,
@@ -311,14 +251,13 @@ impl Kernel {
     ///
     /// When the kernel refuses an attachment.
     pub fn attach(&mut self) -> Result<(), LoadError> {
-        for name in self.to_attach() {
-            let pin = self.folder.link(name);
-            if self.adopted {
-                let link = PinnedLink::from_pin(&pin).map_err(anyhow::Error::new)?;
-                self.links.push((name, link));
+        for row in programs::attached(self.tier) {
+            let link = if self.adopted {
+                PinnedLink::from_pin(self.folder.link(row.name)).map_err(anyhow::Error::new)?
             } else {
-                self.links.push((name, attach(&self.folder, name, &pin)?));
-            }
+                row.attach(&self.folder)?
+            };
+            self.links.push((row.name, link));
         }
         if !self.adopted {
             self.folder = self.pins.finish(&self.set)?;
@@ -372,12 +311,6 @@ impl Kernel {
         self.pins.lasting
     }
 
-    /// The programs that are attached on this tier.
-    fn to_attach(&self) -> impl Iterator<Item = &'static str> + use<> {
-        let full = self.tier == Tier::Full;
-        TRACEPOINTS.iter().chain(LSM.iter().chain([&AT_RETURN]).filter(move |_| full)).copied()
-    }
-
     /// Looks whether everything is pinned that keeps enforcement up without the agent, and pins again what is not. Returns
     /// what was missing.
     ///
@@ -422,11 +355,11 @@ impl Kernel {
                 Err(error) => missing.push(format!("the link of {name} cannot be pinned: {error}")),
             }
         }
-        for name in self.to_attach() {
-            if !self.links.iter().any(|(held, _)| *held == name) {
-                missing.push(format!("{name} is not attached"));
-                match attach(&self.folder, name, &self.folder.link(name)) {
-                    Ok(link) => self.links.push((name, link)),
+        for row in programs::attached(self.tier) {
+            if !self.links.iter().any(|(held, _)| *held == row.name) {
+                missing.push(format!("{} is not attached", row.name));
+                match row.attach(&self.folder) {
+                    Ok(link) => self.links.push((row.name, link)),
                     Err(error) => missing.push(error.to_string()),
                 }
             }
@@ -662,36 +595,21 @@ fn load(
     for entry in 0..SCRATCH_ENTRIES {
         free.push(entry, 0).context("cannot say which memory is free")?;
     }
-    let mut programs = Vec::new();
-    for name in TRACEPOINTS.iter().chain(ON_DEMAND) {
-        let program: &mut RawTracePoint = program(&mut ebpf, name)?;
-        program.load().map_err(|error| refused(name, &error))?;
-        programs.push(report(name, program.info()));
-        program.pin(folder.program(name)).with_context(|| format!("cannot pin {name}"))?;
+    let tier = if features.lsm_is_active().is_ok() { Tier::Full } else { Tier::Fallback };
+    let mut reports = Vec::new();
+    for row in programs::of(tier) {
+        reports.push(row.load(&mut ebpf, &btf, &folder)?);
     }
     #[cfg(feature = "test-objects")]
-    if let Ok(program) = program::<RawTracePoint>(&mut ebpf, GENERATOR) {
-        program.load().map_err(|error| refused(GENERATOR, &error))?;
-        program.pin(folder.program(GENERATOR)).context("cannot pin the generator of records")?;
-    }
-    if features.lsm_is_active().is_ok() {
-        for name in LSM {
-            let program: &mut Lsm = program(&mut ebpf, name)?;
-            program.load(name, &btf).map_err(|error| refused(name, &error))?;
-            programs.push(report(name, program.info()));
-            program.pin(folder.program(name)).with_context(|| format!("cannot pin {name}"))?;
-        }
-        let program: &mut FExit = program(&mut ebpf, AT_RETURN)?;
-        program.load(AT_RETURN, &btf).map_err(|error| refused(AT_RETURN, &error))?;
-        programs.push(report(AT_RETURN, program.info()));
-        program.pin(folder.program(AT_RETURN)).with_context(|| format!("cannot pin {AT_RETURN}"))?;
+    if ebpf.program(GENERATOR.name).is_some() {
+        GENERATOR.load(&mut ebpf, &btf, &folder)?;
     }
     // Passes on what the programs log in debug builds.
     #[cfg(debug_assertions)]
     if let Err(error) = aya_log::EbpfLogger::init(&mut ebpf) {
         tracing::debug!(%error, "the programs were built without debug messages");
     }
-    Ok(Fresh { folder, meta, layout, programs })
+    Ok(Fresh { folder, meta, layout, programs: reports })
 }
 
 /// Names that lead to interpreters, for each container: most images have one or two.
@@ -706,24 +624,6 @@ fn set_name(object: &[u8], sizes: &Sizes) -> String {
     format!("v{STATE_VERSION}-{POLICY_VERSION}-{RECORDS_VERSION}-{fingerprint:016x}")
 }
 
-/// Attaches a pinned program for good.
-fn attach(folder: &SetFolder, name: &str, pin: &Path) -> Result<PinnedLink, LoadError> {
-    let link: FdLink = if name == AT_RETURN {
-        let mut program = pinned_at_return(folder, name)?;
-        let link = program.attach().map_err(|error| refused(name, &error))?;
-        program.take_link(link).map_err(|error| refused(name, &error))?.into()
-    } else if LSM.contains(&name) {
-        let mut program = pinned_lsm(folder, name)?;
-        let link = program.attach().map_err(|error| refused(name, &error))?;
-        program.take_link(link).map_err(|error| refused(name, &error))?.into()
-    } else {
-        let mut program = pinned_tracepoint(folder, name)?;
-        let link = program.attach(name).map_err(|error| refused(name, &error))?;
-        program.take_link(link).map_err(|error| refused(name, &error))?.into()
-    };
-    Ok(link.pin(pin).with_context(|| format!("cannot pin the link of {name}"))?)
-}
-
 /// The object for this kernel.
 fn object(features: &Features) -> anyhow::Result<std::borrow::Cow<'static, [u8]>> {
     #[cfg(feature = "test-objects")]
@@ -732,38 +632,6 @@ fn object(features: &Features) -> anyhow::Result<std::borrow::Cow<'static, [u8]>
         return Ok(std::fs::read(Path::new(&folder).join(name))?.into());
     }
     Ok(if features.fetch_add { FETCH_ADD } else { LANES }.into())
-}
-
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut P>
-where
-    &'a mut P: TryFrom<&'a mut Program>,
-{
-    ebpf.program_mut(name)
-        .and_then(|program| program.try_into().ok())
-        .with_context(|| format!("the object has no program {name}"))
-}
-
-/// The verifier's last words are the ones that matter.
-fn refused(name: &str, error: &aya::programs::ProgramError) -> LoadError {
-    let mut message = error.to_string();
-    if let aya::programs::ProgramError::LoadError { io_error, verifier_log } = error {
-        let log = verifier_log.to_string();
-        let lines: Vec<&str> = log.lines().collect();
-        message = format!("{io_error}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
-    }
-    LoadError::Program { name: name.to_owned(), message }
-}
-
-fn report(
-    name: &str,
-    info: Result<aya::programs::ProgramInfo, aya::programs::ProgramError>,
-) -> ProgramReport {
-    let info = info.ok();
-    ProgramReport {
-        name: name.to_owned(),
-        verified_instructions: info.as_ref().and_then(|info| info.verified_instruction_count()),
-        translated_bytes: info.as_ref().and_then(|info| info.size_translated()),
-    }
 }
 
 /// The present, nanoseconds since the Unix epoch.

@@ -7,6 +7,7 @@ mod load;
 mod maps;
 mod pins;
 mod probe;
+mod programs;
 mod ring;
 mod roots;
 mod sets;

@@ -6,18 +6,14 @@ use std::path::Path;
 use anyhow::Context as _;
 use aya::{
     maps::{Array, Map, MapData, RingBuf},
-    programs::{FExit, Lsm, RawTracePoint, links::PinnedLink},
+    programs::links::PinnedLink,
 };
 use palisade_abi::{
     LEDGER_VERSION, POLICY_VERSION, RECORDS_VERSION, STATE_VERSION, VERSIONS, Versions, codes::set_state,
     ledger::SetMeta, state::AgentState,
 };
 
-use super::{
-    Kernel, Ledger, Maps, Pins, Policies, Ring, State,
-    load::{AT_RETURN, LSM, ON_DEMAND, TRACEPOINTS},
-    pins::SetFolder,
-};
+use super::{Kernel, Ledger, Maps, Pins, Policies, Ring, State, Tier, pins::SetFolder, programs};
 
 /// A set that another agent left and that makes no records any more. What of it this build can read depends on its versions.
 pub struct OldSet {
@@ -272,13 +268,13 @@ pub(super) fn adoptable(pins: &Pins, folder: &SetFolder, full: bool) -> anyhow::
     anyhow::ensure!(active == meta.epoch, "another set makes the records");
     // Opening them checks the types of all maps.
     Maps::open(folder, pins)?;
-    for name in TRACEPOINTS.iter().chain(LSM.iter().chain([&AT_RETURN]).filter(|_| full)) {
+    let tier = if full { Tier::Full } else { Tier::Fallback };
+    for name in programs::of(tier).map(|row| row.name) {
         anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
+    }
+    for name in programs::attached(tier).map(|row| row.name) {
         PinnedLink::from_pin(folder.link(name))
             .with_context(|| format!("{name} is not attached any more"))?;
-    }
-    for name in ON_DEMAND {
-        anyhow::ensure!(folder.program(name).exists(), "the program {name} is not pinned any more");
     }
     Ok(meta)
 }
@@ -286,22 +282,6 @@ pub(super) fn adoptable(pins: &Pins, folder: &SetFolder, full: bool) -> anyhow::
 pub(super) fn pinned_map(path: &Path) -> anyhow::Result<Map> {
     let data = MapData::from_pin(path).with_context(|| format!("cannot open {}", path.display()))?;
     Map::from_map_data(data).with_context(|| format!("{} is of another type", path.display()))
-}
-
-pub(super) fn pinned_tracepoint(folder: &SetFolder, name: &str) -> anyhow::Result<RawTracePoint> {
-    let path = folder.program(name);
-    RawTracePoint::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
-}
-
-pub(super) fn pinned_lsm(folder: &SetFolder, name: &str) -> anyhow::Result<Lsm> {
-    let path = folder.program(name);
-    Lsm::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
-}
-
-/// One that runs when a function of the kernel returns.
-pub(super) fn pinned_at_return(folder: &SetFolder, name: &str) -> anyhow::Result<FExit> {
-    let path = folder.program(name);
-    FExit::from_pin(&path).with_context(|| format!("cannot open {}", path.display()))
 }
 
 pub(super) fn ring(folder: &SetFolder, name: &str) -> anyhow::Result<Ring> {

@@ -184,7 +184,7 @@ pub const PARTS: &[Part] = &[
             &[
                 shorter("exec --short", "exec"),
                 always("code"),
-                shorter("differential --per-cell 5", "differential --per-cell 40"),
+                shorter("differential --per-cell 3", "differential --per-cell 40"),
                 always("conditions"),
                 always("elevation"),
                 always("layers"),

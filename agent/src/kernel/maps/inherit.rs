@@ -23,9 +23,12 @@ impl Maps {
         self.ledger.inherit_names(ledger)?;
         // Before their slots: a process without an entry whose slot is known counts as one that is coming in.
         self.state.inherit_processes(old)?;
-        for (number, slot) in ledger.slots().into_iter().filter(|(number, _)| *number != PROBE_SLOT) {
-            // It begins to count anew: records are numbered within a set.
-            self.ledger.add(number, Slot { sequence: 0, lost: 0, ..slot })?;
+        for slot in ledger.slots.iter() {
+            let (number, slot) = slot?;
+            if number != PROBE_SLOT {
+                // It begins to count anew: records are numbered within a set.
+                self.ledger.add(number, Slot { sequence: 0, lost: 0, ..slot })?;
+            }
         }
         // After the slots, in which refusals are numbered: until then the old set judges alone.
         if let Some(policies) = policies {
