@@ -54,7 +54,7 @@ pub enum Ring {
 }
 
 /// How long each fuzz target runs as a part of the tests, and with `--full`, in seconds.
-const FUZZ_SECONDS: (u64, u64) = (10, 60);
+const FUZZ_SECONDS: (u64, u64) = (6, 60);
 
 pub fn run(options: &Options) -> Result<ExitCode> {
     if options.list {

@@ -158,10 +158,10 @@ pub const PARTS: &[Part] = &[
                 always("tampering"),
                 always("noisy"),
                 shorter(
-                    "limits --containers 500 --profiles 100 --executions 100 --memory 64",
+                    "limits --containers 300 --profiles 100 --executions 100 --memory 64",
                     "limits --containers 10000 --profiles 1000 --memory 96",
                 ),
-                shorter("members --arrivals 30", "members --arrivals 300"),
+                shorter("members --arrivals 15", "members --arrivals 300"),
                 always("rootfs"),
                 always("outside"),
                 always("engines"),
@@ -190,7 +190,7 @@ pub const PARTS: &[Part] = &[
                 always("layers"),
                 always("overlay"),
                 always("who"),
-                shorter("generator --count 400", "generator"),
+                shorter("generator --count 250", "generator"),
                 always("claims"),
             ],
         )),
@@ -223,7 +223,7 @@ pub const PARTS: &[Part] = &[
         budget: Some(350),
         full: Some(5400),
         touched_by: NODE,
-        work: Work::Boot(boot(Kernel::V6_12, &[shorter("starts --short --count 4", "starts --count 50")])),
+        work: Work::Boot(boot(Kernel::V6_12, &[shorter("starts --short --count 3", "starts --count 50")])),
     },
     Part {
         name: "planted bugs",
@@ -294,7 +294,7 @@ pub const NATIVE: &[Scenario] = &[
     shorter("torn --count 2000", "torn"),
     always("faults"),
     shorter("starts --here --count 10", "starts --here"),
-    shorter("soak --minutes 2", "soak --minutes 30"),
+    shorter("soak --minutes 1", "soak --minutes 30"),
 ];
 
 impl Part {
