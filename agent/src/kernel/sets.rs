@@ -22,9 +22,9 @@ pub struct OldSet {
     pub ledger: Ledger,
     /// `None` when its state has another layout.
     pub state: Option<State>,
-    /// `None` when its policies have another layout.
+    /// `None` when its policies or its state have another layout.
     pub policies: Option<Policies>,
-    /// `None` when its records have another layout: then it can only be said how many there were.
+    /// `None` when its records or its state have another layout: then it can only be said how many there were.
     pub records: Option<OldRecords>,
     /// Whether its programs still judge.
     pub in_force: bool,
@@ -54,23 +54,17 @@ impl OldSet {
         let folder = pins.find(name).context("it is gone")?;
         let meta: Array<_, SetMeta> = pinned_map(&folder.map("META"))?.try_into()?;
         let meta = meta.get(&0, 0)?;
-        Ok(Self {
-            ledger: Ledger::open(&folder, &meta)?,
-            state: readable(name, State::open(&folder, &meta), "what it knows is found out anew"),
-            policies: readable(
-                name,
-                Policies::open(&folder, &meta),
-                "it stays in force until all is compiled anew",
-            ),
-            records: readable(
-                name,
-                OldRecords::open(&folder, &meta),
-                "what is left in its ring is lost, and counted",
-            ),
-            meta,
-            name: name.to_owned(),
-            in_force: true,
-        })
+        let ledger = Ledger::open(&folder, &meta)?;
+        let state = readable(name, State::open(&folder, &meta), "what it knows is found out anew");
+        // Without its state nothing says whose the rest is.
+        let (mut policies, mut records) = (None, None);
+        if state.is_some() {
+            let otherwise = "it stays in force until all is compiled anew";
+            policies = readable(name, Policies::open(&folder, &meta), otherwise);
+            let otherwise = "what is left in its ring is lost, and counted";
+            records = readable(name, OldRecords::open(&folder, &meta), otherwise);
+        }
+        Ok(Self { name: name.to_owned(), meta, ledger, state, policies, records, in_force: true })
     }
 
     /// Whether this build can read what it knows, and by what it decides.
