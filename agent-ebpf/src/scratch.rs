@@ -176,7 +176,7 @@ pub fn of(claim: u64) -> Option<*mut Scratch> {
     SCRATCH.get_ptr_mut(claim as u32)
 }
 
-/// Times that it is tried to give memory back: since 6.16 a map's lock may not be had in time.
+/// Times that it is tried to give memory back: in newer kernels a map's lock (`rqspinlock`) may not be had in time.
 const ATTEMPTS: u32 = 4;
 
 /// Gives it back. What cannot be is never claimed again, and counted.

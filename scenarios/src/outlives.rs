@@ -471,10 +471,8 @@ async fn balance(
             ensure!(verdict == "denied" || does_not_know, "{record}");
             // One that is found anew has no session any more.
             let session = &record["session_of"]["kind"];
-            ensure!(
-                !shared.state || session == "exec" || session == "admin",
-                "its session is lost: {record}"
-            );
+            let is_known = session.as_str().is_some_and(|kind| kind != "unknown");
+            ensure!(!shared.state || is_known, "its session is lost: {record}");
             denials += 1;
         }
     }

@@ -238,7 +238,7 @@ pub fn agent_state(folder: &Path) -> anyhow::Result<Option<AgentState>> {
         if meta.epoch == active {
             anyhow::ensure!(
                 meta.versions.state == STATE_VERSION,
-                "the programs that record are of another version ({}); this build is of {VERSIONS}",
+                "the programs that record are of another version ({}), this build of {VERSIONS}: ask the agent that runs, with its own `palisade-agent ready`",
                 meta.versions
             );
             let agent: Array<_, AgentState> = pinned_map(&set.map("AGENT"))?.try_into()?;
