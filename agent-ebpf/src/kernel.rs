@@ -3,6 +3,16 @@
 use aya_ebpf::helpers::{bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_user};
 use palisade_abi::offsets::ABSENT;
 
+/// A kernel address as a hook's argument delivers it.
+pub type Address = u64;
+
+// Of include/uapi/linux/stat.h.
+pub const S_IFMT: u64 = 0o170_000;
+pub const S_IFREG: u64 = 0o100_000;
+
+/// Of include/linux/fs.h: the file was opened to write.
+pub const FMODE_WRITE: u32 = 1 << 1;
+
 /// An address in the kernel. It may be stale or null: every read through it can fail.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct KernelPtr(pub u64);

@@ -1,22 +1,14 @@
 //! Layers of images: the folders below the file systems of containers. What is written to there passes for the image's own, since no
-//! overlay notices it; so it is compared with when the layer was seen first, and a container under a profile may not write there.
+//! overlay notices it; so it is compared with when the layer was seen first.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use palisade_abi::{
-    PATH_DEPTH,
-    codes::{code_act, error},
-    offsets::ABSENT,
-    state::LayerKey,
-};
+use palisade_abi::{PATH_DEPTH, codes::error, offsets::ABSENT, state::LayerKey};
 
 use crate::{
-    code::{FMODE_WRITE, palisade_refuses, palisade_slot_under_profile, refused},
     count,
-    judge::palisade_code_rules,
     kernel::KernelPtr,
     maps::{LAYERS, offset, planted},
-    origin::{OVERLAYFS, palisade_changed},
-    processes::Address,
+    overlay::{OVERLAYFS, palisade_changed},
     repeat::{AGAIN, DONE, repeat},
 };
 
@@ -125,42 +117,6 @@ fn layer_key(superblock: KernelPtr, inode: KernelPtr) -> Option<LayerKey> {
         generation: inode.read(offset!(inode_generation))?,
         inode: inode.read(offset!(inode_number))?,
     })
-}
-
-/// `FMODE_NOACCOUNT` of include/linux/fs.h: overlayfs opens the file of a layer for one of its own. User space cannot ask for it.
-const FMODE_NOACCOUNT: u32 = 0x2000_0000;
-
-/// Whether opening `file` is refused: it is in a layer of an image and would be written to, below the file systems of containers.
-#[inline(always)]
-pub fn opens(file: Address) -> bool {
-    let file = KernelPtr(file);
-    let mode: u32 = file.read(offset!(file_open_mode)).unwrap_or(0);
-    if mode & FMODE_WRITE == 0 || mode & FMODE_NOACCOUNT != 0 {
-        return false;
-    }
-    let Some(dentry) = file.follow(offset!(file_dentry)) else { return false };
-    refused(palisade_opens_layer(dentry.0))
-}
-
-/// Judges opening the file at `dentry` to write. Returns 1 when it is refused.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_opens_layer(dentry: u64) -> u64 {
-    let Some(superblock) = KernelPtr(dentry).follow(offset!(dentry_superblock)) else { return 0 };
-    let Some(device) = superblock.read::<u32>(offset!(superblock_device)) else { return 0 };
-    // SAFETY: only presence matters.
-    if unsafe { LAYERS.get(LayerKey { device, generation: 0, inode: 0 }) }.is_none() {
-        return 0;
-    }
-    let slot = palisade_slot_under_profile();
-    if slot == 0 {
-        return 0;
-    }
-    let rules = palisade_code_rules(slot);
-    if rules == 0 || palisade_is_in_layer(dentry) == 0 {
-        return 0;
-    }
-    palisade_refuses(slot, dentry, rules, code_act::OPEN_LAYER.into())
 }
 
 /// Whether the file at `dentry` is in a layer of an image that containers have.

@@ -11,26 +11,33 @@
 #![cfg_attr(feature = "fetch-add", expect(internal_features, reason = "the only way to a BPF fetch-add"))]
 #![cfg_attr(feature = "fetch-add", feature(core_intrinsics))]
 
+mod agent;
+mod area;
+mod cgroups;
 mod code;
-mod containers;
 mod context;
 mod count;
 mod exec;
 #[cfg(feature = "generator")]
 mod generate;
 mod hooks;
-mod interpreter;
-mod judge;
+mod judging;
 mod kernel;
 mod layers;
 mod maps;
+mod matching;
 mod origin;
+mod overlay;
 mod path;
 mod processes;
 mod record;
 mod repeat;
+mod roots;
 mod scratch;
+mod slots;
+mod standing;
 mod tamper;
+mod task;
 mod volumes;
 
 #[unsafe(link_section = "license")]

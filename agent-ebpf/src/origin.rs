@@ -7,50 +7,27 @@ use palisade_abi::{
 };
 
 use crate::{
-    context, count,
-    kernel::KernelPtr,
+    context, count, judging,
+    kernel::{KernelPtr, S_IFMT, S_IFREG},
     layers,
     maps::{ROOTS, offset, planted},
-    scratch::{self, EXECUTABLE},
-    volumes::{self, palisade_name_volume},
+    overlay::OVERLAYFS,
+    roots::identity,
+    scratch::EXECUTABLE,
+    task,
+    volumes::palisade_name_volume,
 };
 
 // Magic numbers of include/uapi/linux/magic.h.
-pub const OVERLAYFS: u64 = 0x794c_7630;
 const TMPFS: u64 = 0x0102_1994;
 const RAMFS: u64 = 0x8584_58f6;
 const HUGETLBFS: u64 = 0x9584_58f6;
-
-/// Of include/uapi/linux/stat.h.
-pub const S_IFMT: u64 = 0o170_000;
-pub const S_IFREG: u64 = 0o100_000;
-
-/// Reads the identity of the superblock of `dentry`, and the dentry itself.
-#[inline(always)]
-pub fn identity(dentry: KernelPtr) -> Option<RootIdentity> {
-    let superblock = dentry.follow(offset!(dentry_superblock))?;
-    Some(RootIdentity {
-        superblock: superblock.0,
-        dentry: dentry.0,
-        user_namespace: superblock.read(offset!(superblock_user_ns))?,
-        magic: superblock.read(offset!(superblock_magic))?,
-        device: superblock.read(offset!(superblock_device))?,
-        reserved: 0,
-    })
-}
-
-/// The current task's root directory.
-#[inline(always)]
-pub fn current_root() -> Option<RootIdentity> {
-    let root = KernelPtr::current_task().follow(offset!(task_fs))?.follow(offset!(fs_root_dentry))?;
-    identity(root)
-}
 
 /// Classifies the file that `claim` judges. Returns an [`origin`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_classify(claim: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return u64::from(origin::UNKNOWN) };
+    let Some(scratch) = judging::of(claim) else { return u64::from(origin::UNKNOWN) };
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, dentry, renamed) =
         unsafe { ((*scratch).slot, KernelPtr((*scratch).dentry), (*scratch).executable.renamed) };
@@ -119,52 +96,7 @@ fn classify(claim: u64, slot: u64, dentry: KernelPtr) -> u8 {
 /// What [`overlay_origin`] says of a file that the current process has open.
 #[inline(always)]
 pub fn of_descriptor(descriptor: u64) -> u8 {
-    volumes::opened(descriptor).map_or(origin::UNKNOWN, overlay_origin)
-}
-
-/// Whether the overlay's folder that has the inode at `inode` stands under another name than in its layer.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_is_redirected(inode: u64) -> u64 {
-    let redirect = offset!(ovl_inode_redirect);
-    let vfs = offset!(ovl_inode_vfs);
-    if redirect == ABSENT || vfs == ABSENT {
-        return 0;
-    }
-    if inode == 0 {
-        return 1;
-    }
-    u64::from(KernelPtr(inode - u64::from(vfs)).read::<u64>(redirect) != Some(0))
-}
-
-/// The inode of the layer in which the bytes of an overlay's file are.
-#[inline(always)]
-pub fn layer_inode(dentry: KernelPtr) -> Option<KernelPtr> {
-    let lowers = offset!(ovl_entry_lowers);
-    let inode = dentry.follow(offset!(dentry_inode))?;
-    let own = KernelPtr(inode.0 - u64::from(offset!(ovl_inode_vfs)));
-    let layer = match own.read::<u64>(offset!(ovl_inode_upper))? {
-        0 if lowers == ABSENT => return None,
-        0 => KernelPtr(own.follow(offset!(ovl_inode_entry))?.0 + u64::from(lowers))
-            .follow(offset!(ovl_path_dentry))?,
-        upper => KernelPtr(upper),
-    };
-    layer.follow(offset!(dentry_inode))
-}
-
-/// When the inode of `dentry` was changed last, in seconds since the Unix epoch: nobody sets that time. 0 when it cannot be told.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_changed(dentry: u64) -> u64 {
-    let Some(inode) = KernelPtr(dentry).follow(offset!(dentry_inode)) else { return 0 };
-    let mut place = offset!(inode_changed);
-    if place == ABSENT {
-        place = offset!(inode_changed_before_6_11);
-    }
-    if place == ABSENT {
-        place = offset!(inode_changed_before_6_6);
-    }
-    inode.read::<u64>(place).unwrap_or(0)
+    task::opened(descriptor).map_or(origin::UNKNOWN, overlay_origin)
 }
 
 /// On overlayfs an inode without an upper dentry is the image's own.

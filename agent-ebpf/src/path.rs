@@ -8,17 +8,17 @@ use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY, PATH_DEPTH,
     codes::{error, reason, volume_flags},
-    hash::SipHasher,
     offsets::DENTRY_BYTES,
 };
 
 use crate::{
-    context, count,
+    area::{byte, clear_front},
+    context, count, judging,
     kernel::KernelPtr,
-    maps::{offset, setting},
-    origin,
+    maps::offset,
+    overlay,
     repeat::{AGAIN, DONE, repeat},
-    scratch::{self, Area, EXECUTABLE, Scratch, Turns, Walk},
+    scratch::{Area, EXECUTABLE, Scratch, Turns, Walk},
     volumes,
 };
 
@@ -69,7 +69,7 @@ pub extern "C" fn palisade_walk(claim: u64, dentry: u64, which: u64) -> u64 {
         turn += 1;
     }
     count::error(error::WALK_TORN);
-    let Some(scratch) = scratch::of(claim) else { return u64::from(reason::NO_SCRATCH) };
+    let Some(scratch) = judging::of(claim) else { return u64::from(reason::NO_SCRATCH) };
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         let walk = if which == EXECUTABLE {
@@ -87,7 +87,7 @@ pub extern "C" fn palisade_walk(claim: u64, dentry: u64, which: u64) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_was_one_moment(claim: u64, dentry: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return 1 };
+    let Some(scratch) = judging::of(claim) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         let turns = &raw mut (*scratch).turns;
@@ -201,35 +201,11 @@ unsafe fn add_to_seal(turns: *mut Turns, folder: KernelPtr) {
     }
 }
 
-/// Clears what an earlier path has left before the one that starts at `start`, as far as [`hash`] reads it.
-#[inline(always)]
-pub fn clear_front(area: *mut Area, start: u32) {
-    let index = (black_box(start) as usize) & (PATH_CAPACITY - 8);
-    // SAFETY: the index is a multiple of eight within the area, whose own alignment is eight (a map value). A path is little endian text.
-    unsafe {
-        let word = area.cast::<u8>().add(index).cast::<u64>();
-        word.write_volatile(word.read_volatile() & (u64::MAX << (8 * (start & 7))));
-    }
-}
-
-/// Clears what is before the path that starts at `start`, as far as the last `END` bytes go.
-#[inline(always)]
-pub fn clear_end_before<const END: usize>(area: *mut Area, start: u32) {
-    let mut index = PATH_CAPACITY - END;
-    while index < PATH_CAPACITY {
-        if index + 8 <= start as usize {
-            // SAFETY: as above.
-            unsafe { area.cast::<u8>().add(index).cast::<u64>().write_volatile(0) };
-        }
-        index += 8;
-    }
-}
-
 /// One walk, whatever is renamed meanwhile.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_walk_once(claim: u64, dentry: u64, which: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return u64::from(reason::NO_SCRATCH) };
+    let Some(scratch) = judging::of(claim) else { return u64::from(reason::NO_SCRATCH) };
     // SAFETY: the memory belongs to this task until it is released.
     let (area, walk) = unsafe {
         if which == EXECUTABLE {
@@ -293,7 +269,7 @@ fn climb(scratch: *mut Scratch, area: *mut Area, dentry: KernelPtr) -> u8 {
     let Some(root) = superblock.follow(offset!(superblock_root)) else { return reason::READ_FAILED };
     let may_be_volume = !volumes::is_own_root(slot, superblock.0);
     let on_overlay =
-        !may_be_volume && superblock.read::<u64>(offset!(superblock_magic)) == Some(origin::OVERLAYFS);
+        !may_be_volume && superblock.read::<u64>(offset!(superblock_magic)) == Some(overlay::OVERLAYFS);
     let mut about = Climb {
         turns,
         area,
@@ -393,7 +369,7 @@ unsafe fn step_up(depth: u64, climb: &Climb) -> u32 {
     unsafe {
         (&raw mut (*turns).outer).write_volatile(start);
         // After its name: overlayfs notes a new name before it gives it.
-        if on_overlay != 0 && origin::palisade_is_redirected(word(turns, offset!(dentry_inode))) != 0 {
+        if on_overlay != 0 && overlay::palisade_is_redirected(word(turns, offset!(dentry_inode))) != 0 {
             (&raw mut (*turns).renamed).write_volatile(1);
         }
         add_to_seal(turns, current);
@@ -409,57 +385,4 @@ fn names_a_generation(area: *mut Area, start: u32) -> bool {
         && byte(area, start + 1) == b'.'
         && byte(area, start + 2) == b'.'
         && byte(area, start + 3) != b'/'
-}
-
-/// The lookup name of the path that starts at `start` of `area`, which is the task's own; see [`palisade_abi::hash::hash_path`].
-#[inline(always)]
-pub fn hash(scratch: *mut Scratch, area: *mut Area, start: u32) -> [u64; 2] {
-    let first = start & !7;
-    // SAFETY: the memory belongs to this task until it is released.
-    let turns = unsafe {
-        let turns = &raw mut (*scratch).turns;
-        (&raw mut (*turns).hasher).write(SipHasher::new([setting!(hash_key)[0], setting!(hash_key)[1]]));
-        (&raw mut (*turns).at).write_volatile(first);
-        turns
-    };
-    repeat(PATH_CAPACITY as u32 / 8, &mut Hash { turns, area }, hash_word);
-    // SAFETY: as above.
-    unsafe { (&raw const (*turns).hasher).read() }.finish(u64::from(PATH_CAPACITY as u32 - first))
-}
-
-/// What a hash is of.
-struct Hash {
-    turns: *mut Turns,
-    area: *mut Area,
-}
-
-/// One word of a hash.
-///
-/// # Safety
-///
-/// `hash` must be of the current task's claimed memory.
-#[inline(always)]
-unsafe extern "C" fn hash_word(_turn: u64, hash: *mut Hash) -> i64 {
-    // SAFETY: the caller's promise. The index is a multiple of eight within the area, whose own alignment is eight (a map value).
-    unsafe {
-        let turns = (*hash).turns;
-        let at = (&raw const (*turns).at).read_volatile();
-        if at >= PATH_CAPACITY as u32 {
-            return DONE;
-        }
-        let index = (black_box(at) as usize) & (PATH_CAPACITY - 8);
-        let mut hasher = (&raw const (*turns).hasher).read();
-        hasher.word((*hash).area.cast::<u8>().add(index).cast::<u64>().read_volatile());
-        (&raw mut (*turns).hasher).write(hasher);
-        (&raw mut (*turns).at).write_volatile(at + 8);
-    }
-    AGAIN
-}
-
-/// A byte of the path.
-#[inline(always)]
-pub fn byte(area: *mut Area, at: u32) -> u8 {
-    let index = (black_box(at) as usize) & (PATH_CAPACITY - 1);
-    // SAFETY: the index is within the area.
-    unsafe { area.cast::<u8>().add(index).read_volatile() }
 }

@@ -1,9 +1,6 @@
 //! Processes of containers: who belongs to which slot, from fork to exit.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::bpf_get_current_pid_tgid,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use palisade_abi::{
     codes::{error, kind, session},
     record::{ExitRecord, ForkRecord, SessionPart},
@@ -11,19 +8,12 @@ use palisade_abi::{
 };
 
 use crate::{
-    containers, context, count, exec,
-    kernel::{KernelPtr, plain},
-    maps::{CGROUPS, FORKING, PROCESSES, SCRIPTS, SLOTS, offset, setting},
+    agent, context, count,
+    kernel::{Address, KernelPtr, plain},
+    maps::{FORKING, PROCESSES, SCRIPTS, SLOTS, offset, setting},
     record::{self, Lane},
-    scratch, tamper,
+    roots, slots, task,
 };
-
-/// The current process's tgid.
-#[inline(always)]
-pub fn current_pid() -> u32 {
-    // The upper half of the helper's result is the tgid.
-    (bpf_get_current_pid_tgid() >> 32) as u32
-}
 
 /// What is known of the current process: its entry, or where its cgroup says it belongs. Without either it may have
 /// come in by the mount namespace alone (`nsenter --mount`): then its root directory says so, and its session
@@ -32,21 +22,21 @@ pub fn current_pid() -> u32 {
 #[inline(always)]
 pub fn current() -> Option<Process> {
     // SAFETY: the entry is written by this process's own hooks or before it runs.
-    if let Some(process) = unsafe { PROCESSES.get(current_pid()) } {
+    if let Some(process) = unsafe { PROCESSES.get(task::current_pid()) } {
         return Some(*process);
     }
     if palisade_catch_up(KernelPtr::current_task().0) != 0 {
         // SAFETY: as above.
-        return unsafe { PROCESSES.get(current_pid()) }.copied();
+        return unsafe { PROCESSES.get(task::current_pid()) }.copied();
     }
-    if let Some(slot) = containers::current_slot() {
+    if let Some(slot) = slots::current_slot() {
         return Some(Process::new(slot, palisade_take_in(slot) as u8));
     }
-    let mut process = Process::new(containers::slot_of_root()?, 0);
+    let mut process = Process::new(roots::slot_of_root()?, 0);
     process.session_start = context::palisade_start_time(KernelPtr::current_task().0);
-    process.session_pid = current_pid();
+    process.session_pid = task::current_pid();
     process.session_kind = session::ENTERED;
-    store(current_pid(), process);
+    store(task::current_pid(), process);
     Some(process)
 }
 
@@ -57,35 +47,22 @@ pub extern "C" fn palisade_current_slot() -> u64 {
     current().map_or(0, |process| process.slot)
 }
 
-/// Fills the memory of `claim` with what is known of its process. Returns 1 when it belongs to no slot any more.
+/// The slot that the process `pid` has an entry for; 0 without one.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn palisade_recall_process(claim: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return 1 };
-    let Some(entry) = PROCESSES.get_ptr(current_pid()) else { return palisade_recall_without_entry(claim) };
-    // SAFETY: the memory belongs to this task until it is released; the entry is as in `current`.
-    unsafe { (&raw mut (*scratch).process).write(entry.read()) };
-    0
-}
-
-/// The same for one that has no entry.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_recall_without_entry(claim: u64) -> u64 {
-    let (Some(scratch), Some(process)) = (scratch::of(claim), current()) else { return 1 };
-    // SAFETY: the memory belongs to this task until it is released.
-    unsafe { (&raw mut (*scratch).process).write(process) };
-    0
+pub extern "C" fn palisade_slot_of_process(pid: u64) -> u64 {
+    // SAFETY: only a field is read.
+    unsafe { PROCESSES.get(pid as u32) }.map_or(0, |process| process.slot)
 }
 
 /// Whether the current process, which is in the cgroup of `slot` and has no entry, is only just coming in; it gets one then.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_take_in(slot: u64) -> u64 {
-    if !containers::knows_all_members(slot) || !containers::is_arriving() {
+    if !slots::knows_all_members(slot) || !slots::is_arriving() {
         return 0;
     }
-    store(current_pid(), Process::new(slot, 1));
+    store(task::current_pid(), Process::new(slot, 1));
     1
 }
 
@@ -112,7 +89,7 @@ pub fn forking(child: Address, flags: u64) {
     }
     palisade_catch_up(KernelPtr::current_task().0);
     // SAFETY: as in `current`.
-    let Some(known) = (unsafe { PROCESSES.get(current_pid()) }) else { return };
+    let Some(known) = (unsafe { PROCESSES.get(task::current_pid()) }) else { return };
     let child = plain(child);
     let process = Process { leader: child, ..child_of(known) };
     if FORKING.insert(child, process, u64::from(BPF_ANY)).is_err() {
@@ -157,7 +134,7 @@ const OF_KERNEL: u32 = 0x0020_0000;
 #[inline(never)]
 pub extern "C" fn palisade_adopt_started(bprm: u64) -> u64 {
     // SAFETY: only presence matters.
-    if unsafe { PROCESSES.get(current_pid()) }.is_some() {
+    if unsafe { PROCESSES.get(task::current_pid()) }.is_some() {
         return 0;
     }
     let Some(parent) = KernelPtr::current_task().follow(offset!(task_real_parent)) else { return 0 };
@@ -166,12 +143,12 @@ pub extern "C" fn palisade_adopt_started(bprm: u64) -> u64 {
     }
     let file =
         KernelPtr(bprm).follow(offset!(binprm_file)).and_then(|file| file.follow(offset!(file_dentry)));
-    let Some(slot) = file.and_then(containers::slot_of_file) else { return 0 };
+    let Some(slot) = file.and_then(roots::slot_of_file) else { return 0 };
     let mut process = Process::new(slot, 0);
     process.session_start = context::palisade_start_time(KernelPtr::current_task().0);
-    process.session_pid = current_pid();
+    process.session_pid = task::current_pid();
     process.session_kind = session::ENTERED;
-    store(current_pid(), process);
+    store(task::current_pid(), process);
     1
 }
 
@@ -203,7 +180,7 @@ fn no_room(slot: u64) {
 /// neither.
 #[inline(always)]
 pub fn begin_session(slot: u64) {
-    let pid = current_pid();
+    let pid = task::current_pid();
     let parent = context::palisade_pointer(KernelPtr::current_task().0, u64::from(offset!(task_real_parent)));
     let parent = context::palisade_word(parent, u64::from(offset!(task_tgid))) as u32;
     // SAFETY: only presence matters.
@@ -279,7 +256,7 @@ pub fn forked(parent: Address, child: Address) {
     let process = if let Some(known) = unsafe { PROCESSES.get(parent_pid) } {
         child_of(known)
     } else {
-        let Some(slot) = containers::slot_of_task(child) else {
+        let Some(slot) = slots::slot_of_task(child) else {
             // A process of the host with a number that a container's process had: an entry that outlived it must not
             // put this one under a profile.
             // SAFETY: only presence matters.
@@ -290,7 +267,7 @@ pub fn forked(parent: Address, child: Address) {
         };
         // A child in the container's cgroup of a parent outside it entered by CLONE_INTO_CGROUP. If the parent
         // is inside, it lost its entry, and counts as workload.
-        Process::new(slot, u8::from(containers::slot_of_task(parent).is_none()))
+        Process::new(slot, u8::from(slots::slot_of_task(parent).is_none()))
     };
     let process = Process { leader: child.0, ..process };
     store(pid, process);
@@ -317,8 +294,8 @@ pub fn exited(task: Address) {
     if live != Some(0) {
         return;
     }
-    let pid = current_pid();
-    tamper::ended(pid);
+    let pid = task::current_pid();
+    agent::ended(pid);
     palisade_catch_up(KernelPtr::current_task().0);
     // SAFETY: as in `current`.
     let Some(process) = (unsafe { PROCESSES.get(pid) }) else { return };
@@ -332,7 +309,7 @@ pub fn exited(task: Address) {
         return;
     }
     // One that ends within the call has failed past the point of no return.
-    if committed != 0 && !exec::is_called() && record::is_active() {
+    if committed != 0 && !task::is_executing_call() && record::is_active() {
         record::lose(slot, Lane::Exec);
     }
     if let Some((mut entry, header)) = record::reserve::<ExitRecord>(slot, kind::EXIT, Lane::Exit, false) {
@@ -403,28 +380,12 @@ pub fn may_not_be_traced(task: Address) -> bool {
         return false;
     };
     // SAFETY: only presence matters.
-    held != 0 || (entering != 0 && unsafe { PROCESSES.get(current_pid()) }.is_some())
+    held != 0 || (entering != 0 && unsafe { PROCESSES.get(task::current_pid()) }.is_some())
 }
 
 /// Whether the current process is held.
 #[inline(always)]
 pub fn is_held() -> bool {
     // SAFETY: only a field is read.
-    unsafe { PROCESSES.get(current_pid()) }.is_some_and(|process| process.held != 0)
+    unsafe { PROCESSES.get(task::current_pid()) }.is_some_and(|process| process.held != 0)
 }
-
-/// Whether the current process is being traced: a tracer can discard the signal that stops it.
-#[inline(always)]
-pub fn is_traced() -> bool {
-    KernelPtr::current_task().read::<u32>(offset!(task_ptrace)) != Some(0)
-}
-
-/// The slot of the cgroup with id `cgroup`, if it is a container's.
-#[inline(always)]
-pub fn slot_of_cgroup(cgroup: u64) -> Option<u64> {
-    // SAFETY: one word, written once when the cgroup is made.
-    unsafe { CGROUPS.get(cgroup) }.copied()
-}
-
-/// A kernel address as a hook's argument delivers it.
-pub type Address = u64;

@@ -1,21 +1,12 @@
-//! The memory in which one task judges one execution, or one mapping.
-//!
-//! It is taken from those that are free and given back, so no other task can overwrite it, whatever preempts what.
-//! It also carries what the steps of a judgement hand to each other: they are functions that the verifier
-//! checks one by one (global functions), which can only take and return numbers: that of the claim is one.
+//! What a task keeps of a judgement while it lasts: the layout of the memory in which it judges one execution, or one mapping, and of what
+//! the loops in it carry from turn to turn.
 
 use palisade_abi::{
     PATH_CAPACITY,
-    codes::error,
     hash::SipHasher,
     offsets::DENTRY_BYTES,
     record::{DecisionPart, SessionPart},
     state::{OpenedInterpreter, Process},
-};
-
-use crate::{
-    count,
-    maps::{FREE_SCRATCH, SCRATCH},
 };
 
 /// Slack behind a path, so that a component may be copied to any place.
@@ -43,6 +34,12 @@ pub struct Walk {
     /// 1 when the way leads through a folder of an image that was renamed since (`redirect_dir` of overlayfs): its files are
     /// unmodified, but not the image's by this name.
     pub renamed: u32,
+}
+
+impl Walk {
+    /// Of one that has not begun.
+    pub const NOTHING: Self =
+        Self { superblock: 0, start: PATH_CAPACITY as u32, failure: 0, volume: 0, renamed: 0 };
 }
 
 /// Where an automaton stands in `GLOBS`: its first chunk, and the words of one of its states; 0 without one.
@@ -139,55 +136,4 @@ pub struct Scratch {
     pub opened: OpenedInterpreter,
     pub path: Area,
     pub cwd: Area,
-}
-
-const NOTHING: Walk = Walk { superblock: 0, start: PATH_CAPACITY as u32, failure: 0, volume: 0, renamed: 0 };
-
-/// Words of what is cleared when memory is claimed: all before what its users fill themselves.
-const CLEARED: usize = core::mem::offset_of!(Scratch, turns) / 8;
-
-/// Claims memory for the current task. Returns the number of the claim, by which the steps of a judgement find the memory, and the
-/// memory. `None` is counted. Give it back with [`release`].
-#[inline(always)]
-pub fn claim() -> Option<(u64, *mut Scratch)> {
-    let Ok(Some(free)) = FREE_SCRATCH.pop() else {
-        count::error(error::SCRATCH_FULL);
-        return None;
-    };
-    let claim = u64::from(free);
-    let scratch = of(claim)?;
-    // SAFETY: the memory is claimed by nobody else; what is cleared is a prefix of it, of whole words.
-    unsafe {
-        let mut word = 0;
-        while word < CLEARED {
-            scratch.cast::<u64>().add(word).write_volatile(0);
-            word += 1;
-        }
-        (&raw mut (*scratch).script_start).write(PATH_CAPACITY as u16);
-        (&raw mut (*scratch).executable).write(NOTHING);
-        (&raw mut (*scratch).working_directory).write(NOTHING);
-    }
-    Some((claim, scratch))
-}
-
-/// The memory of a claim.
-#[inline(always)]
-pub fn of(claim: u64) -> Option<*mut Scratch> {
-    SCRATCH.get_ptr_mut(claim as u32)
-}
-
-/// Times that it is tried to give memory back: in newer kernels a map's lock (`rqspinlock`) may not be had in time.
-const ATTEMPTS: u32 = 4;
-
-/// Gives it back. What cannot be is never claimed again, and counted.
-#[inline(always)]
-pub fn release(claim: u64) {
-    let mut attempt = 0;
-    while attempt < ATTEMPTS {
-        if FREE_SCRATCH.push(&(claim as u32), 0).is_ok() {
-            return;
-        }
-        attempt += 1;
-    }
-    count::error(error::SCRATCH_LOST);
 }

@@ -3,19 +3,19 @@
 //! It lasts as long as the agent: nobody but the agent's own container may touch these while it lives. What is refused
 //! without it is what profiles say; a new agent must be able to take over what is pinned.
 
-use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use palisade_abi::{
     codes::{action, error, kind, mode, tampering, verdict},
     record::{DecisionPart, TamperRecord},
-    state::{AgentState, PROBE_SLOT},
+    state::PROBE_SLOT,
 };
 
 use crate::{
-    containers, context, count,
-    kernel::KernelPtr,
-    maps::{AGENT, PROCESSES, PROTECTED, offset},
-    processes::{self, Address},
+    agent, context, count,
+    kernel::{Address, KernelPtr},
+    maps::{PROTECTED, offset},
+    processes::{self, palisade_slot_of_process},
     record::{self, Lane},
+    slots, task,
 };
 
 /// `BPF_FS_MAGIC` of include/uapi/linux/magic.h.
@@ -36,7 +36,7 @@ pub fn on_process(act: u8, task: Address, detail: u32) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_is_guarded(pid: u64) -> u64 {
-    let Some(agent) = agent() else { return 0 };
+    let Some(agent) = agent::state() else { return 0 };
     if pid == u64::from(agent.pid) {
         return 1;
     }
@@ -48,23 +48,15 @@ pub extern "C" fn palisade_is_guarded(pid: u64) -> u64 {
     u64::from(slot != 0 && (slot == own || slot == PROBE_SLOT))
 }
 
-/// The slot that the process `pid` has an entry for; 0 without one.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn palisade_slot_of_process(pid: u64) -> u64 {
-    // SAFETY: only a field is read.
-    unsafe { PROCESSES.get(pid as u32) }.map_or(0, |process| process.slot)
-}
-
 /// Whether a file descriptor may not send `task` signals: nobody can say who arranged for that.
 #[inline(always)]
 pub fn by_descriptor(task: Address) -> bool {
-    let Some(agent) = agent() else { return false };
+    let Some(agent) = agent::state() else { return false };
     let is_agent = KernelPtr(task).read::<u32>(offset!(task_tgid)) == Some(agent.pid);
     if is_agent {
         count::error(error::DESCRIPTOR_SIGNAL);
     }
-    is_agent && lives(agent) && agent.self_protection == u32::from(mode::ENFORCE)
+    is_agent && agent::lives(agent) && agent.self_protection == u32::from(mode::ENFORCE)
 }
 
 /// Whether opening the map or program `object` is refused.
@@ -96,14 +88,14 @@ pub fn on_mount(mount: Address) -> bool {
 #[inline(always)]
 fn shows_pins(superblock: KernelPtr) -> bool {
     superblock.read::<u64>(offset!(superblock_magic)) == Some(BPF_FILESYSTEM)
-        && superblock.read::<u32>(offset!(superblock_device)) == agent().map(|agent| agent.pins_device)
+        && superblock.read::<u32>(offset!(superblock_device)) == agent::state().map(|agent| agent.pins_device)
 }
 
 /// Whether the file at `dentry` is the folder of all pins, or below it. Not a global function, which would not take the
 /// hook's typed pointer.
 #[inline(always)]
 fn is_pin(dentry: KernelPtr) -> bool {
-    let Some(agent) = agent() else { return false };
+    let Some(agent) = agent::state() else { return false };
     let mut current = dentry;
     let mut depth = 0;
     while depth < PIN_DEPTH {
@@ -118,29 +110,17 @@ fn is_pin(dentry: KernelPtr) -> bool {
     false
 }
 
-#[inline(always)]
-fn agent() -> Option<&'static AgentState> {
-    AGENT.get(0)
-}
-
-/// Whether the agent is there: its process has not ended, and it renews its lease.
-#[inline(always)]
-fn lives(agent: &AgentState) -> bool {
-    // SAFETY: the helper has no preconditions.
-    agent.gone == 0 && unsafe { bpf_ktime_get_boot_ns() } < agent.lease_until
-}
-
 /// Judges and records what the current process tries on the agent. Returns whether it is refused.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_attempt(act: u64, target: u64, detail: u64) -> u64 {
-    let Some(agent) = agent() else { return 0 };
-    let pid = processes::current_pid();
-    if pid == agent.pid || !lives(agent) {
+    let Some(agent) = agent::state() else { return 0 };
+    let pid = task::current_pid();
+    if pid == agent.pid || !agent::lives(agent) {
         return 0;
     }
     let slot = match palisade_slot_of_process(u64::from(pid)) {
-        0 => match containers::current_slot() {
+        0 => match slots::current_slot() {
             Some(slot) => slot,
             None => return 0,
         },
@@ -177,17 +157,4 @@ pub extern "C" fn palisade_attempt(act: u64, target: u64, detail: u64) -> u64 {
         record::lose(slot, Lane::Tamper);
     }
     u64::from(refused)
-}
-
-/// The process `pid` has ended: if it was the agent, nothing waits for its lease.
-#[inline(always)]
-pub fn ended(pid: u32) {
-    if let Some(agent) = AGENT.get_ptr_mut(0) {
-        // SAFETY: the pointer comes from a map lookup; one word, which the agent writes as long as it lives.
-        unsafe {
-            if (&raw const (*agent).pid).read_volatile() == pid {
-                (&raw mut (*agent).gone).write_volatile(1);
-            }
-        }
-    }
 }

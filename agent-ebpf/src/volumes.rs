@@ -13,23 +13,21 @@ use palisade_abi::{
 };
 
 use crate::{
-    context, count,
+    area::clear_front,
+    context, count, judging,
     kernel::KernelPtr,
     maps::{ROOTS, VOLUME_NAMES, VOLUMES, offset},
-    origin,
-    path::clear_front,
-    scratch::{self, EXECUTABLE},
+    roots,
+    scratch::EXECUTABLE,
+    task,
 };
-
-/// Size of a pointer, of which the table of open files consists.
-const POINTER: u64 = 8;
 
 /// Notes that the file open as `descriptor` is the root of a mount of `slot`, named by `name` of `VOLUME_NAMES`. Returns
 /// whether it could.
 #[inline(always)]
 pub fn learn(slot: u64, descriptor: u64, name: u64, flags: u64) -> bool {
-    let Some(dentry) = opened(descriptor) else { return false };
-    let Some(found) = origin::identity(dentry) else { return false };
+    let Some(dentry) = task::opened(descriptor) else { return false };
+    let Some(found) = roots::identity(dentry) else { return false };
     // SAFETY: the host's entry is written before any program is attached and never again.
     let Some(host) = (unsafe { ROOTS.get(HOST_ROOT) }) else {
         count::error(error::HOST_ROOT_MISSING);
@@ -48,14 +46,6 @@ pub fn learn(slot: u64, descriptor: u64, name: u64, flags: u64) -> bool {
         count::error(error::VOLUME_MAP_FULL);
     }
     stored
-}
-
-/// The dentry of a file that the current process has open.
-#[inline(always)]
-pub fn opened(descriptor: u64) -> Option<KernelPtr> {
-    let table = KernelPtr::current_task().follow(offset!(task_files))?.follow(offset!(files_table))?;
-    let files = table.follow(offset!(table_files))?;
-    KernelPtr(files.0 + descriptor * POINTER).follow(0)?.follow(offset!(file_dentry))
 }
 
 /// Whether `superblock` is the root filesystem of `slot`.
@@ -81,7 +71,7 @@ pub fn rooted_at(slot: u64, superblock: u64, dentry: KernelPtr) -> Option<Volume
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_name_volume(claim: u64, which: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return 0 };
+    let Some(scratch) = judging::of(claim) else { return 0 };
     // SAFETY: the memory belongs to this task until it is released.
     let (area, walk) = unsafe {
         if which == EXECUTABLE {

@@ -2,6 +2,8 @@
 
 mod bench;
 mod build;
+#[cfg(test)]
+mod circles;
 mod debian;
 mod demo;
 mod dependencies;

@@ -1,7 +1,7 @@
 //! Code that comes into a process by other means than an exec.
 
 #[cfg(feature = "user")]
-use super::decode::{DecodeError, fixed, part};
+use super::bytes::{DecodeError, fixed, part};
 use super::{DecisionPart, Header, LARGE_PATH, ProcessPart, SMALL_PATH, SessionPart};
 
 /// Code came into a process by other means than an exec, or was refused to.

@@ -1,7 +1,7 @@
 //! What the agent must act on: it travels in a ring of its own.
 
 #[cfg(feature = "user")]
-use super::decode::{DecodeError, fixed, of_this_version, part};
+use super::bytes::{DecodeError, fixed, of_this_version, part};
 
 /// Longest cgroup name that travels.
 pub const CGROUP_NAME: usize = 128;

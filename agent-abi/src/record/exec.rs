@@ -4,7 +4,7 @@
 //! the kernel writes each with a single bounded copy and most execs take the small class.
 
 #[cfg(feature = "user")]
-use super::decode::{DecodeError, behind_zeros, fixed, part};
+use super::bytes::{DecodeError, behind_zeros, fixed, part};
 use super::{ContextPart, DecisionPart, Header, LARGE_PATH, ProcessPart, SMALL_PATH, SessionPart};
 use crate::PATH_CAPACITY;
 

@@ -4,6 +4,8 @@
 
 use crate::PATH_CAPACITY;
 
+#[cfg(feature = "user")]
+mod bytes;
 pub mod code;
 pub mod control;
 #[cfg(feature = "user")]
@@ -22,9 +24,10 @@ pub use process::{ExitRecord, ForkRecord};
 pub use tamper::TamperRecord;
 #[cfg(feature = "user")]
 pub use {
+    bytes::DecodeError,
     code::DecodedCode,
     control::decode_control,
-    decode::{DecodeError, Decoded, decode},
+    decode::{Decoded, decode},
     exec::DecodedExec,
 };
 

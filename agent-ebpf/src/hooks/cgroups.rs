@@ -2,12 +2,12 @@
 
 use aya_ebpf::{macros::raw_tracepoint, programs::RawTracePointContext};
 
-use crate::containers;
+use crate::cgroups;
 
 /// `TP_PROTO(struct cgroup *cgrp, const char *path)`
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
 pub fn cgroup_mkdir(ctx: RawTracePointContext) -> i32 {
-    let _slot = containers::cgroup_made(ctx.arg(0), ctx.arg(1));
+    let _slot = cgroups::made(ctx.arg(0), ctx.arg(1));
     #[cfg(feature = "log")]
     if let Some(slot) = _slot {
         aya_log_ebpf::debug!(&ctx, "slot {} begins", slot);
@@ -18,13 +18,13 @@ pub fn cgroup_mkdir(ctx: RawTracePointContext) -> i32 {
 /// `TP_PROTO(struct cgroup *cgrp, const char *path)`
 #[raw_tracepoint(tracepoint = "cgroup_rmdir")]
 pub fn cgroup_rmdir(ctx: RawTracePointContext) -> i32 {
-    containers::cgroup_removed(ctx.arg(0));
+    cgroups::removed(ctx.arg(0));
     0
 }
 
 /// `TP_PROTO(struct cgroup *dst_cgrp, const char *path, struct task_struct *task, bool threadgroup)`
 #[raw_tracepoint(tracepoint = "cgroup_attach_task")]
 pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
-    containers::task_attached(ctx.arg(0), ctx.arg(2));
+    cgroups::task_attached(ctx.arg(0), ctx.arg(2));
     0
 }

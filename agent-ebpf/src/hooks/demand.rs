@@ -6,7 +6,7 @@ use aya_ebpf::programs::RawTracePointContext;
 
 #[cfg(feature = "generator")]
 use crate::generate;
-use crate::{containers, origin, volumes};
+use crate::{origin, roots, volumes};
 
 /// Never attached: the agent runs it on demand (`BPF_PROG_TEST_RUN`) from a thread whose root directory is the
 /// one to learn. The first argument is the slot, or `HOST_ROOT`, the second the time, in seconds since the Unix epoch. Written out, since the macro of the others
@@ -15,7 +15,7 @@ use crate::{containers, origin, volumes};
 #[unsafe(link_section = "raw_tp")]
 pub extern "C" fn learn_root(ctx: *mut core::ffi::c_void) -> u32 {
     let ctx = RawTracePointContext::new(ctx);
-    u32::from(!containers::learn_root(ctx.arg(0), ctx.arg(1)))
+    u32::from(!roots::learn(ctx.arg(0), ctx.arg(1)))
 }
 
 /// Never attached, run on demand by a thread that holds the root of a mount open. The arguments are the slot, the file

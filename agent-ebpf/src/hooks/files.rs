@@ -3,13 +3,16 @@
 use aya_ebpf::{macros::lsm, programs::LsmContext};
 use palisade_abi::codes::code_act;
 
-use crate::{code, interpreter, layers, tamper};
+use crate::{
+    code::{executables::spoils, layers, tracing::opens_memory},
+    exec::interpreter,
+    tamper,
+};
 
 /// `int security_file_open(struct file *file)`
 #[lsm(hook = "file_open")]
 pub fn file_open(ctx: LsmContext) -> i32 {
-    let refused =
-        code::opens_memory(ctx.arg(0)) || interpreter::opens(ctx.arg(0)) || layers::opens(ctx.arg(0));
+    let refused = opens_memory(ctx.arg(0)) || interpreter::opens(ctx.arg(0)) || layers::opens(ctx.arg(0));
     if refused { -1 } else { 0 }
 }
 
@@ -22,7 +25,7 @@ pub fn inode_unlink_tamper(ctx: LsmContext) -> i32 {
 /// As above.
 #[lsm(hook = "inode_unlink")]
 pub fn inode_unlink_code(ctx: LsmContext) -> i32 {
-    if code::spoils(code_act::REMOVE, ctx.arg(1)) { -1 } else { 0 }
+    if spoils(code_act::REMOVE, ctx.arg(1)) { -1 } else { 0 }
 }
 
 /// `int security_inode_rmdir(struct inode *dir, struct dentry *dentry)`
@@ -41,7 +44,7 @@ pub fn inode_rename_tamper(ctx: LsmContext) -> i32 {
 /// As above.
 #[lsm(hook = "inode_rename")]
 pub fn inode_rename_code(ctx: LsmContext) -> i32 {
-    let refused = code::spoils(code_act::RENAME, ctx.arg(1)) || code::spoils(code_act::RENAME, ctx.arg(3));
+    let refused = spoils(code_act::RENAME, ctx.arg(1)) || spoils(code_act::RENAME, ctx.arg(3));
     if refused { -1 } else { 0 }
 }
 
@@ -49,5 +52,5 @@ pub fn inode_rename_code(ctx: LsmContext) -> i32 {
 /// its attributes change.
 #[lsm(hook = "inode_copy_up")]
 pub fn inode_copy_up(ctx: LsmContext) -> i32 {
-    if code::spoils(code_act::CHANGE, ctx.arg(0)) { -1 } else { 0 }
+    if spoils(code_act::CHANGE, ctx.arg(0)) { -1 } else { 0 }
 }

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use palisade_abi::codes::tampering;
 
-use crate::{code, exec, maps::setting, processes, tamper};
+use crate::{code::tracing, exec::signals, maps::setting, processes, tamper};
 
 /// `TP_PROTO(struct task_struct *parent, struct task_struct *child)`
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
@@ -72,14 +72,14 @@ pub fn ptrace_access_check(ctx: LsmContext) -> i32 {
     let refused = mode & ATTACH != 0
         && (processes::may_not_be_traced(ctx.arg(0))
             || tamper::on_process(tampering::TRACE, ctx.arg(0), 0)
-            || code::traces(ctx.arg(0)));
+            || tracing::traces(ctx.arg(0)));
     if refused { -1 } else { 0 }
 }
 
 /// `int security_ptrace_traceme(struct task_struct *parent)`: a child may ask for it where nobody could attach to it.
 #[lsm(hook = "ptrace_traceme")]
 pub fn ptrace_traceme(ctx: LsmContext) -> i32 {
-    if code::be_traced(ctx.arg(0)) { -1 } else { 0 }
+    if tracing::be_traced(ctx.arg(0)) { -1 } else { 0 }
 }
 
 /// `int security_task_setscheduler(struct task_struct *p)`: policy, real-time priority and processors.
@@ -123,7 +123,7 @@ pub fn dequeue_signal(ctx: FExitContext) -> u32 {
         }
     }
     if !STOPS.contains(&(result as i32)) {
-        exec::woken();
+        signals::woken();
     }
     0
 }

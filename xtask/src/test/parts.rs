@@ -409,7 +409,7 @@ mod tests {
             PARTS.iter().filter(|part| part.is_touched_by(&files)).map(|part| part.name).collect()
         };
         assert_eq!(touched("docs/exec.md"), ["format, licences, lints", "unit tests"]);
-        let names = touched("agent-ebpf/src/judge.rs");
+        let names = touched("agent-ebpf/src/exec/judge.rs");
         assert!(names.contains(&"planted bugs") && !names.contains(&"scenarios natively"), "{names:?}");
         assert_eq!(touched("Cargo.lock").len(), PARTS.len());
         assert!(!touched("agent-abix/src").contains(&"planted bugs"));

@@ -8,24 +8,27 @@ use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_probe_read_kernel_
 use core::hint::black_box;
 use palisade_abi::{
     PATH_CAPACITY,
-    codes::{action, error, mode, origin, reason, verdict},
+    codes::{action, error, origin, reason, verdict},
     offsets::ABSENT,
     policy::exec::{EXEC_GRANTS, grant},
     record::INTERPRETER,
+    section,
     state::LinkKey,
 };
 
 use crate::{
-    containers, count,
-    exec::{self, palisade_report},
-    judge::{palisade_code_rules, palisade_granted, palisade_refuses_unexamined, rules_mode},
-    kernel::{KernelPtr, plain},
+    area, count,
+    exec::{judge::palisade_refuses_unexamined, pending, report::palisade_report},
+    judging,
+    kernel::{Address, KernelPtr, plain},
     maps::{INTERPRETERS, LINKS, PROCESSES, REVISIONS, offset, planted},
+    matching::palisade_granted,
     origin::palisade_classify,
-    path::{self, palisade_walk},
-    processes::{self, Address},
+    path::palisade_walk,
+    processes,
     record::{self, Lane},
-    scratch::{self, EXECUTABLE, Scratch},
+    scratch::{EXECUTABLE, Scratch},
+    slots, standing, task,
 };
 
 /// `__FMODE_EXEC` of include/linux/fs.h: opened to be executed. `open(2)` does not let it through.
@@ -73,8 +76,8 @@ fn name_of_kernel() -> Option<KernelPtr> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_recall_interpreter(claim: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return 1 };
-    let Some(opened) = INTERPRETERS.get_ptr_mut(processes::current_pid()) else { return 1 };
+    let Some(scratch) = judging::of(claim) else { return 1 };
+    let Some(opened) = INTERPRETERS.get_ptr_mut(task::current_pid()) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released, the entry to this process.
     unsafe {
         (*scratch).interpreter = (*opened).path;
@@ -91,7 +94,7 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
     if offset!(task_nameidata) == ABSENT || offset!(nameidata_name) == ABSENT {
         return 0;
     }
-    let entry = PROCESSES.get_ptr_mut(processes::current_pid());
+    let entry = PROCESSES.get_ptr_mut(task::current_pid());
     // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
     if entry.is_some_and(|entry| unsafe { (&raw const (*entry).expects_interpreter).read_volatile() } == 0) {
         return 0;
@@ -108,7 +111,7 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
         },
         // Without an entry nothing tells it from the interpreter of a script, so that is judged, too. It may be the runtime's, and have come in
         // since its program was judged.
-        None => match containers::current_slot() {
+        None => match slots::current_slot() {
             Some(slot) => (slot, processes::palisade_take_in(slot) as u8, [0; 2]),
             None => return 0,
         },
@@ -117,24 +120,24 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
         // The runtime's own.
         return 0;
     }
-    let Some((claim, scratch)) = scratch::claim() else {
+    let Some(memory) = judging::claim() else {
         if palisade_refuses_unexamined(slot) == 0 {
             return 0;
         }
         record::lose(slot, Lane::Check);
         return 1;
     };
+    let (claim, scratch) = (memory.number, memory.scratch);
     // SAFETY: the memory belongs to this task until it is released.
     unsafe {
         (*scratch).slot = slot;
         (*scratch).caller = caller;
         (*scratch).dentry = KernelPtr(file).follow(offset!(file_dentry)).unwrap_or(KernelPtr(0)).0;
-        (&raw mut (*scratch).session).write(processes::session_of(processes::current_pid()));
+        (&raw mut (*scratch).session).write(processes::session_of(task::current_pid()));
     }
     palisade_examine_interpreter(claim, name.0);
     let reason = if planted!(INTERPRETER_UNJUDGED) { 0 } else { palisade_judge_interpreter(claim) };
     let refused = if reason == 0 { 0 } else { palisade_refuse_interpreter(claim) };
-    scratch::release(claim);
     refused
 }
 
@@ -142,7 +145,7 @@ pub extern "C" fn palisade_opens_interpreter(file: u64) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_examine_interpreter(claim: u64, name: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return 1 };
+    let Some(scratch) = judging::of(claim) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     let dentry = unsafe { (*scratch).dentry };
     palisade_walk(claim, dentry, EXECUTABLE);
@@ -151,9 +154,9 @@ pub extern "C" fn palisade_examine_interpreter(claim: u64, name: u64) -> u64 {
     unsafe {
         (*scratch).origin = origin;
         (*scratch).interpreter_origin = origin;
-        (*scratch).interpreter = path::hash(scratch, &raw mut (*scratch).path, (*scratch).executable.start);
+        (*scratch).interpreter = area::hash(scratch, &raw mut (*scratch).path, (*scratch).executable.start);
         (*scratch).interpreter_name = hash_name(scratch, name);
-        path::clear_end_before::<INTERPRETER>(&raw mut (*scratch).path, (*scratch).executable.start);
+        area::clear_end_before::<INTERPRETER>(&raw mut (*scratch).path, (*scratch).executable.start);
         // The end of the path, with zeros in front if it is shorter.
         let end = (&raw const (*scratch).path).cast::<u8>().add(PATH_CAPACITY - INTERPRETER);
         let opened = &raw mut (*scratch).opened;
@@ -161,10 +164,10 @@ pub extern "C" fn palisade_examine_interpreter(claim: u64, name: u64) -> u64 {
         (*opened).name = (*scratch).interpreter_name;
         (*opened).origin = u64::from(origin);
         (&raw mut (*opened).shown).write(end.cast::<[u8; INTERPRETER]>().read());
-        if INTERPRETERS.insert(processes::current_pid(), &*opened, 0).is_err() {
+        if INTERPRETERS.insert(task::current_pid(), &*opened, 0).is_err() {
             count::error(error::INTERPRETER_MAP_FULL);
         }
-        if let Some(entry) = PROCESSES.get_ptr_mut(processes::current_pid()) {
+        if let Some(entry) = PROCESSES.get_ptr_mut(task::current_pid()) {
             (&raw mut (*entry).has_interpreter).write_volatile(1);
         }
     }
@@ -204,15 +207,15 @@ unsafe fn hash_name(scratch: *mut Scratch, name: u64) -> [u64; 2] {
     }
     // SAFETY: as above.
     let area = unsafe { &raw mut (*scratch).cwd };
-    path::clear_front(area, start as u32);
-    path::hash(scratch, area, start as u32)
+    area::clear_front(area, start as u32);
+    area::hash(scratch, area, start as u32)
 }
 
 /// The [`reason`] against the interpreter that `claim` has examined; 0 when there is none.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_judge_interpreter(claim: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return reason::NO_SCRATCH.into() };
+    let Some(scratch) = judging::of(claim) else { return reason::NO_SCRATCH.into() };
     // SAFETY: the memory belongs to this task until it is released.
     let (slot, file_origin, session, failure, path, name) = unsafe {
         (
@@ -224,8 +227,8 @@ pub extern "C" fn palisade_judge_interpreter(claim: u64) -> u64 {
             (*scratch).interpreter_name,
         )
     };
-    let rules = palisade_code_rules(slot);
-    if rules == 0 {
+    let rules = standing::of(slot, section::EXEC);
+    if !rules.restricts() {
         return 0;
     }
     if failure == 0 && file_origin == origin::IMAGE {
@@ -236,8 +239,8 @@ pub extern "C" fn palisade_judge_interpreter(claim: u64) -> u64 {
             return 0;
         }
     }
-    let number = (rules >> 32) as u32;
-    // SAFETY: as in `decide`.
+    let number = rules.revision();
+    // SAFETY: a revision is removed after the last slot has left it.
     if failure == 0 && unsafe { REVISIONS.get(number) }.is_some() {
         let wanted = grant(file_origin, session);
         let granted = palisade_granted(claim, u64::from(number), u64::from(wanted)) as u32;
@@ -252,12 +255,12 @@ pub extern "C" fn palisade_judge_interpreter(claim: u64) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn palisade_refuse_interpreter(claim: u64) -> u64 {
-    let Some(scratch) = scratch::of(claim) else { return 1 };
+    let Some(scratch) = judging::of(claim) else { return 1 };
     // SAFETY: the memory belongs to this task until it is released.
     let slot = unsafe { (*scratch).slot };
-    let rules = palisade_code_rules(slot);
-    let entry = PROCESSES.get_ptr_mut(processes::current_pid());
-    if rules_mode(rules) == mode::AUDIT {
+    let rules = standing::of(slot, section::EXEC);
+    let entry = PROCESSES.get_ptr_mut(task::current_pid());
+    if !rules.refuses() {
         if let Some(entry) = entry {
             // Recorded with the exec, unless something worse is.
             // SAFETY: the pointer comes from a map lookup; the entry belongs to this process.
@@ -285,10 +288,10 @@ pub extern "C" fn palisade_refuse_interpreter(claim: u64) -> u64 {
         (*scratch).decision.verdict = verdict::DENIED;
         (*scratch).decision.reason = reason::INTERPRETER;
         (*scratch).decision.action = action::REFUSED;
-        (*scratch).decision.mode = rules_mode(rules);
-        (*scratch).decision.revision = (rules >> 32) as u32;
+        (*scratch).decision.mode = rules.mode();
+        (*scratch).decision.revision = rules.revision();
     }
     palisade_report(claim);
-    exec::no_exec_any_more();
+    pending::none_any_more();
     1
 }
