@@ -13,7 +13,7 @@ use palisade_abi::{
     },
     volume,
 };
-use palisade_profile::condition::MOST_ARGUMENT_BYTES;
+use palisade_profile::exec::condition::MOST_ARGUMENT_BYTES;
 use palisade_proto::v1::{self, record::Event};
 use prost::Message as _;
 use rustix::time::{ClockId, clock_gettime};

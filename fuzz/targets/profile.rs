@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use palisade_abi::codes::{origin, session};
 use palisade_profile::{
     document,
-    evaluate::{Execution, evaluate},
+    exec::evaluate::{Execution, evaluate},
     image,
     origin::Origin,
     policy,
@@ -16,7 +16,7 @@ fuzz_target!(|text: &str| {
     let Ok(profiles) = document::parse("fuzz", text) else { return };
     for profile in &profiles {
         let Ok(image) = image::compile(&policy::alone(profile)) else { continue };
-        for rule in profile.exec.iter().flatten() {
+        for rule in profile.exec.iter().flat_map(|exec| &exec.allow) {
             let exact = rule.path.exact();
             let path = exact.unwrap_or(rule.path.as_str());
             let execution = Execution {

@@ -10,8 +10,7 @@ use marked_yaml::{
 };
 
 use crate::{
-    code::CodeRules,
-    exec::ExecRule,
+    exec,
     mode::Mode,
     problem::Problem,
     read::{Reader, documents, join},
@@ -35,9 +34,7 @@ pub struct Profile {
     pub selector: Selector,
     pub mode: Mode,
     /// `None`: the section is absent and exec is not restricted.
-    pub exec: Option<Vec<ExecRule>>,
-    /// The rest of the section; means nothing without it.
-    pub code: CodeRules,
+    pub exec: Option<exec::Section>,
 }
 
 impl Profile {
@@ -158,8 +155,7 @@ impl Reader<'_> {
             Some(node) => Some(self.exec(node)?),
             None => None,
         };
-        let (exec, code) = exec.map_or_else(Default::default, |(rules, code)| (Some(rules), code));
-        Some(Profile { name: name.as_str().to_owned(), scope, selector, mode: mode?, exec, code })
+        Some(Profile { name: name.as_str().to_owned(), scope, selector, mode: mode?, exec })
     }
 
     fn mode(&mut self, spec: &MarkedMappingNode) -> Option<Mode> {
@@ -276,7 +272,7 @@ spec:
         let [profile] = profiles.as_slice() else { panic!() };
         assert_eq!(profile.reference(), "shop/web");
         assert_eq!(profile.mode, Mode::Enforce);
-        let rules = profile.exec.as_ref().unwrap();
+        let rules = &profile.exec.as_ref().unwrap().allow;
         assert_eq!(rules[0].path.as_str(), "/usr/sbin/nginx");
         assert_eq!(rules[0].from, BTreeSet::from([Origin::Image]));
         assert_eq!(rules[1].from, BTreeSet::from([Origin::Drift]));

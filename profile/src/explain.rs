@@ -3,7 +3,7 @@
 use palisade_abi::codes::{origin, reason};
 
 use crate::{
-    condition::{Arguments, Condition},
+    exec::condition::{Arguments, Condition},
     glob::{Pattern, escaped},
     origin::Origin,
     policy::Policy,
@@ -226,8 +226,9 @@ enum Rank {
 
 fn nearest(policy: &Policy, refused: &Refused<'_>) -> Vec<Near> {
     let mut found: Vec<(Rank, Near)> = Vec::new();
+    let Some(exec) = &policy.exec else { return Vec::new() };
     if refused.act == Act::Map {
-        for (pattern, origins) in policy.code.libraries.iter().flatten() {
+        for (pattern, origins) in exec.code.libraries.iter().flatten() {
             if pattern.matches(refused.path) {
                 let allowed: Vec<String> = origins.iter().map(ToString::to_string).collect();
                 let difference =
@@ -236,13 +237,13 @@ fn nearest(policy: &Policy, refused: &Refused<'_>) -> Vec<Near> {
             }
         }
     }
-    for (pattern, digest) in policy.pinned.keys() {
+    for (pattern, digest) in exec.pinned.keys() {
         if pattern.exact() == Some(refused.path) {
             let difference = format!("is for the image's file with SHA-256 {digest} alone");
             found.push((Rank::Origin, Near { path: pattern.as_str().to_owned(), difference }));
         }
     }
-    for (pattern, origins) in policy.exec.iter().flatten() {
+    for (pattern, origins) in &exec.allowed {
         let path = pattern.as_str();
         let compared = if pattern.matches(refused.path) {
             match origins.iter().find(|(origin, _)| origin.to_string() == refused.origin) {
@@ -321,7 +322,7 @@ fn rule(policy: Option<&Policy>, refused: &Refused<'_>) -> Result<Addition, &'st
     if refused.act == Act::Map {
         let rule = format!("{{{}}}", fields.join(", "));
         // A list takes the place of what holds without one: every file of the image.
-        return Ok(match policy.and_then(|policy| policy.code.libraries.as_ref()) {
+        return Ok(match policy.and_then(|policy| policy.exec.as_ref()?.code.libraries.as_ref()) {
             Some(_) => Addition { field: "spec.exec.libraries", text: format!("- {rule}") },
             None => Addition { field: "spec.exec", text: format!("libraries: [{{path: /**}}, {rule}]") },
         });
@@ -347,7 +348,7 @@ fn conditions(policy: Option<&Policy>, refused: &Refused<'_>) -> Result<Vec<Stri
         return Ok(Vec::new());
     }
     // Rules for the same file may ask for both.
-    let rules = policy.and_then(|policy| policy.exec.as_ref());
+    let rules = policy.and_then(|policy| Some(&policy.exec.as_ref()?.allowed));
     let asked = |wanted: &dyn Fn(&Condition) -> bool| {
         let of_path =
             rules.into_iter().flatten().filter(|(pattern, _)| pattern.exact() == Some(refused.path));
@@ -399,7 +400,7 @@ mod tests {
     use super::*;
     use crate::{
         document::parse,
-        evaluate::{Execution, evaluate, evaluate_mapping},
+        exec::evaluate::{Execution, evaluate, evaluate_mapping},
         image::compile,
         policy::alone,
     };

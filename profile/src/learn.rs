@@ -213,7 +213,7 @@ mod tests {
     use super::*;
     use crate::{
         document::parse,
-        evaluate::{Execution, evaluate},
+        exec::evaluate::{Execution, evaluate},
         image::compile,
         mode::Mode,
         policy::alone,
@@ -241,7 +241,7 @@ mod tests {
     fn what_only_those_executed_who_entered_is_for_them_alone() {
         let by_hand = |path| Observation { entered: true, ..seen(path, "image") };
         let text = draft(&[seen("/bin/both", "image"), by_hand("/bin/both"), by_hand("/bin/sh")]);
-        let rules = parse("draft", &text).unwrap().remove(0).exec.unwrap();
+        let rules = parse("draft", &text).unwrap().remove(0).exec.unwrap().allow;
         assert!(rules[0].sessions.is_any(), "{text}");
         assert_eq!(rules[1].sessions, [Session::Admin].into_iter().collect());
     }
@@ -254,9 +254,9 @@ mod tests {
             other(Act::Needs("jit"), "", ""),
             other(Act::Mapped, "/opt/p.so", "volume:plugins"),
         ]);
-        let read = |text: &str| parse("draft", text).unwrap().remove(0).code;
+        let read = |text: &str| parse("draft", text).unwrap().remove(0).exec.unwrap().code;
         assert!(
-            !read(&text).jit && read(&text).flags() == crate::code::CodeRules::default().flags(),
+            !read(&text).jit && read(&text).flags() == crate::exec::code::CodeRules::default().flags(),
             "{text}"
         );
         let decided = text
@@ -275,13 +275,13 @@ mod tests {
         let profiles = parse("draft", &text).unwrap();
         assert_eq!(profiles.len(), 1);
         assert_eq!(profiles[0].mode, Mode::Audit);
-        let rules = profiles[0].exec.as_ref().unwrap();
+        let rules = &profiles[0].exec.as_ref().unwrap().allow;
         assert_eq!(rules.len(), 1, "{text}");
         assert_eq!(rules[0].path.as_str(), "/usr/sbin/nginx");
         assert!(!profiles[0].selector.labels.contains_key("pod-template-hash"));
         // What was decided for is a rule when the comment is taken away.
         let decided = text.replace("# decide, it is not the image's: ", "");
-        let rules = parse("draft", &decided).unwrap().remove(0).exec.unwrap();
+        let rules = parse("draft", &decided).unwrap().remove(0).exec.unwrap().allow;
         let volume = Origin::parse("volume:plugins").unwrap();
         assert!(rules.iter().any(|rule| rule.path.as_str() == "/opt/p" && rule.from.contains(&volume)));
     }
@@ -295,7 +295,8 @@ mod tests {
         assert!(text.contains(r#"- path: "/opt/\\*\\*""#), "{text}");
         let decided = text.replace("# decide, it is not the image's: ", "");
         let profile = parse("draft", &decided).unwrap().remove(0);
-        let exact: Vec<_> = profile.exec.as_ref().unwrap().iter().map(|rule| rule.path.exact()).collect();
+        let exact: Vec<_> =
+            profile.exec.as_ref().unwrap().allow.iter().map(|rule| rule.path.exact()).collect();
         assert_eq!(exact, [Some("/opt/**"), Some("/opt/a*b\\")]);
         let named = |name: &str| {
             let labels = BTreeMap::from([("app".to_owned(), "web".to_owned())]);
@@ -320,7 +321,7 @@ mod tests {
             ("/a", "volume:/x*\n- path: /evil", "no rule allows bytes from"),
         ] {
             let text = draft(&[seen(path, origin)]);
-            assert!(parse("draft", &text).unwrap()[0].exec.as_ref().unwrap().is_empty(), "{text}");
+            assert!(parse("draft", &text).unwrap()[0].exec.as_ref().unwrap().allow.is_empty(), "{text}");
             let line = text.lines().find(|line| line.contains("# not listed: ")).unwrap();
             assert!(line.contains(why), "{text}");
             assert_eq!(why == "not UTF-8", line.ends_with(r#"write path: "/opt/\\\\xff""#), "{text}");
@@ -346,9 +347,9 @@ mod tests {
             let from = if of_no_image { "drift" } else { "image" };
             let text = draft(&[seen(&path, from)]).replace("    allow: []", "    allow:").replace("# decide, it is not the image's: ", "");
             let profile = parse("draft", &text).unwrap().remove(0);
-            prop_assert_eq!(profile.exec.as_ref().unwrap()[0].path.exact(), Some(&*path));
+            prop_assert_eq!(profile.exec.as_ref().unwrap().allow[0].path.exact(), Some(&*path));
             let image = compile(&alone(&profile)).unwrap();
-            prop_assert!(image.globs.words().is_empty());
+            prop_assert!(image.exec.as_ref().unwrap().globs.words().is_empty());
             let allowed = |path: &str| {
                 let execution = Execution {
                     path: path.as_bytes(),
@@ -389,7 +390,7 @@ mod tests {
             let profiles = parse("draft", &text).unwrap();
             prop_assert_eq!(profiles.len(), 1);
             let profile = &profiles[0];
-            prop_assert_eq!(profile.exec.as_ref().unwrap()[0].path.exact(), Some(&*path));
+            prop_assert_eq!(profile.exec.as_ref().unwrap().allow[0].path.exact(), Some(&*path));
             prop_assert_eq!(&profile.scope, &crate::document::Scope::Namespace(texts[1].clone()));
             prop_assert_eq!(&profile.selector.labels, &observation.labels);
             prop_assert_eq!(profile.selector.containers[0].name.clone(), Some(escaped(&texts[2])));

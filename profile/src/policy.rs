@@ -1,21 +1,13 @@
-//! The policy of one container: the union of its profiles' rules under the strictest of their modes.
+//! The policy of one container: the union of its profiles' sections under the strictest of their modes.
 
-use std::collections::BTreeMap;
-
-use palisade_abi::codes::session;
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    code::CodeRules,
-    condition::Condition,
     digest::Digest,
     document::{Profile, Scope},
-    exec::ExecRule,
-    glob::Pattern,
+    exec,
     mode::Mode,
-    origin::Origin,
     selector::ContainerFacts,
-    session::Sessions,
 };
 
 /// What holds for a container. Equal policies are one revision.
@@ -24,22 +16,9 @@ pub struct Policy {
     /// References of the profiles that were united, sorted.
     pub profiles: Vec<String>,
     pub mode: Mode,
-    /// `None` when no profile has an `exec` section.
-    pub exec: Option<Rules>,
-    /// Rules that hold only where the image's file has these bytes; [`Policy::verified`] decides about them.
-    pub pinned: Pinned,
-    /// The rest of that section.
-    pub code: CodeRules,
+    /// `None` when no profile has the section: then the family is not restricted.
+    pub exec: Option<exec::Rules>,
 }
-
-/// Who may execute something, by what else must hold.
-pub type Who = BTreeMap<Condition, Sessions>;
-
-/// By path and by what the bytes must be: who may execute it.
-pub type Pinned = BTreeMap<(Pattern, Digest), Who>;
-
-/// By path, and by where its bytes come from: who may execute it.
-pub type Rules = BTreeMap<Pattern, BTreeMap<Origin, Who>>;
 
 /// Chooses and unites the profiles for a container; `None` when none names it.
 ///
@@ -62,75 +41,33 @@ pub fn unite<'a>(
     let mode = chosen.iter().map(|profile| profile.mode).max()?;
     let mut names: Vec<String> = chosen.iter().map(|profile| profile.reference()).collect();
     names.sort();
-    let (exec, pinned, code) = sections(&chosen);
-    Some(Policy { profiles: names, mode, exec, pinned, code })
-}
-
-fn sections(profiles: &[&Profile]) -> (Option<Rules>, Pinned, CodeRules) {
-    let mut exec = None;
-    let mut pinned = Pinned::new();
-    let mut code = CodeRules::default();
-    for profile in profiles {
-        let Some(rules) = &profile.exec else { continue };
-        if exec.is_none() {
-            code = profile.code.clone();
-        }
-        add(exec.get_or_insert_default(), &mut pinned, rules);
-        code.unite(&profile.code);
-    }
-    (exec, pinned, code)
+    Some(of(names, mode, &chosen))
 }
 
 /// The policy that one profile makes by itself, to check that it can be compiled.
 #[must_use]
 pub fn alone(profile: &Profile) -> Policy {
-    let (exec, pinned, code) = sections(&[profile]);
-    Policy { profiles: vec![profile.reference()], mode: profile.mode, exec, pinned, code }
+    of(vec![profile.reference()], profile.mode, &[profile])
 }
 
-fn add(union: &mut Rules, pinned: &mut Pinned, rules: &[ExecRule]) {
-    for rule in rules {
-        let conditions = Condition::each(&rule.parents, rule.arguments.as_ref());
-        let who = conditions.into_iter().map(|condition| (condition, rule.sessions)).collect();
-        if let Some(digest) = rule.sha256 {
-            add_who(pinned.entry((rule.path.clone(), digest)).or_default(), &who);
-            continue;
-        }
-        let origins = union.entry(rule.path.clone()).or_default();
-        for origin in &rule.from {
-            add_who(origins.entry(origin.clone()).or_default(), &who);
-        }
-    }
-}
-
-fn add_who(own: &mut Who, other: &Who) {
-    for (condition, sessions) in other {
-        own.entry(condition.clone()).or_default().add(*sessions);
-    }
+fn of(names: Vec<String>, mode: Mode, profiles: &[&Profile]) -> Policy {
+    let exec = exec::Rules::unite(profiles.iter().filter_map(|profile| profile.exec.as_ref()));
+    Policy { profiles: names, mode, exec }
 }
 
 impl Policy {
     /// The policy of a container whose image has files of these digests: a pinned rule whose bytes are as it says is one like
     /// any other, and one whose bytes are not is none.
     #[must_use]
-    pub fn verified(mut self, digest_of: impl Fn(&str) -> Option<Digest>) -> Self {
-        for ((path, digest), who) in std::mem::take(&mut self.pinned) {
-            if path.exact().and_then(&digest_of) == Some(digest) {
-                let origins = self.exec.get_or_insert_default().entry(path).or_default();
-                add_who(origins.entry(Origin::Image).or_default(), &who);
-            }
-        }
-        self
+    pub fn verified(self, digest_of: impl Fn(&str) -> Option<Digest>) -> Self {
+        let Self { profiles, mode, exec } = self;
+        Self { profiles, mode, exec: exec.map(|rules| rules.verified(digest_of)) }
     }
 
     /// The policy as it is where every pinned file is as its rule says: the largest that it can become.
     #[must_use]
     pub fn verified_whole(self) -> Self {
-        let pinned: BTreeMap<String, Digest> = self
-            .pinned
-            .keys()
-            .filter_map(|(path, digest)| Some((path.exact()?.to_owned(), *digest)))
-            .collect();
+        let pinned = self.exec.as_ref().map(exec::Rules::pinned_digests).unwrap_or_default();
         self.verified(|path| pinned.get(path).copied())
     }
 
@@ -139,19 +76,14 @@ impl Policy {
     /// files cannot be read before its root filesystem is there.
     #[must_use]
     pub fn needs_mounts(&self) -> bool {
-        let executables = self.exec.iter().flat_map(BTreeMap::values).flat_map(BTreeMap::keys);
-        let libraries = self.code.libraries.iter().flat_map(BTreeMap::values).flatten();
-        self.code.memory
-            || !self.pinned.is_empty()
-            || executables
-                .chain(libraries)
-                .any(|origin| matches!(origin, Origin::Volume(_) | Origin::Host | Origin::Memory))
+        let Self { profiles: _, mode: _, exec } = self;
+        exec.as_ref().is_some_and(exec::Rules::needs_mounts)
     }
 
     /// Names the revision by its content: the first 12 hexadecimal digits of a SHA-256.
     #[must_use]
     pub fn revision_name(&self) -> String {
-        let Self { profiles, mode, exec, pinned, code } = self;
+        let Self { profiles, mode, exec } = self;
         let mut hash = Sha256::new();
         let mut part = |text: &str| {
             hash.update((text.len() as u64).to_le_bytes());
@@ -163,72 +95,9 @@ impl Policy {
         part(mode.as_str());
         match exec {
             None => part("exec is not restricted"),
-            Some(rules) => {
-                for (pattern, origins) in rules {
-                    part(pattern.as_str());
-                    for (origin, who) in origins {
-                        part(&origin.to_string());
-                        part_of_who(&mut part, who);
-                    }
-                }
-                for ((path, digest), who) in pinned {
-                    part("pinned");
-                    part(path.as_str());
-                    part(&digest.to_string());
-                    part_of_who(&mut part, who);
-                }
-                part_of_code(&mut part, code);
-            }
+            Some(rules) => rules.name(&mut part),
         }
         hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
-    }
-}
-
-/// Adds who may execute something.
-fn part_of_who(part: &mut impl FnMut(&str), who: &Who) {
-    for (condition, sessions) in who {
-        // No path, origin or session reads like these, and how many arguments follow is said.
-        if let Some(parent) = &condition.parent {
-            part("parent");
-            part(parent.as_str());
-        }
-        if let Some(arguments) = &condition.arguments {
-            part("arguments");
-            part(&arguments.names().len().to_string());
-            arguments.names().iter().for_each(|name| part(name));
-            part(&arguments.patterns().len().to_string());
-            arguments.patterns().iter().for_each(|pattern| part(pattern));
-        }
-        if !condition.is_none() || !sessions.is_any() {
-            for code in sessions.codes() {
-                part(session::name(code).unwrap_or_default());
-            }
-        }
-    }
-}
-
-/// Adds what there is to say about other code; nothing for what holds by default, so that revisions keep their names.
-fn part_of_code(part: &mut impl FnMut(&str), code: &CodeRules) {
-    let CodeRules { libraries, memory, jit, trace, no_elevation } = code;
-    if *code == CodeRules::default() {
-        return;
-    }
-    // No path, origin or session reads like this, so nothing before can pass for what follows.
-    part("other code");
-    for (allowed, name) in
-        [(memory, "memory"), (jit, "jit"), (trace, "trace"), (no_elevation, "no elevation")]
-    {
-        if *allowed {
-            part(name);
-        }
-    }
-    let Some(libraries) = libraries else { return };
-    part("libraries");
-    for (pattern, origins) in libraries {
-        part(pattern.as_str());
-        for origin in origins {
-            part(&origin.to_string());
-        }
     }
 }
 
@@ -255,7 +124,7 @@ mod tests {
         let profiles = [profile("Profile", "a", "audit", "/a"), profile("Profile", "b", "enforce", "/b")];
         let policy = unite(&profiles, &facts("shop")).unwrap();
         assert_eq!(policy.mode, Mode::Enforce);
-        assert_eq!(policy.exec.unwrap().len(), 2);
+        assert_eq!(policy.exec.unwrap().allowed.len(), 2);
     }
 
     #[test]
@@ -274,11 +143,11 @@ mod tests {
              spec: {{selector: {{}}, mode: audit, exec: {{allow: [{{path: /a, sha256: {digest}, sessions: admin}}]}}}}\n"
         );
         let policy = alone(&parse("x", &text).unwrap()[0]);
-        assert!(policy.needs_mounts() && policy.exec.as_ref().unwrap().is_empty());
+        assert!(policy.needs_mounts() && policy.exec.as_ref().unwrap().allowed.is_empty());
         let verified = |found: Option<Digest>| policy.clone().verified(|path| found.filter(|_| path == "/a"));
-        assert_eq!(verified(Some(digest)).exec.unwrap().len(), 1);
+        assert_eq!(verified(Some(digest)).exec.unwrap().allowed.len(), 1);
         for other in [verified(None), verified(Some(Digest([8; 32])))] {
-            assert!(other.exec.as_ref().unwrap().is_empty() && other.pinned.is_empty());
+            assert_eq!(other.exec, Some(exec::Rules::default()));
             assert_ne!(other.revision_name(), verified(Some(digest)).revision_name());
         }
     }

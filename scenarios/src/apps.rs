@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, ensure};
 use palisade_abi::codes::{origin, session, verdict};
 use palisade_profile::{
     document::{self, Profile},
-    evaluate::{Execution, evaluate},
+    exec::evaluate::{Execution, evaluate},
     image::compile,
     policy::alone,
 };
@@ -270,7 +270,7 @@ impl Stage<'_> {
         };
         let (drafted, kept) = (read("draft", draft)?, read(self.app.name, self.app.profile)?);
         let image = compile(&alone(&kept))?;
-        for rule in drafted.exec.iter().flatten() {
+        for rule in drafted.exec.iter().flat_map(|exec| &exec.allow) {
             let path = rule.path.exact().context("a draft has a wildcard")?;
             let session = if rule.sessions.is_any() { session::WORKLOAD } else { session::ENTERED };
             let execution = Execution {
@@ -288,7 +288,10 @@ impl Stage<'_> {
             );
         }
         let jit = draft.contains("jit: allow");
-        ensure!(kept.code.jit || !jit, "the draft asks about jit, the profile does not allow it:\n{draft}");
+        ensure!(
+            kept.exec.as_ref().is_some_and(|exec| exec.code.jit) || !jit,
+            "the draft asks about jit, the profile does not allow it:\n{draft}"
+        );
         for field in ["memory: allow", "trace: allow", "libraries:"] {
             ensure!(!draft.contains(field), "the draft asks for more than the profile has:\n{draft}");
         }

@@ -17,7 +17,7 @@ use k8s_cri::v1::NamespaceMode;
 use palisade_abi::codes::{origin, reason, session, verdict};
 use palisade_profile::{
     document,
-    evaluate::{Decision, Execution, evaluate, evaluate_mapping},
+    exec::evaluate::{Decision, Execution, evaluate, evaluate_mapping},
     image::{PolicyImage, compile},
     policy::alone,
 };

@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use palisade_abi::codes::{origin, session, verdict};
 use palisade_profile::{
     document::{self, Profile},
-    evaluate::{Execution, evaluate},
+    exec::evaluate::{Execution, evaluate},
     image, policy,
     selector::ContainerFacts,
 };

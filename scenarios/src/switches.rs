@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use palisade_abi::codes::{origin, session, verdict};
 use palisade_profile::{
     document,
-    evaluate::{Execution, evaluate},
+    exec::evaluate::{Execution, evaluate},
     image::{PolicyImage, compile},
     policy::alone,
 };

@@ -50,9 +50,8 @@ impl Agent {
     pub(super) fn read_digests(&mut self, slot: u64, policy: &Policy) -> bool {
         let Some(container) = self.containers.get(&slot) else { return true };
         let known = &container.digests.known;
-        let open: Vec<String> = policy
-            .pinned
-            .keys()
+        let pinned = policy.exec.iter().flat_map(|exec| exec.pinned.keys());
+        let open: Vec<String> = pinned
             .filter_map(|(path, _)| Some(path.exact()?.to_owned()))
             .filter(|path| !known.contains_key(path))
             .collect();
@@ -92,7 +91,7 @@ impl Agent {
             container.digests.known.insert(path, digest.ok());
         }
         let known = &container.digests.known;
-        for (path, wanted) in policy.pinned.keys() {
+        for (path, wanted) in policy.exec.iter().flat_map(|exec| exec.pinned.keys()) {
             if let Some(path) = path.exact()
                 && open.iter().any(|read| read == path)
                 && let Some(Some(found)) = known.get(path)

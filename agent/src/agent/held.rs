@@ -6,7 +6,7 @@ use palisade_abi::{
     state::Process,
 };
 use palisade_profile::{
-    evaluate::{Execution, evaluate},
+    exec::evaluate::{Execution, evaluate},
     image,
     policy::Policy,
 };
@@ -179,11 +179,13 @@ fn judge(
     if held.foreign_interpreter && held.interpreter.is_none() && policy.exec.is_some() {
         return mismatch(reason::INTERPRETER);
     }
+    let no_elevation = policy.exec.as_ref().is_some_and(|exec| exec.code.no_elevation);
     // A policy that cannot be compiled was not applied either.
     let Ok(image) = image::compile(policy) else { return mismatch(reason::LOOKUP_MISSED) };
     let Held { session, failure, .. } = *held;
-    let parents = image.exact.iter().filter(|(_, rule)| rule.parent != 0).map(|(key, _)| key.path.as_slice());
-    let caller = parents.into_iter().find(|path| hash(path) == held.caller);
+    let exact = image.exec.iter().flat_map(|exec| &exec.exact);
+    let mut parents = exact.filter(|(_, rule)| rule.parent != 0).map(|(key, _)| key.path.as_slice());
+    let caller = parents.find(|path| hash(path) == held.caller);
     if let Some(Interpreter { path, origin, path_hash, name_hash }) = &held.interpreter
         && policy.exec.is_some()
     {
@@ -210,8 +212,7 @@ fn judge(
     });
     let of_script = script.is_some_and(|script| script.verdict > own.verdict);
     let worse = script.filter(|_| of_script).unwrap_or(own);
-    if worse.verdict == verdict::ALLOWED && held.elevated && policy.exec.is_some() && policy.code.no_elevation
-    {
+    if worse.verdict == verdict::ALLOWED && held.elevated && no_elevation {
         return mismatch(reason::ELEVATION);
     }
     Settled { verdict: worse.verdict, reason: worse.reason, mode: code, of_script }

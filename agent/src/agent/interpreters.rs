@@ -108,7 +108,7 @@ impl Agent {
         let executables: Vec<String> = policy
             .exec
             .iter()
-            .flat_map(BTreeMap::keys)
+            .flat_map(|exec| exec.allowed.keys())
             .filter_map(|pattern| Some(pattern.exact()?.to_owned()))
             .take(MOST_EXECUTABLES)
             .collect();

@@ -68,7 +68,8 @@ impl Agent {
 
 /// The exact rules of a policy, as many as are looked at.
 fn exact(policy: &Policy) -> Vec<Pattern> {
-    let patterns = policy.exec.iter().flat_map(BTreeMap::keys).filter(|pattern| pattern.exact().is_some());
+    let patterns =
+        policy.exec.iter().flat_map(|exec| exec.allowed.keys()).filter(|pattern| pattern.exact().is_some());
     patterns.take(MOST_RULES).cloned().collect()
 }
 

@@ -16,7 +16,7 @@ use palisade_abi::{
     codes::{mode, verdict},
     state::{PROBE_SLOT, Process},
 };
-use palisade_profile::{automaton::Automaton, image::PolicyImage, mode::Mode};
+use palisade_profile::{image::PolicyImage, mode::Mode};
 use palisade_proto::v1::{self, record::Event};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -111,14 +111,7 @@ impl Agent {
     pub(super) fn prepare_self_probe(&mut self) -> Result<()> {
         let maps = &mut self.kernel.maps;
         maps.add_slot(PROBE_SLOT, 0, "self-probe")?;
-        let nothing = PolicyImage {
-            mode: Mode::Enforce,
-            restricts_exec: true,
-            code: 0,
-            exact: std::collections::BTreeMap::default(),
-            globs: Automaton::default(),
-        };
-        let revision = maps.policies.install(0, &nothing)?;
+        let revision = maps.policies.install(0, &PolicyImage::nothing(Mode::Enforce))?;
         maps.policies.set_policy(PROBE_SLOT, revision, 0)?;
         if let Some(before) = self.self_probe.revision.replace(revision) {
             maps.policies.retire(before);

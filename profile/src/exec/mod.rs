@@ -1,10 +1,28 @@
 //! The section `exec`: which files run, by whom and how.
 
+pub mod code;
+pub mod condition;
+pub mod evaluate;
+pub mod image;
+pub mod policy;
 mod read;
+
+pub use image::Image;
+pub use policy::Rules;
 
 use std::collections::BTreeSet;
 
-use crate::{condition::Arguments, digest::Digest, glob::Pattern, origin::Origin, session::Sessions};
+use crate::{digest::Digest, glob::Pattern, origin::Origin, session::Sessions};
+
+use code::CodeRules;
+use condition::Arguments;
+
+/// The section as an author wrote it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Section {
+    pub allow: Vec<ExecRule>,
+    pub code: CodeRules,
+}
 
 /// One allowed executable.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

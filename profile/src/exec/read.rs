@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 
 use marked_yaml::{Node, types::MarkedMappingNode};
 
-use super::ExecRule;
-use crate::{
+use super::{
+    ExecRule, Section,
     code::{CodeRules, Libraries},
     condition::Arguments,
+};
+use crate::{
     digest::Digest,
     glob::Pattern,
     origin::Origin,
@@ -16,8 +18,8 @@ use crate::{
 };
 
 impl Reader<'_> {
-    /// The section, and what of it is about other code than what is executed.
-    pub(crate) fn exec(&mut self, node: &Node) -> Option<(Vec<ExecRule>, CodeRules)> {
+    /// The section.
+    pub(crate) fn exec(&mut self, node: &Node) -> Option<Section> {
         let field = "spec.exec";
         let mapping = self.mapping(node, field)?;
         self.known(mapping, field, &["allow", "libraries", "memory", "jit", "trace", "elevation"]);
@@ -45,14 +47,14 @@ impl Reader<'_> {
             self.problem(node.span(), field, "must be a list", "write \"- path: /usr/bin/…\" lines");
             return None;
         };
-        let mut rules = Vec::new();
+        let mut allow = Vec::new();
         for (index, node) in list.iter().enumerate() {
             let field = format!("{field}[{index}]");
             if let Some(rule) = self.exec_rule(node, &field) {
-                rules.push(rule);
+                allow.push(rule);
             }
         }
-        Some((rules, code))
+        Some(Section { allow, code })
     }
 
     /// A field of `spec.exec` that is `allow` or `deny`.
@@ -305,7 +307,7 @@ mod tests {
         let rule = |sessions: &str| {
             let text = GOOD
                 .replace("- path: /usr/sbin/nginx", &format!("- {{path: /bin/sh, sessions: {sessions}}}"));
-            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap()[0].sessions)
+            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap().allow[0].sessions)
         };
         assert_eq!(rule("admin").unwrap(), [Session::Admin].into_iter().collect());
         assert_eq!(rule("[workload, admin]").unwrap(), Session::ALL.into_iter().collect());
@@ -323,7 +325,7 @@ mod tests {
         let rule = |rest: &str| {
             let text =
                 GOOD.replace("- path: /usr/sbin/nginx", &format!("- {{path: /usr/sbin/nginx, {rest}}}"));
-            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap()[0].clone())
+            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap().allow[0].clone())
         };
         let parents = |rest: &str| {
             let parents = rule(rest).unwrap().parents;
@@ -364,7 +366,7 @@ mod tests {
         let rule = |rest: &str| {
             let text =
                 GOOD.replace("- path: /usr/sbin/nginx", &format!("- {{path: /usr/sbin/nginx, {rest}}}"));
-            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap()[0].sha256)
+            parse("web.yaml", &text).map(|profiles| profiles[0].exec.as_ref().unwrap().allow[0].sha256)
         };
         assert_eq!(
             rule(&format!("sha256: {digest}")).unwrap().map(|found| found.to_string()),
@@ -386,9 +388,9 @@ mod tests {
     fn code_that_is_not_executed_has_fields_of_its_own() {
         let code = |fields: &str| {
             parse("web.yaml", &GOOD.replace("    allow:", &format!("    {fields}\n    allow:")))
-                .map(|profiles| profiles[0].code.clone())
+                .map(|profiles| profiles[0].exec.as_ref().unwrap().code.clone())
         };
-        assert_eq!(parse("web.yaml", GOOD).unwrap()[0].code, CodeRules::default());
+        assert_eq!(parse("web.yaml", GOOD).unwrap()[0].exec.as_ref().unwrap().code, CodeRules::default());
         assert_eq!(code("jit: allow").unwrap(), CodeRules { jit: true, ..CodeRules::default() });
         assert_eq!(code("memory: deny").unwrap(), CodeRules::default());
         assert_eq!(code("elevation: allow").unwrap(), CodeRules::default());

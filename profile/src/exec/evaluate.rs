@@ -1,11 +1,12 @@
-//! The verdict on a policy image, as the kernel gives it.
+//! The verdict of the section in a policy image, as the kernel gives it.
 
 use palisade_abi::{
     codes::{code_flags, mode, origin, reason, verdict},
     policy::exec::{EXEC_GRANTS, grant, grant_to_any, library_grant},
 };
 
-use crate::image::{Exact, ExactKey, PolicyImage};
+use super::image::{Exact, ExactKey, Image};
+use crate::image::PolicyImage;
 
 /// A verdict and its reason, as codes of [`palisade_abi::codes`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +42,7 @@ struct Granted {
     any: u32,
 }
 
-fn granted(image: &PolicyImage, execution: &Execution<'_>) -> Granted {
+fn granted(image: &Image, execution: &Execution<'_>) -> Granted {
     let Execution { path, caller, arguments, .. } = *execution;
     let anybody = |path: &[u8]| image.exact.get(&ExactKey::anybody(path));
     let globs = image.globs.grants(path);
@@ -64,9 +65,9 @@ fn granted(image: &PolicyImage, execution: &Execution<'_>) -> Granted {
 #[must_use]
 pub fn evaluate(image: &PolicyImage, execution: &Execution<'_>) -> Decision {
     let Execution { origin, session, failure, .. } = *execution;
-    if !image.restricts_exec {
+    let Some(exec) = &image.exec else {
         return Decision { verdict: verdict::ALLOWED, reason: reason::NO_RULE };
-    }
+    };
     let mismatch = |reason| Decision {
         verdict: if image.mode.code() == mode::AUDIT { verdict::AUDITED } else { verdict::DENIED },
         reason,
@@ -74,7 +75,7 @@ pub fn evaluate(image: &PolicyImage, execution: &Execution<'_>) -> Decision {
     if failure != 0 {
         return mismatch(failure);
     }
-    let Granted { now, with_arguments, any } = granted(image, execution);
+    let Granted { now, with_arguments, any } = granted(exec, execution);
     let wanted = grant(origin, session);
     if now & wanted != 0 {
         Decision { verdict: verdict::ALLOWED, reason: reason::RULE }
@@ -97,11 +98,11 @@ pub fn evaluate(image: &PolicyImage, execution: &Execution<'_>) -> Decision {
 /// become others than, the file's.
 #[must_use]
 pub fn evaluate_mapping(image: &PolicyImage, file: Option<&Execution<'_>>, generated: bool) -> Decision {
-    if !image.restricts_exec {
+    let Some(exec) = &image.exec else {
         return Decision { verdict: verdict::ALLOWED, reason: reason::NO_RULE };
-    }
-    let against = match file.map_or(0, |file| against_mapped(image, file)) {
-        0 if generated && image.code & code_flags::JIT == 0 => reason::JIT,
+    };
+    let against = match file.map_or(0, |file| against_mapped(exec, file)) {
+        0 if generated && exec.flags & code_flags::JIT == 0 => reason::JIT,
         reason => reason,
     };
     if against == 0 {
@@ -112,14 +113,14 @@ pub fn evaluate_mapping(image: &PolicyImage, file: Option<&Execution<'_>>, gener
 }
 
 /// The reason against mapping a file executable; 0 when there is none.
-fn against_mapped(image: &PolicyImage, file: &Execution<'_>) -> u8 {
+fn against_mapped(image: &Image, file: &Execution<'_>) -> u8 {
     let Execution { origin, session, failure, .. } = *file;
     let in_memory = origin == origin::MEMORY;
-    let any_of_image = image.code & code_flags::LIBRARIES_OF_IMAGE != 0;
+    let any_of_image = image.flags & code_flags::LIBRARIES_OF_IMAGE != 0;
     if origin == origin::IMAGE && any_of_image {
         return 0;
     }
-    if in_memory && image.code & code_flags::MEMORY != 0 {
+    if in_memory && image.flags & code_flags::MEMORY != 0 {
         return 0;
     }
     if failure != 0 {

@@ -10,22 +10,17 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{Array, HashMap, MapData};
 use palisade_abi::{
     POLICY_VERSION,
-    hash::hash_path,
     ledger::SetMeta,
-    policy::{
-        GLOB_CHUNK, GlobChunk, Revision, SectionHead, SlotPolicy,
-        exec::{RuleKey, RuleValue},
-    },
+    policy::{GLOB_CHUNK, GlobChunk, Revision, SectionHead, SlotPolicy, exec::RuleKey},
     section,
     state::PROBE_SLOT,
 };
-use palisade_profile::{
-    automaton::Automaton,
-    image::{Exact, PolicyImage},
-};
+use palisade_profile::{automaton::Automaton, image::PolicyImage};
 
 use super::{BPF_ANY, Ledger, ROOM_FOR_SLOTS, copy};
 use crate::kernel::{pins::SetFolder, sets::pinned_map};
+
+mod exec;
 
 /// How long a revision outlives the last slot under it. A decision takes microseconds; a preempted one, scheduling
 /// delays.
@@ -35,62 +30,66 @@ const GRACE: Duration = Duration::from_secs(10);
 struct Installed {
     /// Chunks of all its automata.
     automata: Range<u32>,
-    keys: Vec<RuleKey>,
+    exec: Vec<RuleKey>,
 }
 
-/// A policy image as the maps hold it, but for where its automata stand.
+/// A policy image as the maps hold it, where its automata stand from the first chunk on.
 struct Written {
-    rules: Vec<(RuleKey, RuleValue)>,
-    /// The one for globs, and those for arguments behind it.
+    mode: u32,
+    sections: [SectionHead; section::COUNT],
+    exec: exec::Written,
     chunks: Vec<GlobChunk>,
-    glob_chunks: u32,
 }
 
 impl Written {
     fn new(hash_key: [u64; 2], number: u32, image: &PolicyImage) -> Self {
-        let mut chunks = chunks(&image.globs);
-        let glob_chunks = chunks.len() as u32;
-        let rules = image.exact.iter().map(|(key, rule)| {
-            let Exact { grants, with_arguments, arguments, any, parent } = rule;
-            let base = chunks.len() as u32;
-            chunks.extend(self::chunks(arguments));
-            let value = RuleValue {
-                grants: *grants,
-                with_arguments: *with_arguments,
-                arguments_base: base,
-                arguments_width: arguments.width() as u32,
-                any: *any,
-                parent: *parent,
-            };
-            let path_hash = hash_path(hash_key, &key.path);
-            (RuleKey { path_hash, revision: number, parent: key.parent }, value)
-        });
-        let rules = rules.collect();
-        Self { rules, chunks, glob_chunks }
+        let PolicyImage { mode, exec } = image;
+        let mut automata = Automata::default();
+        let mut sections = [SectionHead::default(); section::COUNT];
+        let exec = exec.as_ref().map(|image| exec::Written::new(hash_key, number, image, &mut automata));
+        if let Some(exec) = &exec {
+            sections[section::EXEC] = exec.head;
+        }
+        let exec = exec.unwrap_or_default();
+        Self { mode: u32::from(mode.code()), sections, exec, chunks: automata.chunks }
     }
 
     /// With its automata from `base` on.
     fn at(mut self, base: u32) -> Self {
-        self.rules.iter_mut().for_each(|(_, rule)| rule.arguments_base += base);
+        for head in &mut self.sections {
+            if head.automaton_chunks != 0 {
+                head.automaton_base += base;
+            }
+        }
+        self.exec.move_automata(base);
         self
     }
 }
 
-/// An automaton as the map holds it.
-fn chunks(automaton: &Automaton) -> Vec<GlobChunk> {
-    let chunk = |words: &[u16]| {
-        let mut chunk = GlobChunk { words: [0; GLOB_CHUNK] };
-        chunk.words[..words.len()].copy_from_slice(words);
-        chunk
-    };
-    automaton.words().chunks(GLOB_CHUNK).map(chunk).collect()
+/// The automata of a revision, in one run.
+#[derive(Default)]
+struct Automata {
+    chunks: Vec<GlobChunk>,
+}
+
+impl Automata {
+    /// Adds one; returns its first chunk, and how many there are.
+    fn add(&mut self, automaton: &Automaton) -> Range<u32> {
+        let base = self.chunks.len() as u32;
+        self.chunks.extend(automaton.words().chunks(GLOB_CHUNK).map(|words| {
+            let mut chunk = GlobChunk { words: [0; GLOB_CHUNK] };
+            chunk.words[..words.len()].copy_from_slice(words);
+            chunk
+        }));
+        base..self.chunks.len() as u32
+    }
 }
 
 /// The maps of policies.
 pub struct Policies {
     slot_policies: HashMap<MapData, u64, SlotPolicy>,
     revisions: HashMap<MapData, u32, Revision>,
-    rules: HashMap<MapData, RuleKey, RuleValue>,
+    exec: exec::Store,
     globs: Array<MapData, GlobChunk>,
     hash_key: [u64; 2],
     installed: Table<u32, Installed>,
@@ -114,7 +113,7 @@ impl Policies {
         Ok(Self {
             slot_policies: take("SLOT_POLICIES")?.try_into()?,
             revisions: take("REVISIONS")?.try_into()?,
-            rules: take("RULES")?.try_into()?,
+            exec: exec::Store::open(folder)?,
             globs: take("GLOBS")?.try_into()?,
             hash_key: meta.hash_key,
             installed: Table::new(),
@@ -132,7 +131,7 @@ impl Policies {
     pub fn install(&mut self, name: u64, image: &PolicyImage) -> Result<u32> {
         let number = self.next_revision;
         self.next_revision += 1;
-        let mut done = Installed { automata: 0..0, keys: Vec::new() };
+        let mut done = Installed { automata: 0..0, exec: Vec::new() };
         match self.write_image(number, name, image, &mut done) {
             Ok(()) => {
                 self.installed.insert(number, done);
@@ -153,30 +152,15 @@ impl Policies {
         image: &PolicyImage,
         done: &mut Installed,
     ) -> Result<()> {
-        let PolicyImage { mode, restricts_exec, code, exact: _, globs } = image;
         let written = Written::new(self.hash_key, number, image);
         done.automata = self.free_globs(written.chunks.len() as u32)?;
-        let Written { rules, chunks, glob_chunks } = written.at(done.automata.start);
+        let Written { mode, sections, exec, chunks } = written.at(done.automata.start);
         for (index, chunk) in done.automata.clone().zip(chunks) {
             self.globs.set(index, chunk, BPF_ANY).context("cannot write the automata")?;
         }
-        for (key, rule) in rules {
-            self.rules
-                .insert(key, rule, BPF_ANY)
-                .context("the map of rules is full; raise maps.rules in the agent's configuration")?;
-            done.keys.push(key);
-        }
-        let mut sections = [SectionHead::default(); section::COUNT];
-        sections[section::EXEC] = SectionHead {
-            restricts: u32::from(*restricts_exec),
-            flags: *code,
-            automaton_base: done.automata.start,
-            automaton_width: globs.width() as u32,
-            automaton_chunks: glob_chunks,
-            reserved: 0,
-        };
+        self.exec.write(exec, &mut done.exec)?;
         let head = Revision {
-            mode: u32::from(mode.code()),
+            mode,
             automata_base: done.automata.start,
             automata_chunks: done.automata.len() as u32,
             reserved: 0,
@@ -224,17 +208,13 @@ impl Policies {
             }
             slots.entry(policy.revision).or_default().push(slot);
         }
-        let mut keys: Table<u32, Vec<RuleKey>> = Table::new();
-        for key in self.rules.keys() {
-            let key = key?;
-            keys.entry(key.revision).or_default().push(key);
-        }
+        let mut exec = self.exec.read_back()?;
         let heads: Vec<(u32, Revision)> = self.revisions.iter().collect::<Result<_, _>>()?;
         let mut found = Vec::new();
         for (number, head) in heads {
             let automata = head.automata_base..head.automata_base + head.automata_chunks;
-            let keys = keys.remove(&number).unwrap_or_default();
-            self.installed.insert(number, Installed { automata, keys });
+            let exec = exec.remove(&number).unwrap_or_default();
+            self.installed.insert(number, Installed { automata, exec });
             self.next_revision = self.next_revision.max(number + 1);
             match slots.remove(&number) {
                 Some(slots) => found.push((number, head.name, slots)),
@@ -242,11 +222,9 @@ impl Policies {
             }
         }
         // A head is written last, so rules without one belong to nobody.
-        for (number, orphans) in keys {
+        for (number, orphans) in exec {
             self.next_revision = self.next_revision.max(number + 1);
-            for key in orphans {
-                let _gone_is_gone = self.rules.remove(&key);
-            }
+            self.exec.remove(orphans);
         }
         Ok(found)
     }
@@ -262,28 +240,22 @@ impl Policies {
 
     /// Whether the kernel has exactly this image under `number`.
     pub fn holds(&self, number: u32, image: &PolicyImage) -> bool {
-        let PolicyImage { mode, restricts_exec, code, exact: _, globs } = image;
         let (Ok(head), Some(installed)) = (self.revisions.get(&number, 0), self.installed.get(&number))
         else {
             return false;
         };
-        let exec = head.sections[section::EXEC];
-        let same_head = head.mode == u32::from(mode.code())
-            && exec.restricts == u32::from(*restricts_exec)
-            && exec.flags == *code
-            && exec.automaton_width as usize == globs.width();
-        let Written { rules, chunks, glob_chunks } =
+        let Written { mode, sections, exec, chunks } =
             Written::new(self.hash_key, number, image).at(installed.automata.start);
-        let same_rules = installed.keys.len() == rules.len()
-            && rules.iter().all(|(key, rule)| self.rules.get(key, 0).is_ok_and(|found| found == *rule));
-        let same_globs = exec.automaton_chunks == glob_chunks
-            && installed.automata.len() == chunks.len()
+        let same_globs = installed.automata.len() == chunks.len()
             && installed
                 .automata
                 .clone()
                 .zip(chunks)
                 .all(|(index, chunk)| self.globs.get(&index, 0).is_ok_and(|found| found == chunk));
-        same_head && same_rules && same_globs
+        head.mode == mode
+            && head.sections == sections
+            && same_globs
+            && self.exec.holds(&exec, installed.exec.len())
     }
 
     /// Takes a revision out of use that no slot points to any more. Its entries stay until [`Maps::reap`].
@@ -314,9 +286,7 @@ impl Policies {
     fn remove_revision(&mut self, number: u32) {
         let Some(installed) = self.installed.remove(&number) else { return };
         let _may_never_have_been_written = self.revisions.remove(&number);
-        for key in installed.keys {
-            let _as_above = self.rules.remove(&key);
-        }
+        self.exec.remove(installed.exec);
     }
 
     /// Puts a slot under a revision; 0 is "no profile". `flags` are [`codes::slot_flags`].
@@ -372,7 +342,7 @@ impl Policies {
                     .context("no room for automata; raise maps.globBytes")?;
             }
         }
-        copy(&old.rules, &mut self.rules, |_, _| true).context("no room for rules; raise maps.rules")?;
+        self.exec.inherit(&old.exec)?;
         copy(&old.revisions, &mut self.revisions, |_, _| true).context(ROOM_FOR_SLOTS)
     }
 
