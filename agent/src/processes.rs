@@ -82,12 +82,16 @@ impl Processes {
         self.known.insert(process.0, known);
     }
 
-    /// Forgets a process and returns what it executed.
-    pub fn exited(&mut self, process: ProcessKey) -> String {
-        if self.find(process).is_none() {
-            return String::new();
+    /// Forgets a process.
+    pub fn exited(&mut self, process: ProcessKey) {
+        if self.find(process).is_some() {
+            self.known.remove(&process.0);
         }
-        self.known.remove(&process.0).map(|known| known.executable).unwrap_or_default()
+    }
+
+    /// What a process executes as the table knows it: after an exec, or an end, procfs tells something else.
+    pub fn recorded(&self, process: ProcessKey) -> String {
+        self.find(process).map(|known| known.executable.clone()).unwrap_or_default()
     }
 
     /// What a process executes, from the table or, for a process of the host, from procfs.
@@ -225,8 +229,11 @@ mod tests {
         processes.executed(1, (7, 1_000_000_000), (1, 5), "/bin/a", 2_000);
         processes.forked(1, (7, 1_000_000_000), (8, 2_000_000_000));
         assert_eq!(processes.executable((8, 2_000_000_000)), "/bin/a");
-        assert_eq!(processes.exited((8, 2_000_000_000)), "/bin/a");
-        assert_eq!(processes.exited((7, 9_000_000_000)), "");
+        processes.exited((8, 2_000_000_000));
+        assert_eq!(processes.recorded((8, 2_000_000_000)), "");
+        processes.exited((7, 9_000_000_000));
+        assert_eq!(processes.recorded((7, 9_000_000_000)), "");
+        assert_eq!(processes.recorded((7, 1_000_000_000)), "/bin/a");
         assert_eq!(processes.exec_id((7, 1_000_000_000)), "01234567-7-100-2000");
         assert_eq!(processes.exec_id((7, 9_000_000_000)), "01234567-7-900-0");
     }

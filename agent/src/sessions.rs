@@ -6,12 +6,15 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use palisade_abi::{codes::session, record::SessionPart};
 use palisade_proto::v1;
 
+use crate::records::Exec;
+
 /// Names a session: slot, and its root's process id and start.
 type Key = (u64, u32, u64);
 
 struct Open {
     /// What has been told of it; grows.
     event: v1::Session,
+    is_workload: bool,
     /// Processes that live.
     live: HashSet<u32>,
 }
@@ -36,7 +39,8 @@ fn key(slot: u64, part: &SessionPart) -> Option<Key> {
 /// What the first exec of a session tells about it.
 pub struct Beginning<'a> {
     pub id: String,
-    pub exec: &'a v1::ProcessExec,
+    pub actor: Option<&'a v1::Process>,
+    pub exec: &'a Exec,
     pub time: u64,
     /// Commands that the pod declares as probes.
     pub probes: &'a [Vec<String>],
@@ -73,7 +77,11 @@ impl Sessions {
                 // One that began before the agent did is told at its end only.
                 begins = (pid == part.pid).then(|| event.clone());
                 // Its root lives, as far as anybody knows: it must not end with the first of its children.
-                vacant.insert(Open { event, live: HashSet::from([part.pid]) })
+                vacant.insert(Open {
+                    event,
+                    is_workload: part.kind == session::WORKLOAD,
+                    live: HashSet::from([part.pid]),
+                })
             }
         };
         open.live.insert(pid);
@@ -110,8 +118,9 @@ impl Sessions {
     }
 
     fn close(&mut self, key: &Key, time: u64) -> Option<v1::Session> {
-        let event = v1::Session { change: "end".to_owned(), ended: time, ..self.open.remove(key)?.event };
-        if event.runtime_exec_id.is_empty() && event.kind != "workload" {
+        let Open { event, is_workload, .. } = self.open.remove(key)?;
+        let event = v1::Session { change: "end".to_owned(), ended: time, ..event };
+        if event.runtime_exec_id.is_empty() && !is_workload {
             self.ended.push_back((key.0, event.clone()));
             if self.ended.len() > MOST_WAITING {
                 self.ended.pop_front();
@@ -162,9 +171,10 @@ impl Sessions {
 }
 
 fn start(part: &SessionPart, beginning: Beginning<'_>, name: Option<String>) -> v1::Session {
-    let Beginning { id, exec, time, probes } = beginning;
-    let process = exec.process.clone().unwrap_or_default();
-    let is_probe = probes.contains(&exec.arguments);
+    let Beginning { id, actor, exec, time, probes } = beginning;
+    let actor = actor.cloned().unwrap_or_default();
+    let arguments = exec.rest.arguments.clone();
+    let is_probe = probes.contains(&arguments);
     v1::Session {
         change: "start".to_owned(),
         id,
@@ -177,14 +187,14 @@ fn start(part: &SessionPart, beginning: Beginning<'_>, name: Option<String>) -> 
         .to_owned(),
         root_pid: part.pid,
         started: time,
-        executable: exec.executable.clone(),
-        arguments: exec.arguments.clone(),
-        terminal: exec.terminal.clone(),
-        entered_by_pid: process.parent_pid,
-        entered_by_comm: process.parent_comm,
-        entered_by_executable: process.parent_executable,
+        executable: exec.file.path_text(),
+        arguments,
+        terminal: exec.rest.terminal.clone(),
+        entered_by_pid: actor.parent_pid,
+        entered_by_comm: actor.parent_comm,
+        entered_by_executable: actor.parent_executable,
         runtime_exec_id: name.unwrap_or_default(),
-        credentials: process.credentials,
+        credentials: actor.credentials,
         ..v1::Session::default()
     }
 }
@@ -203,11 +213,9 @@ mod tests {
         words: &[&str],
         probes: &[Vec<String>],
     ) -> Option<v1::Session> {
-        let exec = v1::ProcessExec {
-            arguments: words.iter().map(|word| (*word).to_owned()).collect(),
-            ..Default::default()
-        };
-        let beginning = || Beginning { id: "s".to_owned(), exec: &exec, time: 7, probes };
+        let mut exec = Exec::default();
+        exec.rest.arguments = words.iter().map(|word| (*word).to_owned()).collect();
+        let beginning = || Beginning { id: "s".to_owned(), actor: None, exec: &exec, time: 7, probes };
         sessions.executed(1, &part(kind), 10, beginning, true)
     }
 

@@ -4,8 +4,9 @@ use std::io::Write as _;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use palisade_audit::View;
 use palisade_profile::text::visible_json;
-use palisade_proto::v1::{CoverageRequest, Record, query_client::QueryClient, record::Event};
+use palisade_proto::v1::{CoverageRequest, Record, query_client::QueryClient};
 use prost::Message as _;
 
 use crate::{
@@ -63,17 +64,15 @@ pub(crate) async fn run(options: Options) -> Result<()> {
 
 fn row(record: &Record) -> Vec<String> {
     let container = record.container.clone().unwrap_or_default();
-    let coverage = match &record.event {
-        Some(Event::Coverage(coverage)) => coverage.clone(),
-        _ => Default::default(),
-    };
+    let view = View::new(record);
+    let coverage = view.coverage().cloned().unwrap_or_default();
     let name = if container.class == "sandbox" { "(sandbox)".to_owned() } else { container.name };
     vec![
         record.node.clone(),
         container.namespace,
         container.pod,
         name,
-        if coverage.change == "ended" { "ended".to_owned() } else { container.mode },
+        if view.has_ended() { "ended".to_owned() } else { container.mode },
         if container.profiles.is_empty() { "-".to_owned() } else { container.profiles.join(",") },
         if container.revision.is_empty() { "-".to_owned() } else { container.revision },
         coverage.tier,

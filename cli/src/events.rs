@@ -6,9 +6,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use clap::Args;
-use palisade_profile::text::{CUT, visible_json, word, words};
-use palisade_proto::v1::{EventsRequest, Record, query_client::QueryClient, record::Event};
+use clap::{Args, builder::PossibleValuesParser};
+use palisade_audit::{Kind, Line, Verdict, View};
+use palisade_profile::text::{visible_json, word};
+use palisade_proto::v1::{EventsRequest, Record, query_client::QueryClient};
 use prost::Message as _;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -42,14 +43,16 @@ pub(crate) struct Options {
     /// Name or id of the container
     #[arg(long, default_value = "")]
     container: String,
-    /// Canonical path of the executable
+    /// Canonical path of the program: what was executed, what a session began with; else what the acting process executes
     #[arg(long, default_value = "")]
     executable: String,
+    /// Canonical path of what the acting process executes; of an exec, of what called it
+    #[arg(long, default_value = "")]
+    actor_executable: String,
     /// Verdict; may be given several times
-    #[arg(long, value_parser = ["allowed", "audited", "denied"])]
+    #[arg(long, value_parser = PossibleValuesParser::new(Verdict::ALL.iter().map(|verdict| verdict.name())))]
     verdict: Vec<String>,
-    /// Kind of event; may be given several times [default: exec gap coverage session node-state tampering code]
-    #[arg(long, value_parser = ["fork", "exec", "exit", "gap", "coverage", "session", "node-state", "tampering", "code", "refusal"])]
+    #[arg(long, help = kinds_help(), value_parser = PossibleValuesParser::new(Kind::ALL.iter().map(|kind| kind.name())))]
     kind: Vec<String>,
     /// Session: its kind (workload, probe, admin, unknown) or its id; may be given several times
     ///
@@ -65,6 +68,11 @@ pub(crate) struct Options {
     /// Before: likewise
     #[arg(long, value_parser = parse_time)]
     until: Option<u64>,
+}
+
+fn kinds_help() -> String {
+    let shown: Vec<&str> = Kind::shown().collect();
+    format!("Kind of event; may be given several times [default: {}]", shown.join(" "))
 }
 
 /// Nanoseconds since the Unix epoch of what a person wrote.
@@ -89,9 +97,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let kinds = if options.all {
         Vec::new()
     } else if options.kind.is_empty() {
-        ["exec", "gap", "coverage", "session", "node-state", "tampering", "code", "refusal"]
-            .map(str::to_owned)
-            .to_vec()
+        Kind::shown().map(str::to_owned).collect()
     } else {
         options.kind
     };
@@ -108,6 +114,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         follow: options.follow,
         last: options.last.unwrap_or(0),
         sessions: options.session,
+        actor_executable: options.actor_executable,
     };
     let mut client = QueryClient::new(options.collector.connect().await?);
     let mut answers = client.events(request).await.context("the collector refuses the query")?.into_inner();
@@ -136,10 +143,11 @@ const WIDTHS: &[usize] = &[23, 12, 10, 14, 12, 17, 28, 0];
 
 fn show(out: &mut impl std::io::Write, record: &Record, colour: bool) -> Result<()> {
     let container = record.container.clone().unwrap_or_default();
-    let (verdict, executable, detail) = describe(record);
-    let paint = match verdict.split(' ').next() {
-        Some("denied") if colour => "\u{1b}[31m",
-        Some("audited") if colour => "\u{1b}[33m",
+    let view = View::new(record);
+    let Line { verdict, executable, detail } = view.line();
+    let paint = match view.verdict() {
+        Some(Verdict::Denied) if colour => "\u{1b}[31m",
+        Some(Verdict::Audited) if colour => "\u{1b}[33m",
         _ => "",
     };
     let name = if container.name.is_empty() {
@@ -168,142 +176,14 @@ fn show(out: &mut impl std::io::Write, record: &Record, colour: bool) -> Result<
     Ok(())
 }
 
-/// Verdict, executable and the rest, in words.
-fn describe(record: &Record) -> (String, String, String) {
-    match &record.event {
-        Some(Event::Exec(exec)) => {
-            let verdict = if exec.verdict == "denied" {
-                format!("denied ({})", exec.action)
-            } else {
-                exec.verdict.clone()
-            };
-            let mut detail = words(&exec.arguments);
-            if exec.verdict != "allowed" {
-                detail = format!("{}: {detail}", exec.reason);
-            }
-            detail = format!("[{}] {detail}", word(&exec.origin));
-            if exec.elevated {
-                detail = format!("ELEVATED {detail}");
-            }
-            if exec.escaped {
-                detail = format!("ESCAPED {detail}");
-            }
-            if !exec.script.is_empty() {
-                detail = format!("script {} {detail}", word(&exec.script));
-            }
-            if exec.arguments_truncated {
-                detail = format!("{detail} {CUT}");
-            }
-            (verdict, exec.executable.clone(), detail)
-        }
-        Some(Event::Fork(fork)) => {
-            let process = fork.process.clone().unwrap_or_default();
-            (
-                "fork".to_owned(),
-                process.parent_executable,
-                format!("pid {} of {}", process.pid, process.parent_pid),
-            )
-        }
-        Some(Event::Exit(exit)) => {
-            let how = if exit.signal == 0 {
-                format!("status {}", exit.status)
-            } else {
-                format!("signal {}", exit.signal)
-            };
-            let pid = exit.process.as_ref().map_or(0, |process| process.pid);
-            ("exit".to_owned(), exit.executable.clone(), format!("pid {pid} {how}"))
-        }
-        Some(Event::Gap(gap)) => {
-            ("GAP".to_owned(), String::new(), format!("{} records missing: {}", gap.count, gap.cause))
-        }
-        Some(Event::Coverage(coverage)) => {
-            let container = record.container.clone().unwrap_or_default();
-            let profiles = if container.profiles.is_empty() {
-                "no profile".to_owned()
-            } else {
-                format!("{} revision {}", container.profiles.join(", "), container.revision)
-            };
-            (
-                coverage.change.clone(),
-                String::new(),
-                format!("{} by {profiles}, {} tier", container.mode, coverage.tier),
-            )
-        }
-        Some(Event::Session(session)) => {
-            let what = if session.change == "end" {
-                let how = if session.signal == 0 {
-                    format!("status {}", session.status)
-                } else {
-                    format!("signal {}", session.signal)
-                };
-                format!("{} execs, {} not allowed, {how}", session.execs, session.not_allowed)
-            } else {
-                let terminal = if session.terminal.is_empty() {
-                    String::new()
-                } else {
-                    format!(" on {}", word(&session.terminal))
-                };
-                format!("by {}{terminal}: {}", word(&session.entered_by_comm), words(&session.arguments))
-            };
-            (
-                format!("session {}", session.change),
-                session.executable.clone(),
-                format!("{} {} {what}", session.kind, session.id),
-            )
-        }
-        Some(Event::Tampering(tampering)) => {
-            let verdict = if tampering.verdict == "denied" {
-                format!("denied ({})", tampering.action)
-            } else {
-                tampering.verdict.clone()
-            };
-            let pid = tampering.process.as_ref().map_or(0, |process| process.pid);
-            let what = match tampering.act.as_str() {
-                "signal" => format!("signal {} to the agent", tampering.signal),
-                "limit" => format!("limit {} of the agent", tampering.resource),
-                "open-map" | "open-program" => format!("{} {}", tampering.act, tampering.object),
-                "remove-pin" | "unmount" => tampering.act.clone(),
-                act => format!("{act} the agent"),
-            };
-            (verdict, tampering.executable.clone(), format!("TAMPERING by pid {pid}: {what}"))
-        }
-        Some(Event::Code(code)) => {
-            let verdict = if code.verdict == "denied" {
-                format!("denied ({})", code.action)
-            } else {
-                code.verdict.clone()
-            };
-            let what = match code.act.as_str() {
-                "trace" | "be-traced" => format!("{} {}", code.act, code.target_pid),
-                act if code.protection.is_empty() => act.to_owned(),
-                act => format!("{act} {}", code.protection),
-            };
-            let file = if code.origin.is_empty() {
-                String::new()
-            } else {
-                format!(" [{}] {}", word(&code.origin), word(&code.file))
-            };
-            (verdict, code.executable.clone(), format!("code: {what}{file}: {}", code.reason))
-        }
-        Some(Event::NodeState(state)) => {
-            (format!("claim {}", state.claim), state.tier.clone(), state.failures.join("; "))
-        }
-        Some(Event::Refusal(refusal)) => (
-            "refused".to_owned(),
-            refusal.peer.clone(),
-            format!("{} peers at {}: {}", refusal.count, refusal.address, refusal.why),
-        ),
-        None => ("unknown".to_owned(), String::new(), "a kind that this build does not know".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use palisade_profile::text::is_hidden;
-    use palisade_proto::v1::{
-        Code, Container, Coverage, Gap, NodeState, ProcessExec, ProcessExit, ProcessFork, Refusal, Session,
-        Tampering,
+    use palisade_profile::text::{CUT, is_hidden};
+    use palisade_proto::{
+        record_from_json, record_to_json,
+        v1::{Container, Decision, ProcessExec, record::Event},
     };
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -321,14 +201,20 @@ mod tests {
     fn arguments_that_differ_look_different() {
         let of = |arguments: &[&str]| {
             let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-            shown(&exec(ProcessExec {
+            let decision = Decision {
                 verdict: "audited".to_owned(),
                 reason: "no-rule".to_owned(),
-                origin: "image".to_owned(),
-                executable: "/bin/sh".to_owned(),
-                arguments,
                 ..Default::default()
-            }))
+            };
+            shown(&Record {
+                decision: Some(decision),
+                ..exec(ProcessExec {
+                    origin: "image".to_owned(),
+                    executable: "/bin/sh".to_owned(),
+                    arguments,
+                    ..Default::default()
+                })
+            })
         };
         assert!(of(&["sh", "-c", "a b", ""]).ends_with("[image] no-rule: sh -c \"a b\" \"\"\n"));
         assert!(of(&["sh", "-c", "a", "b", ""]).ends_with("[image] no-rule: sh -c a b \"\"\n"));
@@ -341,83 +227,40 @@ mod tests {
         assert_ne!(cut(&["a", CUT], false), cut(&["a"], true));
     }
 
+    const BAD: &str = "x\u{1b}[2J\n\u{61c}\u{200b}\u{2060}\u{feff}\u{ad}\u{e0041}\u{fe0f}";
+
+    /// Puts that in the place of every text.
+    fn spoil(value: &mut Value) {
+        match value {
+            Value::String(text) => BAD.clone_into(text),
+            Value::Object(fields) => {
+                // Lists of messages, which no line shows.
+                let of_texts = |name: &str| !["ancestors", "volumes"].contains(&name);
+                fields.iter_mut().filter(|(name, _)| of_texts(name)).for_each(|(_, field)| spoil(field));
+            }
+            Value::Array(list) => list.push(json!(BAD)),
+            _ => {}
+        }
+    }
+
     /// Whatever the collector says, in every field of every kind.
     #[test]
     fn nothing_of_a_record_reaches_the_terminal_hidden() {
-        let bad = || "x\u{1b}[2J\n\u{61c}\u{200b}\u{2060}\u{feff}\u{ad}\u{e0041}\u{fe0f}".to_owned();
-        let events = [
-            Event::Exec(ProcessExec {
-                executable: bad(),
-                origin: bad(),
-                verdict: bad(),
-                action: bad(),
-                reason: bad(),
-                script: bad(),
-                arguments: vec![bad()],
-                ..Default::default()
-            }),
-            Event::Exec(ProcessExec { verdict: "denied".to_owned(), action: bad(), ..Default::default() }),
-            Event::Fork(ProcessFork {
-                process: Some(palisade_proto::v1::Process { parent_executable: bad(), ..Default::default() }),
-            }),
-            Event::Exit(ProcessExit { executable: bad(), ..Default::default() }),
-            Event::Gap(Gap { cause: bad(), ..Default::default() }),
-            Event::Coverage(Coverage { change: bad(), tier: bad(), ..Default::default() }),
-            Event::Session(Session {
-                change: bad(),
-                kind: bad(),
-                id: bad(),
-                terminal: bad(),
-                entered_by_comm: bad(),
-                executable: bad(),
-                arguments: vec![bad()],
-                ..Default::default()
-            }),
-            Event::Tampering(Tampering {
-                act: bad(),
-                verdict: bad(),
-                executable: bad(),
-                ..Default::default()
-            }),
-            Event::Tampering(Tampering {
-                act: "open-map".to_owned(),
-                verdict: "denied".to_owned(),
-                action: bad(),
-                ..Default::default()
-            }),
-            Event::Code(Code {
-                act: bad(),
-                protection: bad(),
-                file: bad(),
-                origin: bad(),
-                reason: bad(),
-                verdict: "denied".to_owned(),
-                action: bad(),
-                executable: bad(),
-                ..Default::default()
-            }),
-            Event::NodeState(NodeState { claim: bad(), tier: bad(), failures: vec![bad()] }),
-            Event::Refusal(Refusal { peer: bad(), address: bad(), why: bad(), ..Default::default() }),
-        ];
-        for event in events {
-            let record = Record {
-                node: bad(),
-                container: Some(Container {
-                    namespace: bad(),
-                    pod: bad(),
-                    name: bad(),
-                    mode: bad(),
-                    revision: bad(),
-                    profiles: vec![bad()],
-                    ..Default::default()
-                }),
-                event: Some(event),
-                ..Default::default()
-            };
-            let line = shown(&record);
-            assert!(!line.trim_end_matches('\n').contains(is_hidden), "{line:?}");
+        for kind in Kind::ALL {
+            let event = kind.name().replace('-', "_");
+            let empty = json!({event: {}, "container": {}, "session_of": {}, "actor": {}, "decision": {}});
+            let empty = record_from_json(&empty.to_string()).unwrap();
+            let mut json = record_to_json(&empty.encode_to_vec()).unwrap();
+            spoil(&mut json);
+            for verdict in [BAD, "denied", "allowed"] {
+                json["decision"]["verdict"] = json!(verdict);
+                let line = shown(&record_from_json(&json.to_string()).unwrap());
+                assert!(!line.trim_end_matches('\n').contains(is_hidden), "{line:?}");
+                // It is there, and made visible.
+                assert!(line.contains("x\\u{1b}[2J\\u{a}"), "{line:?}");
+            }
         }
-        let nameless = Container { id: bad(), class: bad(), ..Default::default() };
+        let nameless = Container { id: BAD.to_owned(), class: BAD.to_owned(), ..Default::default() };
         let line = shown(&Record { container: Some(nameless), ..Default::default() });
         assert!(!line.trim_end_matches('\n').contains(is_hidden), "{line:?}");
     }

@@ -9,16 +9,22 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
+use palisade_audit::{
+    View,
+    refusal::{Key, Refusal},
+};
 use palisade_profile::{
     document::{self, Profile},
-    explain::{Act, Explanation, Refused, explain},
+    explain::{Explanation, explain},
     policy::{self, Policy},
-    selector::ContainerFacts,
-    text::{printable, visible_json, word, words},
+    text::{printable, visible_json, word},
 };
 use serde_json::{Value, json};
 
-use crate::{profile::read, table::moment};
+use crate::{
+    input::{read, records},
+    table::moment,
+};
 
 /// Where profiles are, unless the command line says otherwise.
 const PROFILES: &str = "/etc/palisade/profiles";
@@ -36,80 +42,41 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// What makes refusals equal.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Key {
-    act: Act,
-    namespace: String,
-    container: String,
-    image: String,
-    labels: BTreeMap<String, String>,
-    path: String,
-    origin: String,
-    session: String,
-    reason: String,
-    /// What called exec, where the reason has to do with that.
-    caller: String,
-    rule_by_link: String,
-    /// The arguments, the program's name first, where the reason has to do with them and they are known.
-    arguments: Option<Vec<String>>,
-    verdict: String,
-    mode: String,
-    revision: String,
-    profiles: Vec<String>,
-}
-
-impl Key {
-    fn refused(&self) -> Refused<'_> {
-        Refused {
-            act: self.act,
-            path: &self.path,
-            origin: &self.origin,
-            session: &self.session,
-            reason: &self.reason,
-            caller: &self.caller,
-            rule_by_link: &self.rule_by_link,
-            arguments: self.arguments.as_deref(),
-        }
-    }
-}
-
 #[derive(Default)]
 struct Group {
     count: u64,
     first: u64,
     last: u64,
     pods: BTreeSet<String>,
-    /// Of the first one.
-    arguments: String,
+    /// What was done, of the first one.
+    shown: String,
+}
+
+impl Group {
+    fn add(&mut self, time: u64, pod: String, shown: String) {
+        if self.count == 0 || time < self.first {
+            self.first = time;
+            self.shown = shown;
+        }
+        self.last = self.last.max(time);
+        self.count += 1;
+        self.pods.insert(pod);
+    }
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let profiles = profiles(&options.profiles)?;
-    let (name, text) = read(&options.records)?;
     let mut groups: BTreeMap<Key, Group> = BTreeMap::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let record: Value = serde_json::from_str(line).with_context(|| {
-            format!(
-                "{name}:{}: this is not a JSON record; give the output of `palisade events --json`",
-                number + 1
-            )
-        })?;
-        let Some((key, time, pod, arguments)) = refusal(&record) else { continue };
-        let group = groups.entry(key).or_default();
-        if group.count == 0 || time < group.first {
-            group.first = time;
-            group.arguments = arguments;
+    let name = records(&options.records, |record| {
+        if let Some(Refusal { key, time, pod, shown }) = View::new(record).refusal() {
+            groups.entry(key).or_default().add(time, pod, shown);
         }
-        group.last = group.last.max(time);
-        group.count += 1;
-        group.pods.insert(pod);
-    }
+    })?;
     let mut out = std::io::stdout().lock();
     let mut ordered: Vec<(&Key, &Group)> = groups.iter().collect();
     ordered.sort_by_key(|(_, group)| std::cmp::Reverse(group.count));
     for (key, group) in &ordered {
-        let policy = policy_of(&profiles, key);
+        let policy = policy::unite(&profiles, &key.facts());
         let explanation = explain(policy.as_ref(), &key.refused());
         if options.json {
             writeln!(out, "{}", visible_json(&as_json(key, group, &explanation).to_string()))?;
@@ -121,69 +88,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         writeln!(out, "{name} holds nothing that was refused, or would be")?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// What a record says of a refusal, or of what would be one: what makes it equal to others, its time, pod and arguments.
-fn refusal(record: &Value) -> Option<(Key, u64, String, String)> {
-    let event = |name: &str| record.get(name).filter(|event| !event.is_null());
-    let text = |value: &Value, field: &str| value[field].as_str().unwrap_or_default().to_owned();
-    let (exec, act) = match (event("exec"), event("code")) {
-        (Some(exec), _) => (exec, Act::Execute),
-        (_, Some(code)) if !text(code, "file").is_empty() || text(code, "reason") == "jit-not-allowed" => {
-            (code, Act::Map)
-        }
-        (_, Some(code)) => (code, Act::Trace),
-        _ => return None,
-    };
-    let container = record.get("container")?;
-    let verdict = text(exec, "verdict");
-    if verdict != "denied" && verdict != "audited" {
-        return None;
-    }
-    let of_script = exec["verdict_of_script"].as_bool().unwrap_or(false);
-    let (path, origin) = match act {
-        Act::Execute if of_script => ("script", "script_origin"),
-        Act::Execute
-            if text(exec, "reason") == "interpreter-not-allowed" && !text(exec, "interpreter").is_empty() =>
-        {
-            ("interpreter", "interpreter_origin")
-        }
-        Act::Execute => ("executable", "origin"),
-        Act::Map | Act::Trace => ("file", "origin"),
-    };
-    let texts = |value: &Value| -> Vec<String> {
-        value.as_array().into_iter().flatten().filter_map(|word| Some(word.as_str()?.to_owned())).collect()
-    };
-    let labels = container["labels"].as_object().into_iter().flatten();
-    let reason = text(exec, "reason");
-    let of_arguments = reason == "arguments-not-allowed";
-    let of_condition = of_arguments || reason == "parent-not-allowed";
-    let all = !of_script && !exec["arguments_truncated"].as_bool().unwrap_or(true);
-    let arguments = texts(&exec["arguments"]);
-    let shown = match act {
-        Act::Execute => words(&arguments),
-        Act::Map | Act::Trace => format!("{} by {}", text(exec, "act"), word(&text(exec, "executable"))),
-    };
-    let key = Key {
-        act,
-        namespace: text(container, "namespace"),
-        container: text(container, "name"),
-        image: text(container, "image"),
-        labels: labels.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect(),
-        path: text(exec, path),
-        origin: text(exec, origin),
-        session: text(&record["session_of"], "kind"),
-        caller: if of_condition { text(exec, "caller") } else { String::new() },
-        rule_by_link: text(exec, "rule_by_link"),
-        arguments: (of_arguments && all).then_some(arguments),
-        reason,
-        verdict,
-        mode: text(exec, "decided_mode"),
-        revision: text(exec, "decided_revision"),
-        profiles: texts(&container["profiles"]),
-    };
-    let time = record["time"].as_u64().unwrap_or(0);
-    Some((key, time, text(container, "pod"), shown))
 }
 
 /// Every profile of files and folders.
@@ -224,17 +128,6 @@ fn profiles(places: &[PathBuf]) -> Result<Vec<Profile>> {
     Ok(profiles)
 }
 
-fn policy_of(profiles: &[Profile], key: &Key) -> Option<Policy> {
-    let facts = ContainerFacts {
-        namespace: key.namespace.clone(),
-        name: key.container.clone(),
-        image: key.image.clone(),
-        labels: key.labels.clone(),
-        ..ContainerFacts::default()
-    };
-    policy::unite(profiles, &facts)
-}
-
 fn as_json(key: &Key, group: &Group, explanation: &Explanation) -> Value {
     let near: Vec<Value> = explanation
         .near
@@ -267,7 +160,7 @@ fn tell(
     let first = moment(group.first);
     let when = if group.count == 1 { first } else { format!("{first} to {}", moment(group.last)) };
     line("when", &when)?;
-    line("as", &group.arguments)?;
+    line("as", &group.shown)?;
     let compared = if key.path.is_empty() {
         format!("code in no file, session {}", key.session)
     } else {
@@ -325,20 +218,20 @@ mod tests {
                            selector: {podSelector: {matchLabels: {app: web}}}\n  mode: enforce\n  exec:\n    allow:\n      - \
                            path: /usr/sbin/nginx\n      - {path: /bin/sh, sessions: admin}\n";
 
-    fn record(path: &str, reason: &str, time: u64) -> String {
+    fn refusal(record: &Value) -> Refusal {
+        View::new(&palisade_proto::record_from_json(&record.to_string()).unwrap()).refusal().unwrap()
+    }
+
+    fn record(path: &str, reason: &str, time: u64) -> Value {
         json!({
             "time": time, "session_of": {"kind": "workload"},
             "container": {
                 "namespace": "shop", "name": "nginx", "pod": format!("web-{time}"), "image": "web:1",
                 "labels": {"app": "web"}, "profiles": ["shop/web"],
             },
-            "exec": {
-                "verdict": "denied", "reason": reason, "executable": path, "origin": "image",
-                "arguments": [path, "-c", "id\u{1b}[2J"], "decided_mode": "enforce",
-                "decided_revision": "000000000000",
-            },
+            "decision": {"verdict": "denied", "reason": reason, "mode": "enforce", "revision": "000000000000"},
+            "exec": {"executable": path, "origin": "image", "arguments": [path, "-c", "id\u{1b}[2J"]},
         })
-        .to_string()
     }
 
     #[test]
@@ -350,13 +243,12 @@ mod tests {
         std::fs::remove_dir_all(&folder).unwrap();
         let mut groups: BTreeMap<Key, Group> = BTreeMap::new();
         for time in [5, 3, 9] {
-            let value = serde_json::from_str(&record("/bin/sh", "session-not-allowed", time)).unwrap();
-            let (key, ..) = refusal(&value).unwrap();
-            groups.entry(key).or_default().count += 1;
+            let Refusal { key, time, pod, shown } = refusal(&record("/bin/sh", "session-not-allowed", time));
+            groups.entry(key).or_default().add(time, pod, shown);
         }
         let [(key, group)] = groups.into_iter().collect::<Vec<_>>().try_into().ok().unwrap();
-        assert_eq!(group.count, 3);
-        let policy = policy_of(&profiles, &key).unwrap();
+        assert_eq!((group.count, group.first, group.last, group.pods.len()), (3, 3, 9, 3));
+        let policy = policy::unite(&profiles, &key.facts()).unwrap();
         let explanation = explain(Some(&policy), &key.refused());
         let mut out = Vec::new();
         tell(&mut out, &key, &group, Some(&policy), &explanation).unwrap();
@@ -372,22 +264,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_allowed_is_no_refusal() {
-        let value: Value = serde_json::from_str(&record("/bin/sh", "no-rule", 1)).unwrap();
-        let mut allowed = value.clone();
-        allowed["exec"]["verdict"] = json!("allowed");
-        assert!(refusal(&value).is_some());
-        assert!(refusal(&allowed).is_none());
-        assert!(refusal(&json!({"gap": {"count": 1}, "container": {}})).is_none());
-    }
-
-    #[test]
     fn nothing_of_a_record_reaches_the_terminal_hidden() {
         let bad = "/x\u{1b}]0;\u{7}\n\u{202e}\u{61c}\u{ad}\u{feff}\u{e0041}";
         for reason in ["no-rule", "arguments-not-allowed", "parent-not-allowed", bad] {
-            let mut value: Value = serde_json::from_str(&record(bad, reason, 1)).unwrap();
+            let mut value = record(bad, reason, 1);
             let exec = value["exec"].as_object_mut().unwrap();
-            for field in ["caller", "decided_mode", "decided_revision", "rule_by_link"] {
+            for field in ["caller", "rule_by_link"] {
                 exec.insert(field.to_owned(), json!(bad));
             }
             exec.insert("arguments_truncated".to_owned(), json!(false));
@@ -396,26 +278,17 @@ mod tests {
             }
             value["container"]["profiles"] = json!([bad]);
             value["session_of"]["kind"] = json!(bad);
-            let (mut key, _, pod, arguments) = refusal(&value).unwrap();
+            (value["decision"]["mode"], value["decision"]["revision"]) = (json!(bad), json!(bad));
+            let Refusal { mut key, time, pod, shown } = refusal(&value);
             key.verdict.push_str(bad);
             let explanation = explain(None, &key.refused());
-            let group = Group { count: 1, arguments, pods: BTreeSet::from([pod]), ..Group::default() };
+            let mut group = Group::default();
+            group.add(time, pod, shown);
             let mut out = Vec::new();
             tell(&mut out, &key, &group, None, &explanation).unwrap();
             let text = String::from_utf8(out).unwrap();
             assert!(text.lines().all(|line| !line.contains(is_hidden)), "{text:?}");
             assert!(text.lines().skip(1).all(|line| line.is_empty() || line.starts_with("  ")), "{text:?}");
         }
-    }
-
-    #[test]
-    fn arguments_that_differ_look_different() {
-        let of = |arguments: Value| {
-            let mut value: Value = serde_json::from_str(&record("/bin/sh", "no-rule", 1)).unwrap();
-            value["exec"]["arguments"] = arguments;
-            refusal(&value).unwrap().3
-        };
-        assert_eq!(of(json!(["sh", "-c", "a b", ""])), "sh -c \"a b\" \"\"");
-        assert_ne!(of(json!(["a b"])), of(json!(["a", "b"])));
     }
 }

@@ -3,6 +3,7 @@
 mod coverage;
 mod events;
 mod explain;
+mod input;
 mod pki;
 mod profile;
 mod table;

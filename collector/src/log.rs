@@ -1,7 +1,10 @@
 //! The format of a log segment, as pure functions over bytes.
 //!
-//! A segment starts with [`MAGIC`]. Then come entries, each `length (u32) | CRC-32 of the payload (u32) | payload`,
-//! little endian. The payload is one delivered batch: where it came from, and the records verbatim.
+//! A segment starts with [`MAGIC`], whose last byte is the version: of this format, and of the records, which
+//! nobody writes anew. Version 2: who acted and what was decided stand in the record, and no more in its event.
+//!
+//! Then come entries, each `length (u32) | CRC-32 of the payload (u32) | payload`, little endian. The payload is
+//! one delivered batch: where it came from, and the records verbatim.
 //!
 //! ```text
 //! node length (u16) | node | boot length (u16) | boot | epoch (u64) | first position (u64)
@@ -11,7 +14,7 @@
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use thiserror::Error;
 
-pub const MAGIC: &[u8; 8] = b"PALLOG\x00\x01";
+pub const MAGIC: &[u8; 8] = b"PALLOG\x00\x02";
 /// Bytes before the payload of an entry.
 pub const ENTRY_HEAD: usize = 8;
 /// Largest payload that a reader accepts.
@@ -42,8 +45,14 @@ pub enum Read {
 /// Why bytes are not a segment.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum FormatError {
-    #[error("it does not start as a segment of this version")]
+    #[error("it does not start as a segment")]
     Magic,
+    #[error(
+        "it is of version {0}, and this build reads version {version}. Move the store's folder away to begin anew; the build that wrote it \
+         reads it",
+        version = MAGIC[7]
+    )]
+    Version(u8),
     #[error("an entry claims {0} bytes")]
     TooLarge(usize),
     #[error("an entry's checksum does not match its bytes")]
@@ -78,6 +87,20 @@ impl Entry {
         out[..4].copy_from_slice(&length.to_le_bytes());
         out[4..8].copy_from_slice(&checksum.to_le_bytes());
         out.freeze()
+    }
+}
+
+/// Whether `bytes` start as a segment that this build reads.
+///
+/// # Errors
+///
+/// When they do not; see [`FormatError`].
+pub fn check_start(bytes: &[u8]) -> Result<(), FormatError> {
+    let (name, version) = MAGIC.split_at(MAGIC.len() - 1);
+    match bytes.strip_prefix(name).and_then(<[u8]>::first) {
+        Some(found) if [*found] == version => Ok(()),
+        Some(found) => Err(FormatError::Version(*found)),
+        None => Err(FormatError::Magic),
     }
 }
 
@@ -164,6 +187,17 @@ mod tests {
             first_position: 4,
             received: 5,
             records: vec![Bytes::from_static(b"one"), Bytes::new(), Bytes::from_static(b"three")],
+        }
+    }
+
+    #[test]
+    fn a_segment_of_another_version_says_so() {
+        assert_eq!(check_start(MAGIC), Ok(()));
+        assert_eq!(check_start(b"PALLOG\x00\x01..."), Err(FormatError::Version(1)));
+        let told = FormatError::Version(1).to_string();
+        assert!(told.starts_with("it is of version 1, and this build reads version 2."), "{told}");
+        for other in [&b""[..], b"PALLOG", b"\x7fELF.............."] {
+            assert_eq!(check_start(other), Err(FormatError::Magic));
         }
     }
 

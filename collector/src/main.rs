@@ -2,7 +2,6 @@
 
 mod admission;
 mod config;
-mod filter;
 mod ingest;
 mod log;
 mod query;

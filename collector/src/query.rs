@@ -7,9 +7,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use palisade_audit::{View, filter};
 use palisade_proto::v1::{
     CoverageRequest, CoverageResponse, EventsRequest, EventsResponse, Record, query_server::Query,
-    record::Event,
 };
 use prost::Message as _;
 use tokio::sync::{mpsc, watch};
@@ -18,7 +18,6 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     admission::Admission,
-    filter,
     store::{Place, Store},
 };
 
@@ -79,13 +78,13 @@ impl Query for Queries {
                 let seen = runs.entry(entry.node.clone()).or_default();
                 if !seen.contains(&run) {
                     seen.push(run);
-                    latest.retain(|(node, _), record| *node != entry.node || has_ended(record));
+                    latest.retain(|(node, _), record| *node != entry.node || View::new(record).has_ended());
                 } else if seen.last() != Some(&run) {
                     continue;
                 }
                 for record in entry.records {
                     let Ok(record) = Record::decode(record) else { continue };
-                    if matches!(record.event, Some(Event::Coverage(_))) {
+                    if View::new(&record).coverage().is_some() {
                         latest.insert((record.node.clone(), record.slot), record);
                     }
                 }
@@ -95,15 +94,11 @@ impl Query for Queries {
         .await
         .map_err(|error| Status::internal(error.to_string()))??;
         let containers: Vec<Record> =
-            latest.into_values().filter(|record| ended || !has_ended(record)).collect();
+            latest.into_values().filter(|record| ended || !View::new(record).has_ended()).collect();
         let answers: Vec<Result<CoverageResponse, Status>> =
             containers.chunks(PAGE).map(|page| Ok(CoverageResponse { containers: page.to_vec() })).collect();
         Ok(Response::new(Box::pin(tokio_stream::iter(answers))))
     }
-}
-
-fn has_ended(record: &Record) -> bool {
-    matches!(&record.event, Some(Event::Coverage(coverage)) if coverage.change == "ended")
 }
 
 fn failed(error: anyhow::Error) -> Status {

@@ -429,8 +429,10 @@ fn read_positions(folder: &Path, take: &mut impl FnMut(Entry)) -> Result<()> {
             path.display()
         )
     };
-    if !bytes.starts_with(log::MAGIC) {
-        return Err(broken(&log::FormatError::Magic));
+    match log::check_start(&bytes) {
+        Ok(()) => {}
+        Err(error @ log::FormatError::Version(_)) => bail!("{}: {error}", path.display()),
+        Err(error) => return Err(broken(&error)),
     }
     let mut rest = bytes.slice(log::MAGIC.len()..);
     loop {
@@ -457,12 +459,12 @@ fn scan(folder: &Path, number: u64, records: u64, last: bool, mut take: impl FnM
     let bytes: Bytes =
         std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?.into();
     let mut place = Place { segment: number, offset: log::MAGIC.len() as u64, records };
-    if !bytes.starts_with(log::MAGIC) {
+    if let Err(error) = log::check_start(&bytes) {
         if last && log::MAGIC.starts_with(&bytes) {
             create_segment(folder, number)?;
             return Ok(place);
         }
-        bail!("{}: {}", path.display(), log::FormatError::Magic);
+        bail!("{}: {error}", path.display());
     }
     loop {
         match log::read(&bytes.slice(place.offset as usize..)) {
@@ -546,6 +548,19 @@ mod tests {
         assert_eq!(store.next_position(&stream()), 3);
         assert_eq!(all(&store), ["a", "b", "c"]);
         assert_eq!(store.end().records, 3);
+    }
+
+    #[test]
+    fn a_store_of_another_version_is_refused_and_left_as_it_is() {
+        let older = b"PALLOG\x00\x01 and what that version has";
+        for name in ["segment-000000000000.log", POSITIONS] {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join(name), older).unwrap();
+            let Err(error) = Store::open(folder.path(), 1 << 16, ALL) else { panic!("{name} was read") };
+            let error = format!("{error:#}");
+            assert!(error.contains(name) && error.contains("of version 1, and this build reads"), "{error}");
+            assert_eq!(std::fs::read(folder.path().join(name)).unwrap(), older);
+        }
     }
 
     #[test]

@@ -6,10 +6,11 @@ mod evolution;
 
 use std::sync::LazyLock;
 
-use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
+use prost_reflect::{
+    DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor, SerializeOptions,
+};
 
 /// Package `palisade.v1`.
-#[expect(clippy::all, reason = "generated")]
 #[allow(
     unused_qualifications,
     clippy::undocumented_unsafe_blocks,
@@ -80,6 +81,21 @@ pub fn record_to_json(bytes: &[u8]) -> Result<serde_json::Value, prost::DecodeEr
         .unwrap_or(serde_json::Value::Null))
 }
 
+/// Reads what [`record_to_json`] has made. What is left out has its default; what this build does not know is
+/// passed over.
+///
+/// # Errors
+///
+/// When the text is not JSON, or a field in it has a value of another type than that of a record.
+pub fn record_from_json(text: &str) -> Result<v1::Record, serde_json::Error> {
+    let Some(descriptor) = RECORD.clone() else { return Ok(v1::Record::default()) };
+    let mut text = serde_json::Deserializer::from_str(text);
+    let options = DeserializeOptions::new().deny_unknown_fields(false);
+    let message = DynamicMessage::deserialize_with_options(descriptor, &mut text, &options)?;
+    text.end()?;
+    message.transcode_to().map_err(|error| serde_json::Error::io(std::io::Error::other(error)))
+}
+
 #[cfg(test)]
 mod tests {
     use prost::Message as _;
@@ -91,17 +107,26 @@ mod tests {
         let record = v1::Record {
             node: "n1".to_owned(),
             time: 1_700_000_000_000_000_001,
-            event: Some(v1::record::Event::Exec(v1::ProcessExec {
-                argument_count: 2,
-                verdict: "denied".to_owned(),
-                ..Default::default()
-            })),
+            decision: Some(v1::Decision { verdict: "denied".to_owned(), ..Default::default() }),
+            event: Some(v1::record::Event::Exec(v1::ProcessExec { argument_count: 2, ..Default::default() })),
             ..Default::default()
         };
         let json = record_to_json(&record.encode_to_vec()).unwrap();
         assert_eq!(json["time"], 1_700_000_000_000_000_001_u64);
         assert_eq!(json["exec"]["argument_count"], 2);
-        assert_eq!(json["exec"]["verdict"], "denied");
+        assert_eq!(json["decision"]["verdict"], "denied");
         assert_eq!(json["exec"]["arguments_truncated"], false);
+        assert_eq!(record_from_json(&json.to_string()).unwrap(), record);
+    }
+
+    #[test]
+    fn json_of_another_build_is_read_as_far_as_it_is_known() {
+        let text = r#"{"time": 7, "later": {"a": 1}, "container": null, "exec": {"executable": "/a\u001b", "later": [1]}}"#;
+        let exec = v1::ProcessExec { executable: "/a\u{1b}".to_owned(), ..Default::default() };
+        let event = Some(v1::record::Event::Exec(exec));
+        assert_eq!(record_from_json(text).unwrap(), v1::Record { time: 7, event, ..Default::default() });
+        for wrong in ["", "5", "[]", r#"{"time": "soon"}"#, r#"{"exec": 5}"#, "{} {}"] {
+            assert!(record_from_json(wrong).is_err(), "{wrong}");
+        }
     }
 }

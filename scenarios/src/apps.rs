@@ -314,7 +314,10 @@ impl Stage<'_> {
                 Ok(records.into_iter().find(|record: &Value| record[kind][field] == file))
             })
             .await?;
-            ensure!(record[kind]["verdict"] == "denied" && record[kind]["origin"] == "drift", "{record}");
+            ensure!(
+                record["decision"]["verdict"] == "denied" && record[kind]["origin"] == "drift",
+                "{record}"
+            );
         }
         ensure!(self.ask()?, "it does not serve any more");
         self.runtime.remove_container(&container).await

@@ -248,8 +248,8 @@ async fn spoiled(node: &Node, container: &str, attack: &Attack) -> Result<()> {
         Ok(events::query(node, &["--kind", "code", "--container", container])?.pop())
     })
     .await?;
-    let code = &record["code"];
-    let refused = code["verdict"] == "denied" && code["reason"] == "allowed-executable";
+    let (code, decision) = (&record["code"], &record["decision"]);
+    let refused = decision["verdict"] == "denied" && decision["reason"] == "allowed-executable";
     ensure!(refused && code["act"] == attack.spoils, "{record}");
     ensure!(code["file"] == "/usr/bin/workload" && code["origin"] == "image", "{record}");
     Ok(())
@@ -264,7 +264,7 @@ fn check(
     nonce: &str,
     parent: &str,
 ) -> Result<()> {
-    let exec = &record["exec"];
+    let (exec, actor, decision) = (&record["exec"], &record["actor"], &record["decision"]);
     let (verdict, action) = match expect {
         Expect::Refused => ("denied", "refused"),
         Expect::Killed => ("denied", "killed"),
@@ -277,8 +277,8 @@ fn check(
             wrong.push(format!("{what} is {found}, not {wanted:?}"));
         }
     };
-    same("verdict", &exec["verdict"], verdict);
-    same("action", &exec["action"], action);
+    same("verdict", &decision["verdict"], verdict);
+    same("action", &decision["action"], action);
     // A script that runs is named by its interpreter.
     let runs = matches!(expect, Expect::Audited | Expect::Allowed);
     let named = if attack.name == "script" && runs { "/usr/bin/workload" } else { attack.executable };
@@ -295,7 +295,7 @@ fn check(
     }
     same("origin", &exec["origin"], attack.origin);
     if verdict != "allowed" {
-        same("reason", &exec["reason"], attack.reason);
+        same("reason", &decision["reason"], attack.reason);
     }
     let about = &record["container"];
     same("container id", &about["id"], container);
@@ -319,11 +319,11 @@ fn check(
     if exec["argument_count"] != count + more || exec["arguments_truncated"] != false {
         wrong.push(format!("argument count is {} for {count} arguments", exec["argument_count"]));
     }
-    let found = exec["process"]["parent_comm"].as_str().unwrap_or_default();
+    let found = actor["parent_comm"].as_str().unwrap_or_default();
     if !found.contains(parent) && !found.contains("runc") {
         wrong.push(format!("the parent is {found:?}"));
     }
-    for (what, value) in [("pid", &exec["process"]["pid"]), ("parent", &exec["process"]["parent_pid"])] {
+    for (what, value) in [("pid", &actor["pid"]), ("parent", &actor["parent_pid"])] {
         if value.as_u64().unwrap_or(0) == 0 {
             wrong.push(format!("{what} is missing"));
         }

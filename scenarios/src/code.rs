@@ -209,7 +209,9 @@ impl Outcomes {
     fn check(&self, way: &Way, expect: Expect) -> Result<()> {
         let outcome = self.outcomes.iter().find(|outcome| outcome.name == way.name);
         let outcome = outcome.context("it was not carried out")?;
-        let by = |record: &&Value| record["code"]["process"]["namespace_pid"].as_u64() == Some(outcome.pid);
+        let by = |record: &&Value| {
+            record["code"].is_object() && record["actor"]["namespace_pid"].as_u64() == Some(outcome.pid)
+        };
         let records: Vec<&Value> = self.records.iter().filter(by).collect();
         let of_exec = way.name == INTERPRETER;
         let wanted = match expect {
@@ -233,15 +235,16 @@ impl Outcomes {
             return self.check_interpreter(outcome.pid, way, (verdict, action));
         }
         let found = records.iter().find(|record| {
-            let code = &record["code"];
-            let same = code["reason"] == way.reason && code["origin"] == way.origin;
+            let (code, reason) = (&record["code"], &record["decision"]["reason"]);
+            let same = reason == way.reason && code["origin"] == way.origin;
             // Where the call has no hook of its own, its file is not known.
-            let unhooked = way.name == "remap" && code["reason"] == "jit-not-allowed" && code["origin"] == "";
+            let unhooked = way.name == "remap" && reason == "jit-not-allowed" && code["origin"] == "";
             code["act"] == way.act && (same || unhooked)
         });
-        let code = &found.with_context(|| format!("no record says so: {records:?}"))?["code"];
-        ensure!(code["verdict"] == verdict && code["action"] == action, "{code}");
-        ensure!(code["executable"] == "/usr/bin/attacker", "{code}");
+        let record = found.with_context(|| format!("no record says so: {records:?}"))?;
+        let (code, decision) = (&record["code"], &record["decision"]);
+        ensure!(decision["verdict"] == verdict && decision["action"] == action, "{record}");
+        ensure!(record["actor"]["executable"] == "/usr/bin/attacker", "{record}");
         let folder = if way.on == On::Code { FOLDER } else { "/usr/libexec/palisade" };
         let file = format!("{folder}/{}", way.name);
         let named = code["origin"] == "drift" || way.on != On::Code;
@@ -253,14 +256,17 @@ impl Outcomes {
 
     /// The record of an exec whose interpreter is not the image's.
     fn check_interpreter(&self, pid: u64, way: &Way, (verdict, action): (&str, &str)) -> Result<()> {
-        let found = self.records.iter().map(|record| &record["exec"]).find(|exec| {
-            exec["process"]["namespace_pid"].as_u64() == Some(pid)
-                && exec["executable"] == "/usr/bin/attached-interpreter"
+        let found = self.records.iter().find(|record| {
+            record["actor"]["namespace_pid"].as_u64() == Some(pid)
+                && record["exec"]["executable"] == "/usr/bin/attached-interpreter"
         });
-        let exec = found.with_context(|| format!("no record says so: {:?}", self.records))?;
+        let record = found.with_context(|| format!("no record says so: {:?}", self.records))?;
+        let (exec, decision) = (&record["exec"], &record["decision"]);
         ensure!(
-            exec["verdict"] == verdict && exec["action"] == action && exec["reason"] == way.reason,
-            "{exec}"
+            decision["verdict"] == verdict
+                && decision["action"] == action
+                && decision["reason"] == way.reason,
+            "{record}"
         );
         let loader = format!("{FOLDER}/{}", way.name);
         ensure!(exec["interpreter"] == loader.as_str() && exec["interpreter_origin"] == way.origin, "{exec}");

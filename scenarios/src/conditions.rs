@@ -256,19 +256,22 @@ impl Stage<'_> {
         })
         .await?;
         let denied = !case.reason.is_empty() && self.mode == "enforce";
-        let exec = &record["exec"];
+        let (exec, decision) = (&record["exec"], &record["decision"]);
         let verdict = match (case.reason, denied) {
             ("", _) => "allowed",
             (_, true) => "denied",
             (_, false) => "audited",
         };
         let reason = if case.reason.is_empty() { "rule" } else { case.reason };
-        ensure!(exec["verdict"] == verdict && exec["reason"] == reason, "not {verdict}, {reason}: {record}");
+        ensure!(
+            decision["verdict"] == verdict && decision["reason"] == reason,
+            "not {verdict}, {reason}: {record}"
+        );
         ensure!(exec["caller"] == case.caller, "not called by {:?}: {record}", case.caller);
         if denied {
             let killed = case.late || !self.full;
             let (code, action) = if killed { (KILLED, "killed") } else { (EPERM, "refused") };
-            ensure!(exec["action"] == action, "not {action}: {record}");
+            ensure!(decision["action"] == action, "not {action}: {record}");
             // The runtime may call an exec failed that was refused, and a loop's own end says less.
             let seen = ended.as_ref().map_or(code, |ended| ended.code);
             ensure!(seen == code || case.command.contains(&"loop"), "{ended:?}");
@@ -288,8 +291,8 @@ impl Stage<'_> {
             Ok(records.into_iter().find(|record| events::has_argument(record, &nonce)))
         })
         .await?;
-        let exec = &record["exec"];
-        ensure!(exec["reason"] == "no-rule" && exec["rule_by_link"] == LINK, "{record}");
+        let (exec, decision) = (&record["exec"], &record["decision"]);
+        ensure!(decision["reason"] == "no-rule" && exec["rule_by_link"] == LINK, "{record}");
         Ok(())
     }
 
@@ -329,10 +332,10 @@ impl Stage<'_> {
                 ensure!(record.is_none(), "{program} would be allowed: {record:?}");
                 continue;
             }
-            let exec = record.as_ref().map(|record| &record["exec"]);
+            let decision = record.as_ref().map(|record| &record["decision"]);
             let verdict = if denied { "denied" } else { "audited" };
             ensure!(
-                exec.is_some_and(|exec| { exec["reason"] == reason && exec["verdict"] == verdict }),
+                decision.is_some_and(|found| found["reason"] == reason && found["verdict"] == verdict),
                 "{program}: {record:?}"
             );
         }
@@ -379,7 +382,7 @@ impl Stage<'_> {
             Ok(records.into_iter().find(|record| events::has_argument(record, &name)))
         })
         .await?;
-        ensure!(record["exec"]["caller"] == PARENT && record["exec"]["verdict"] == "allowed", "{record}");
+        ensure!(record["exec"]["caller"] == PARENT && record["decision"]["verdict"] == "allowed", "{record}");
         self.runtime.remove_container(&container).await
     }
 }

@@ -461,8 +461,8 @@ impl Stage<'_> {
         let said = verdict::name(verdict).unwrap_or_default();
         ensure!(code == wanted, "exit code {code}; profile says {said}, {}", name(reason));
         let record = match case.act {
-            Act::Exec => records.execs.get(&case.id).map(|record| &record["exec"]),
-            _ => records.code.get(&pid).map(|record| &record["code"]),
+            Act::Exec => records.execs.get(&case.id),
+            _ => records.code.get(&pid),
         };
         if case.act != Act::Exec && verdict == verdict::ALLOWED {
             ensure!(record.is_none(), "it was allowed, and a record objects: {record:?}");
@@ -470,11 +470,12 @@ impl Stage<'_> {
         }
         let record = record.context("it has no record")?;
         ensure!(
-            record["verdict"] == said && record["reason"] == name(reason),
+            record["decision"]["verdict"] == said && record["decision"]["reason"] == name(reason),
             "profile says {said}, {}: {record}",
             name(reason)
         );
-        let origin = record["origin"].as_str().unwrap_or_default();
+        let event = if case.act == Act::Exec { "exec" } else { "code" };
+        let origin = record[event]["origin"].as_str().unwrap_or_default();
         let kind = origin::name(case.origin).unwrap_or_default();
         ensure!(origin.split(':').next() == Some(kind), "origin {origin}, not {kind}: {record}");
         Ok(())
@@ -492,7 +493,8 @@ impl Stage<'_> {
         for record in
             events::query(self.node, &["--kind", "exec", "--kind", "code", "--container", container])?
         {
-            if let Some(pid) = record["code"]["process"]["namespace_pid"].as_u64() {
+            let pid = record["actor"]["namespace_pid"].as_u64();
+            if let Some(pid) = pid.filter(|_| record["code"].is_object()) {
                 ensure!(records.code.insert(pid, record).is_none(), "two records of one process, {pid}");
                 continue;
             }

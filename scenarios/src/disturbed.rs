@@ -159,7 +159,7 @@ impl Stage {
         let code = self.runtime.ended(&id).await?;
         ensure!(code != PAYLOAD_RAN && self.marks()? == 0, "{name} ran: {code}, {} marks", self.marks()?);
         let record = self.record(&id).await?;
-        ensure!(record["exec"]["verdict"] == "denied" && record["container"]["name"] == name, "{record}");
+        ensure!(record["decision"]["verdict"] == "denied" && record["container"]["name"] == name, "{record}");
         Ok(())
     }
 
@@ -245,7 +245,10 @@ async fn deadline(containerd: &Containerd) -> Result<()> {
     let code = stage.runtime.ended(&id).await?;
     ensure!(code != PAYLOAD_RAN && stage.marks()? == 0, "the entrypoint ran: {code}");
     let record = stage.record(&id).await?;
-    ensure!(record["exec"]["verdict"] == "denied" && record["exec"]["held"].as_u64() > Some(0), "{record}");
+    ensure!(
+        record["decision"]["verdict"] == "denied" && record["exec"]["held"].as_u64() > Some(0),
+        "{record}"
+    );
     stage.registered(2).await?;
     stage.refused(&pod, "c-next").await?;
     stage.close(&pod).await
@@ -360,7 +363,10 @@ async fn absent(containerd: &Containerd, policy: &'static str) -> Result<()> {
         "it ended with {code} and made {marks} marks"
     );
     let record = stage.record(&id).await?;
-    ensure!(record["exec"]["verdict"] == verdict && record["exec"]["reason"] == "agent-absent", "{record}");
+    ensure!(
+        record["decision"]["verdict"] == verdict && record["decision"]["reason"] == "agent-absent",
+        "{record}"
+    );
     if policy == "deny" {
         let pause = until("the record of the sandbox", async || {
             let records = events::query(
@@ -370,7 +376,7 @@ async fn absent(containerd: &Containerd, policy: &'static str) -> Result<()> {
             Ok(records.into_iter().find(|record| record["exec"]["executable"] == "/pause"))
         })
         .await?;
-        ensure!(pause["exec"]["reason"] == "admitted", "{pause}");
+        ensure!(pause["decision"]["reason"] == "admitted", "{pause}");
     }
     stage.runtime.remove_pod(&sandbox).await?;
     stage.close(&pod).await

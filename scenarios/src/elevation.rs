@@ -99,12 +99,12 @@ async fn executes(node: &Node, runtime: &Runtime, container: &str, case: &Case) 
         Ok(records.into_iter().find(|record| events::has_argument(record, &nonce)))
     })
     .await?;
-    let exec = &record["exec"];
-    ensure!(exec["verdict"] == case.verdict && exec["reason"] == case.reason, "{record}");
+    let (exec, decision) = (&record["exec"], &record["decision"]);
+    ensure!(decision["verdict"] == case.verdict && decision["reason"] == case.reason, "{record}");
     ensure!(exec["elevated"] == case.elevated, "{record}");
     // By then it is root, if it is the user that changes.
     let elevated = case.elevated && case.verdict != "denied" && case.program == USER;
     let euid: u64 = if elevated { 0 } else { case.uid.parse()? };
-    ensure!(exec["process"]["credentials"]["euid"] == euid || !case.elevated, "{record}");
+    ensure!(record["actor"]["credentials"]["euid"] == euid || !case.elevated, "{record}");
     Ok(())
 }

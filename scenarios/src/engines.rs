@@ -81,7 +81,7 @@ async fn refused(node: &Node, name: &str, nonce: &str, by: &str) -> Result<Value
     })
     .await?;
     let about = &record["container"];
-    ensure!(record["exec"]["verdict"] == "denied", "{record}");
+    ensure!(record["decision"]["verdict"] == "denied", "{record}");
     ensure!(about["name"] == name && about["identified_by"] == by, "{record}");
     ensure!(about["image"].as_str().is_some_and(|image| image.ends_with(WORKLOAD_IMAGE)), "{record}");
     Ok(record)
@@ -105,7 +105,7 @@ async fn ctr(node: &Node, cri: &Path, name: &str, options: &[&str]) -> Result<()
     ensure!(record["session_of"]["kind"] == "admin", "{record}");
     ensure!(record["exec"]["origin"] == "image", "{record}");
     let root_of_container = if options.is_empty() { 0 } else { 100_000 };
-    ensure!(record["exec"]["process"]["credentials"]["uid"] == root_of_container, "{record}");
+    ensure!(record["actor"]["credentials"]["uid"] == root_of_container, "{record}");
     succeeds(&mut ctr(&["task", "kill", "--signal", "SIGKILL", name]))?;
     until("the container is deleted", async || {
         let (deleted, _) = ends(&mut ctr(&["task", "delete", name]))?;

@@ -122,7 +122,7 @@ async fn allowed(node: &Node, runtime: &Runtime, container: &str) -> Result<()> 
     let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", "none", &nonce]).await?;
     ensure!(ended.code == PAYLOAD_RAN, "exit code {}: {}", ended.code, ended.stderr);
     let record = events::exactly_one(node, &nonce).await?;
-    ensure!(record["exec"]["verdict"] == "allowed", "{record}");
+    ensure!(record["decision"]["verdict"] == "allowed", "{record}");
     ensure!(record["exec"]["executable"] == "/usr/bin/workload", "{record}");
     ensure!(record["exec"]["origin"] == "image", "{record}");
     let attackers = events::query(node, &["--kind", "exec", "--executable", "/usr/bin/attacker"])?;
@@ -144,7 +144,7 @@ async fn found(node: &Node, runtime: &Runtime, container: &str) -> Result<()> {
     let ended = runtime.exec(container, &["/usr/bin/attacker", "attack", "drop-in", &bad]).await?;
     ensure!(ended.code != PAYLOAD_RAN, "other bytes at an allowed path ran");
     let record = events::exactly_one(node, &bad).await?;
-    ensure!(record["exec"]["verdict"] == "denied" && record["exec"]["origin"] == "drift", "{record}");
+    ensure!(record["decision"]["verdict"] == "denied" && record["exec"]["origin"] == "drift", "{record}");
     Ok(())
 }
 
@@ -211,6 +211,6 @@ async fn next_runc(node: &Node, runtime: &Runtime) -> Result<()> {
     ensure!(ended.code == PAYLOAD_RAN, "an allowed program: exit code {}", ended.code);
     let ended = runtime.exec(&container, &["/usr/bin/attacker", "attack", "copy", &bad]).await?;
     ensure!(ended.code != PAYLOAD_RAN, "a copy ran");
-    ensure!(events::exactly_one(node, &bad).await?["exec"]["verdict"] == "denied");
+    ensure!(events::exactly_one(node, &bad).await?["decision"]["verdict"] == "denied");
     runtime.remove_pod(&pod).await
 }

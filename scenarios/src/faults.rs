@@ -208,13 +208,13 @@ async fn unidentified(cri: &Path, policy: &'static str, verdict: &str) -> Result
         Ok(records.into_iter().find(|record| record["exec"]["executable"] == "/pause"))
     })
     .await?;
-    ensure!(record["exec"]["reason"] == "unidentified", "{record}");
+    ensure!(record["decision"]["reason"] == "unidentified", "{record}");
     let action = match (policy, tier.as_str()) {
         ("audit", _) => "none",
         (_, "full") => "refused",
         _ => "killed",
     };
-    ensure!(record["exec"]["action"] == action, "{record}");
+    ensure!(record["decision"]["action"] == action, "{record}");
     ensure!(record["container"]["identified"] == false, "{record}");
     if let Ok(pod) = pod {
         runtime.remove_pod(&pod).await?;

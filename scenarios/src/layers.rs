@@ -101,15 +101,15 @@ impl Stage<'_> {
             Ok(records.into_iter().find(|record| events::has_argument(record, &nonce)))
         })
         .await?;
-        let exec = &record["exec"];
+        let (verdict, found) = (&record["decision"]["verdict"], &record["exec"]["origin"]);
         match refused_as {
             None => {
                 ensure!(ended.code == PAYLOAD_RAN, "{ended:?}");
-                ensure!(exec["verdict"] == "allowed" && exec["origin"] == "image", "{exec}");
+                ensure!(verdict == "allowed" && found == "image", "{record}");
             }
             Some(origin) => {
                 ensure!(ended.code != PAYLOAD_RAN, "it ran");
-                ensure!(exec["verdict"] == "denied" && exec["origin"] == origin, "{exec}");
+                ensure!(verdict == "denied" && found == origin, "{record}");
             }
         }
         Ok(())
@@ -140,9 +140,9 @@ impl Stage<'_> {
             Ok(events::query(self.node, &["--kind", "code", "--container", &container])?.pop())
         })
         .await?;
-        let code = &record["code"];
-        ensure!(code["act"] == "open-layer" && code["reason"] == "image-layer", "{code}");
-        ensure!(code["verdict"] == "denied", "{code}");
+        let decision = &record["decision"];
+        ensure!(record["code"]["act"] == "open-layer", "{record}");
+        ensure!(decision["verdict"] == "denied" && decision["reason"] == "image-layer", "{record}");
         self.runtime.remove_container(&container).await
     }
 

@@ -313,7 +313,7 @@ async fn compared(node: &Node, scene: &Scene, options: &Options, profiles: &[Pro
             !records.iter().any(|record| {
                 events::has_argument(record, nonce)
                     && record["container"]["id"] == id.as_str()
-                    && record["exec"]["verdict"] == *verdict
+                    && record["decision"]["verdict"] == *verdict
             })
         });
         Ok((missing.count() == 0).then_some(()))

@@ -156,7 +156,7 @@ impl Stage<'_> {
             Ok(())
         })?;
         let record = self.record("/usr/bin/third", &nonce).await?;
-        ensure!(record["exec"]["verdict"] == "denied", "{record}");
+        ensure!(record["decision"]["verdict"] == "denied", "{record}");
         self.belongs(&record, "admin")?;
         if !matches!(target, Target::Other) {
             // A cgroup that was just emptied may need a moment.
@@ -185,7 +185,10 @@ impl Stage<'_> {
         ensure!(bad != Some(PAYLOAD_RAN), "what is not allowed ran");
         for (program, verdict) in [("/usr/bin/workload", "allowed"), ("/usr/bin/third", "denied")] {
             let record = self.record(program, &nonce).await?;
-            ensure!(record["exec"]["verdict"] == verdict && record["exec"]["origin"] == "image", "{record}");
+            ensure!(
+                record["decision"]["verdict"] == verdict && record["exec"]["origin"] == "image",
+                "{record}"
+            );
             ensure!(record["exec"]["escaped"] == false, "{record}");
             self.belongs(&record, "admin")?;
         }
@@ -298,16 +301,20 @@ impl Stage<'_> {
         let exec = &record["exec"];
         let above = exec["ancestors"].as_array().context("no ancestors")?;
         ensure!(above.first().is_some_and(|first| first["executable"] == "/usr/bin/attacker"), "{record}");
-        ensure!(above[0]["exec_id"] == exec["process"]["parent_exec_id"], "{record}");
+        ensure!(above[0]["exec_id"] == record["actor"]["parent_exec_id"], "{record}");
+        ensure!(exec["exec_id"] != above[0]["exec_id"] && exec["exec_id"] != "", "{record}");
+        // Until then it is a copy of its parent, under a name of its own.
+        let actor = &record["actor"];
         ensure!(
-            exec["process"]["exec_id"] != above[0]["exec_id"] && exec["process"]["exec_id"] != "",
+            actor["executable"] == "/usr/bin/attacker" && actor["exec_id"] != exec["exec_id"],
             "{record}"
         );
+        // What a program has started is one query.
+        let started = ["--kind", "exec", "--actor-executable", "/usr/bin/attacker"];
+        let started = events::query(self.node, &started)?;
+        ensure!(started.iter().any(|other| other["exec"]["exec_id"] == exec["exec_id"]), "{record}");
         let parent = self.record("/usr/bin/attacker", &nonce).await?;
-        ensure!(
-            parent["exec"]["process"]["exec_id"] == above[0]["exec_id"],
-            "the parent has another name: {parent}"
-        );
+        ensure!(parent["exec"]["exec_id"] == above[0]["exec_id"], "the parent has another name: {parent}");
         Ok(())
     }
 }
@@ -354,9 +361,9 @@ async fn escape(node: &Node, runtime: &Runtime, app: &str, verdict: &str) -> Res
         }))
     })
     .await?;
-    ensure!(record["exec"]["verdict"] == verdict && record["exec"]["escaped"] == true, "{record}");
+    ensure!(record["decision"]["verdict"] == verdict && record["exec"]["escaped"] == true, "{record}");
     if verdict != "allowed" {
-        ensure!(record["exec"]["reason"] == "escaped-to-host", "{record}");
+        ensure!(record["decision"]["reason"] == "escaped-to-host", "{record}");
     }
     runtime.remove_pod(&pod).await
 }

@@ -156,7 +156,7 @@ async fn hiding(node: &Node, runtime: &Runtime) -> Result<()> {
     runtime.remove_pod(&pod).await?;
     ensure!(events::balance(node, &container).await?.counted > 0, "nothing was lost, so nothing was flooded");
     let found = events::payloads(node, &nonce)?;
-    let denied = found.iter().filter(|record| record["exec"]["verdict"] == "denied").count();
+    let denied = found.iter().filter(|record| record["decision"]["verdict"] == "denied").count();
     ensure!(denied == QUIET, "{denied} of {QUIET} denials are on record");
     Ok(())
 }

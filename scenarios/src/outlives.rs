@@ -140,7 +140,7 @@ async fn denial(node: &Node, nonce: &str) -> Result<Value> {
         Ok(found.into_iter().find(|record| record["exec"]["executable"] == "/usr/bin/third"))
     })
     .await?;
-    ensure!(record["exec"]["verdict"] == "denied", "{record}");
+    ensure!(record["decision"]["verdict"] == "denied", "{record}");
     ensure!(record["container"]["labels"]["app"] == "outlives", "whose it is is not said: {record}");
     Ok(record)
 }
@@ -160,7 +160,7 @@ async fn away(node: &mut Node, runtime: &Runtime, pod: &Pod) -> Result<()> {
         ensure!(allowed.code == PAYLOAD_RAN, "what is allowed did not run: {allowed:?}");
         node.start_agent(&AgentOptions::default()).await?;
         let record = denial(node, &nonce).await?;
-        ensure!(record["exec"]["decided_revision"] == first["container"]["revision"], "{record}");
+        ensure!(record["decision"]["revision"] == first["container"]["revision"], "{record}");
         let again = events::in_mode(node, &container, "enforce").await?;
         ensure!(
             again["coverage"]["in_force_since"] == first["coverage"]["in_force_since"],
@@ -181,8 +181,8 @@ async fn visitor(node: &mut Node, runtime: &Runtime) -> Result<()> {
     node.start_agent(&AgentOptions::default()).await?;
     let record = events::exactly_one(node, &nonce).await?;
     ensure!(record["container"]["id"] == container.as_str(), "{record}");
-    ensure!(record["exec"]["verdict"] == "audited", "{record}");
-    let reason = record["exec"]["reason"].as_str().unwrap_or_default();
+    ensure!(record["decision"]["verdict"] == "audited", "{record}");
+    let reason = record["decision"]["reason"].as_str().unwrap_or_default();
     ensure!(matches!(reason, "unidentified" | "agent-absent"), "{record}");
     runtime.remove_pod(&pod).await
 }
@@ -466,7 +466,7 @@ async fn balance(
             .and_then(|words| words.last()?.as_str())
             .is_some_and(|word| word.starts_with(nonce));
         if record["exec"]["executable"] == "/usr/bin/third" && of_attack {
-            let (verdict, reason) = (&record["exec"]["verdict"], &record["exec"]["reason"]);
+            let (verdict, reason) = (&record["decision"]["verdict"], &record["decision"]["reason"]);
             let does_not_know = may_not_know && verdict == "audited" && reason == "unidentified";
             ensure!(verdict == "denied" || does_not_know, "{record}");
             // One that is found anew has no session any more.

@@ -98,8 +98,8 @@ impl Helper<'_> {
             Ok(events::query(node, &arguments)?.pop())
         })
         .await?;
-        let exec = &record["exec"];
-        ensure!(exec["verdict"] == "denied" && exec["reason"] == "escaped-to-host", "{exec}");
+        let decision = &record["decision"];
+        ensure!(decision["verdict"] == "denied" && decision["reason"] == "escaped-to-host", "{record}");
         ensure!(!mark.exists(), "it ran");
         Ok(())
     }

@@ -116,11 +116,11 @@ async fn carry_out(node: &Node, runtime: &Runtime, case: &Case) -> Result<()> {
     let ended = runtime.exec(&container, &["/usr/bin/attacker", "attack", case.attack, &nonce]).await?;
     ensure!(ended.code == case.code, "exit code {}, not {}: {}", ended.code, case.code, ended.stderr.trim());
     let record = events::exactly_one(node, &nonce).await?;
-    let exec = &record["exec"];
-    let right = exec["verdict"] == case.verdict
+    let (exec, decision) = (&record["exec"], &record["decision"]);
+    let right = decision["verdict"] == case.verdict
         && exec["origin"] == case.origin
         && exec["executable"] == case.executable;
     ensure!(right, "{record}");
-    ensure!(case.verdict == "allowed" || exec["reason"] == "origin-not-allowed", "{record}");
+    ensure!(case.verdict == "allowed" || decision["reason"] == "origin-not-allowed", "{record}");
     runtime.remove_pod(&pod).await
 }

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use palisade_proto::{
     batch,
     v1::{
-        AgentMessage, Batch, CollectorMessage, Hello, NotTaken, ProcessExit, Record, agent_message,
+        AgentMessage, Batch, CollectorMessage, Hello, NotTaken, Process, ProcessExit, Record, agent_message,
         collector_message::Message as Answer, delivery_client::DeliveryClient, record::Event,
     },
 };
@@ -174,8 +174,12 @@ fn hello(name: &str, first_position: u64) -> Hello {
 /// Records of a node that carry these words.
 fn records(node: &str, words: &[&str]) -> Vec<Bytes> {
     let record = |word: &&str| {
-        let event = ProcessExit { executable: (*word).to_owned(), ..ProcessExit::default() };
-        let record = Record { node: node.to_owned(), event: Some(Event::Exit(event)), ..Record::default() };
+        let record = Record {
+            node: node.to_owned(),
+            actor: Some(Process { executable: (*word).to_owned(), ..Process::default() }),
+            event: Some(Event::Exit(ProcessExit::default())),
+            ..Record::default()
+        };
         record.encode_to_vec().into()
     };
     words.iter().map(record).collect()
@@ -184,7 +188,10 @@ fn records(node: &str, words: &[&str]) -> Vec<Bytes> {
 /// The words of what is stored of a node, in order.
 pub fn stored(node: &Node, name: &str) -> Result<Vec<String>> {
     let records = events::query(node, &["--all", "--node", name])?;
-    Ok(records.iter().filter_map(|record| record["exit"]["executable"].as_str().map(str::to_owned)).collect())
+    Ok(records
+        .iter()
+        .filter_map(|record| record["actor"]["executable"].as_str().map(str::to_owned))
+        .collect())
 }
 
 /// An agent that does what agents do, whatever else happens.

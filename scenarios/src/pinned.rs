@@ -75,8 +75,8 @@ impl Stage<'_> {
         ensure!(ran == runs, "{ended:?}");
         let record = events::exactly_one(self.node, &nonce).await?;
         let (verdict, reason) = if runs { ("allowed", "rule") } else { ("denied", "no-rule") };
-        let exec = &record["exec"];
-        ensure!(exec["verdict"] == verdict && exec["reason"] == reason, "{record}");
+        let decision = &record["decision"];
+        ensure!(decision["verdict"] == verdict && decision["reason"] == reason, "{record}");
         Ok(())
     }
 
@@ -118,7 +118,7 @@ impl Stage<'_> {
         }
         // One that was refused goes with its pod: the runtime may still be undoing its start.
         let record = events::exactly_one(self.node, &name).await?;
-        ensure!((record["exec"]["verdict"] == "allowed") == runs, "{record}");
+        ensure!((record["decision"]["verdict"] == "allowed") == runs, "{record}");
         Ok(())
     }
 }

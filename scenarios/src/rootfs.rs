@@ -215,13 +215,16 @@ async fn left(node: &Node, stage: &Stage<'_>, container: &Waiting, is_image: boo
     let told = said(node, container, "enforce", "left").await;
     let code = stage.let_go(container).await?;
     let record = executed(node, container).await?;
-    let exec = &record["exec"];
+    let (exec, decision) = (&record["exec"], &record["decision"]);
     ensure!(exec["executable"] == ALLOWED, "{record}");
     if is_image {
         ensure!(code == PAYLOAD_RAN, "it ended with {code}: {record}");
-        ensure!(exec["verdict"] == "allowed" && exec["origin"] == "image", "{record}");
+        ensure!(decision["verdict"] == "allowed" && exec["origin"] == "image", "{record}");
     } else {
-        ensure!(exec["verdict"] == "denied" && exec["origin"] == "unknown", "it ended with {code}: {record}");
+        ensure!(
+            decision["verdict"] == "denied" && exec["origin"] == "unknown",
+            "it ended with {code}: {record}"
+        );
         is_refused(code)?;
     }
     told
@@ -231,7 +234,7 @@ async fn found(node: &Node, stage: &Stage<'_>, container: &Waiting) -> Result<()
     said(node, container, "enforce", "runtime").await?;
     let code = stage.let_go(container).await?;
     let record = executed(node, container).await?;
-    ensure!(record["exec"]["verdict"] == "allowed" && record["exec"]["origin"] == "image", "{record}");
+    ensure!(record["decision"]["verdict"] == "allowed" && record["exec"]["origin"] == "image", "{record}");
     ensure!(code == PAYLOAD_RAN, "it ended with {code}");
     Ok(())
 }
@@ -243,7 +246,7 @@ async fn silence<H>(node: &Node, stage: &Stage<'_>, container: &Waiting, hidden:
     let ended = stage.runtime.exec(&container.id, &[ALLOWED, "payload", &nonce]).await;
     ensure!(ended.as_ref().map_or(true, |ended| ended.code != PAYLOAD_RAN), "it ran: {ended:?}");
     let record = events::exactly_one(node, &nonce).await?;
-    ensure!(record["exec"]["verdict"] == "denied" && record["exec"]["origin"] == "unknown", "{record}");
+    ensure!(record["decision"]["verdict"] == "denied" && record["exec"]["origin"] == "unknown", "{record}");
     drop(hidden);
     found(node, stage, container).await
 }

@@ -77,9 +77,8 @@ pub async fn flood(node: &Node, runtime: &Runtime, processes: u64, tries: usize)
 async fn of_workload(node: &Node, container: &str) -> Result<(u64, u64)> {
     let events::Balance { made, counted } = events::balance(node, container).await?;
     let execs = events::query(node, &["--kind", "exec", "--container", container])?;
-    let of_runc = |record: &&Value| {
-        record["exec"]["process"]["comm"].as_str().is_some_and(|comm| comm.starts_with("memfd:runc"))
-    };
+    let of_runc =
+        |record: &&Value| record["actor"]["comm"].as_str().is_some_and(|comm| comm.starts_with("memfd:runc"));
     let of_runc = execs.iter().filter(of_runc).count() as u64;
     Ok((made - of_runc, counted))
 }

@@ -191,10 +191,10 @@ fn marks_of(node: &Node, container: &str) -> Result<Vec<Value>> {
 
 /// A record of a refused entrypoint says who, what and why.
 fn complete(record: &Value, name: &str) -> Result<()> {
-    let (exec, about) = (&record["exec"], &record["container"]);
+    let (exec, decision, about) = (&record["exec"], &record["decision"], &record["container"]);
     for (what, found, wanted) in [
-        ("verdict", &exec["verdict"], "denied"),
-        ("reason", &exec["reason"], "no-rule"),
+        ("verdict", &decision["verdict"], "denied"),
+        ("reason", &decision["reason"], "no-rule"),
         ("origin", &exec["origin"], "image"),
         ("container", &about["name"], name),
         ("pod", &about["pod"], "pod-present"),
@@ -220,7 +220,7 @@ async fn attested(node: &Node, runtime: &Runtime, pod: &Pod, options: &AgentOpti
         Ok(records.into_iter().find(|record| record["exec"]["executable"] == "/usr/bin/workload"))
     })
     .await?;
-    ensure!(exec["exec"]["verdict"] == "allowed" && exec["exec"]["reason"] == "rule", "{exec}");
+    ensure!(exec["decision"]["verdict"] == "allowed" && exec["decision"]["reason"] == "rule", "{exec}");
     let in_force = coverage["coverage"]["in_force_since"].as_u64().context("no time of the policy")?;
     let executed = exec["time"].as_u64().context("no time of the exec")?;
     let held = exec["exec"]["held"].as_u64().unwrap_or(0);
@@ -260,7 +260,7 @@ async fn denying(cri: &Path, options: AgentOptions) -> Result<()> {
         let _outcome = runtime.start(&id).await;
         ensure!(runtime.ended(&id).await? != PAYLOAD_RAN, "the entrypoint of {id} ran");
         let record = until("its record", async || Ok(marks_of(&node, &id)?.pop())).await?;
-        ensure!(record["exec"]["verdict"] == "denied", "{record}");
+        ensure!(record["decision"]["verdict"] == "denied", "{record}");
     }
     ensure!(marks.made()?.is_empty(), "marks were made: {:?}", marks.made()?);
     runtime.remove_pod(&pod).await?;
@@ -305,7 +305,7 @@ async fn later(cri: &Path, options: AgentOptions, count: usize) -> Result<()> {
     }
     for (id, _) in &waiting {
         let record = until("its record", async || Ok(marks_of(&node, id)?.pop())).await?;
-        ensure!(record["exec"]["verdict"] == "denied", "{record}");
+        ensure!(record["decision"]["verdict"] == "denied", "{record}");
         ensure!(
             record["exec"]["ancestors"].is_array() && record["session_of"]["kind"] == "workload",
             "{record}"
@@ -346,7 +346,7 @@ async fn generations(containerd: &Containerd, handler: &str) -> Result<()> {
         Ok(records.into_iter().find(|record| record["exec"]["executable"] == "/usr/bin/third"))
     })
     .await?;
-    ensure!(record["exec"]["verdict"] == "denied" && record["session_of"]["kind"] == "admin", "{record}");
+    ensure!(record["decision"]["verdict"] == "denied" && record["session_of"]["kind"] == "admin", "{record}");
     runtime.remove_pod(&pod).await?;
     node.stop_agent()
 }

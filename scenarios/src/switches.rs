@@ -235,8 +235,8 @@ async fn compare(
     ensure!(ids.len() == records.len(), "{} records of {} executions", records.len(), ids.len());
     let mut seen = BTreeMap::new();
     for (id, record) in &records {
-        let exec = &record["exec"];
-        let revision = exec["decided_revision"].as_str().unwrap_or_default();
+        let decision = &record["decision"];
+        let revision = decision["revision"].as_str().unwrap_or_default();
         let version = versions.iter().find(|version| version.revision == revision);
         let version = version.with_context(|| format!("no version is called so: {record}"))?;
         *seen.entry(revision.to_owned()).or_default() += 1;
@@ -251,10 +251,10 @@ async fn compare(
         };
         let expected = evaluate(&version.image, &execution).verdict;
         let said = verdict::name(expected).unwrap_or_default();
-        ensure!(exec["verdict"] == said, "profile says {said}: {record}");
-        ensure!(exec["decided_mode"] == version.mode, "its mode is {}: {record}", version.mode);
+        ensure!(decision["verdict"] == said, "profile says {said}: {record}");
+        ensure!(decision["mode"] == version.mode, "its mode is {}: {record}", version.mode);
         // One that was allowed when it began, and not any more when it was past its point of no return, is killed.
-        let wanted = match (expected, exec["action"].as_str()) {
+        let wanted = match (expected, decision["action"].as_str()) {
             (verdict::DENIED, Some("killed")) => KILLED,
             (verdict::DENIED, _) => denied,
             _ => PAYLOAD_RAN,

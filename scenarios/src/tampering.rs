@@ -319,13 +319,13 @@ impl Scene {
     async fn recorded(&self, container: &str, act: &Act, verdict: &str, by: u64) -> Result<()> {
         let Some(name) = act.recorded else { return Ok(()) };
         let is_of_act = |record: &Value| {
-            let tampering = &record["tampering"];
+            let actor = &record["actor"];
             record["container"]["id"] == container
-                && tampering["act"] == name
-                && tampering["verdict"] == verdict
-                && tampering["executable"] == "/usr/bin/attacker"
+                && record["tampering"]["act"] == name
+                && record["decision"]["verdict"] == verdict
+                && actor["executable"] == "/usr/bin/attacker"
                 && record["session_of"]["kind"] == "admin"
-                && tampering["process"]["pid"] == by
+                && actor["pid"] == by
         };
         // Of acts one after the other, one question brings the records of many.
         if self.records.borrow().iter().any(is_of_act) {

@@ -51,7 +51,7 @@ async fn moving(node: &Node, runtime: &Runtime, pod: &Pod, mode: &str, count: u6
     let mut unknown = 0;
     for record in events::payloads(node, &nonce)? {
         let exec = &record["exec"];
-        if exec["reason"] == "path-changes" || exec["path_truncated"] == true {
+        if record["decision"]["reason"] == "path-changes" || exec["path_truncated"] == true {
             unknown += 1;
         } else {
             *paths.entry(exec["executable"].as_str().unwrap_or_default().to_owned()).or_default() += 1;

@@ -343,7 +343,8 @@ impl Stage<'_> {
         let exec = &record["exec"];
         ensure!(exec["executable"] == path, "its path is {}", exec["executable"]);
         ensure!(exec["origin"] == format!("volume:{volume}"), "its origin is {}", exec["origin"]);
-        ensure!(exec["verdict"] == if runs { "allowed" } else { "denied" }, "{record}");
+        let wanted = if runs { "allowed" } else { "denied" };
+        ensure!(record["decision"]["verdict"] == wanted, "{record}");
         ensure!(record["container"]["labels"]["app"] != Value::Null, "whose it is is not said: {record}");
         Ok(())
     }
@@ -385,7 +386,8 @@ impl Stage<'_> {
             })
             .await?;
             let exec = &record["exec"];
-            ensure!(exec["verdict"] == if runs { "allowed" } else { "denied" }, "{record}");
+            let wanted = if runs { "allowed" } else { "denied" };
+            ensure!(record["decision"]["verdict"] == wanted, "{record}");
             // Refused in its own pass it is the executable, let through it stands beside its interpreter.
             let named = |path: &str, origin: &str| {
                 exec[path] == program && exec[origin] == format!("volume:{volume}")
@@ -424,7 +426,7 @@ impl Stage<'_> {
         })
         .await?;
         let exec = &record["exec"];
-        ensure!(exec["verdict"] == "denied" && exec["origin"] == "volume:scratch", "{record}");
+        ensure!(record["decision"]["verdict"] == "denied" && exec["origin"] == "volume:scratch", "{record}");
         ensure!(exec["executable"] == "/mnt/bin/tool", "{record}");
         Ok(())
     }

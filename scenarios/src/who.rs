@@ -145,8 +145,11 @@ impl Stage<'_> {
         })
         .await?;
         let (verdict, reason) = if runs { ("allowed", "rule") } else { ("denied", "session-not-allowed") };
-        let exec = &record["exec"];
-        ensure!(exec["verdict"] == verdict && exec["reason"] == reason, "not {verdict}, {reason}: {record}");
+        let decision = &record["decision"];
+        ensure!(
+            decision["verdict"] == verdict && decision["reason"] == reason,
+            "not {verdict}, {reason}: {record}"
+        );
         ensure!(record["session_of"]["kind"] == session, "not of {session}: {record}");
         Ok(())
     }

@@ -3,20 +3,19 @@
 use std::os::unix::{ffi::OsStringExt as _, fs::MetadataExt as _};
 
 use palisade_abi::codes::origin;
-use palisade_proto::v1;
 
 use super::Agent;
-use crate::containers::Container;
+use crate::{containers::Container, records::Exec};
 
 impl Agent {
     /// Remembers what a container that is not identified executed, in case it is a pod's sandbox.
-    pub(super) fn note_entrypoint(&mut self, slot: u64, exec: &v1::ProcessExec) {
-        let of_image = exec.origin == origin::name(origin::IMAGE).unwrap_or_default() && !exec.path_truncated;
+    pub(super) fn note_entrypoint(&mut self, slot: u64, exec: &Exec) {
+        let of_image = exec.file.origin == origin::IMAGE && !exec.rest.path_truncated;
         if let Some(container) = self.containers.get_mut(&slot)
             && container.entrypoint.is_none()
             && of_image
         {
-            container.entrypoint = Some((exec.executable.clone().into_bytes(), exec.inode));
+            container.entrypoint = Some((exec.file.path.clone(), exec.rest.inode));
             self.admit_sandbox(slot);
         }
     }

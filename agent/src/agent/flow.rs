@@ -10,7 +10,7 @@ use palisade_abi::{
     record::{ForkRecord, Header, SessionPart, decode},
     state::PROBE_SLOT,
 };
-use palisade_proto::v1::{self, record::Event};
+use palisade_proto::v1;
 
 use super::{Agent, RING_ROUND};
 use crate::{
@@ -18,14 +18,12 @@ use crate::{
     delivery::Credit,
     kernel::Kernel,
     processes::ProcessKey,
-    records::{self, Held, Made},
+    records::{self, Body, Decision, Event, Exec, Held, Made},
     sessions::Beginning,
 };
 
 /// Bytes that a record takes in the ring at least.
 pub(super) const SMALLEST_RECORD: usize = size_of::<ForkRecord>();
-/// The reason of what the runtime executes while it prepares a container, as records have it.
-const RUNTIME_STEP: &str = "runtime-step";
 /// How long records wait for the name of their container, and how many bytes of one container.
 const PATIENCE: Duration = Duration::from_secs(5);
 const MOST_WAITING: usize = 256 << 10;
@@ -42,13 +40,12 @@ struct Outgoing {
     /// Absent for what the agent says of its own accord.
     header: Option<Header>,
     session: Option<v1::SessionReference>,
-    event: Event,
-    urgent: bool,
+    body: Body,
 }
 
 impl Waiting {
-    pub(super) fn events(&mut self) -> impl Iterator<Item = &mut Event> {
-        self.records.iter_mut().map(|record| &mut record.event)
+    pub(super) fn execs(&mut self) -> impl Iterator<Item = &mut Exec> {
+        self.records.iter_mut().filter_map(|record| record.body.exec_mut())
     }
 
     fn begin() -> Self {
@@ -59,12 +56,15 @@ impl Waiting {
 /// An execution that is stopped, and its record as far as it is made.
 pub(super) struct HeldExec {
     pub made: Stamp,
-    pub event: v1::ProcessExec,
+    pub actor: Option<v1::Process>,
+    /// Its verdict is to come.
+    pub decision: Decision,
+    pub exec: Box<Exec>,
     pub held: Held,
     pub since: Instant,
 }
 
-/// What a record needs besides its event.
+/// What a record needs besides what it says.
 #[derive(Clone, Copy)]
 pub(super) struct Stamp {
     pub header: Header,
@@ -101,16 +101,17 @@ impl Agent {
             if let Some(settling) = &mut self.settling {
                 settling.saw(&made.header);
             }
-            if let Event::Exec(event) = &mut made.event {
+            let of_runtime = made.body.is_runtime_step();
+            if let Some(exec) = made.body.exec_mut() {
                 // By its workload's first exec it has its mounts. Its policy is for after this round, which it would
                 // overtake.
-                if event.reason != RUNTIME_STEP
+                if !of_runtime
                     && self.containers.get(&slot).is_some_and(|container| container.volumes.is_none())
                 {
                     self.learn_volumes(slot);
                     self.due.insert(slot);
                 }
-                self.name_early(slot, made.header.time, event, made.held.as_mut());
+                self.name_early(slot, made.header.time, exec);
             }
             if self.take_record(made) && containers_know(&self.containers, slot) {
                 settled.insert(slot);
@@ -127,41 +128,46 @@ impl Agent {
 
     /// Passes one record on, or keeps it until its verdict can be given; returns whether it was kept.
     fn take_record(&mut self, made: Made) -> bool {
-        let Made { header, session, process, event, urgent, held } = made;
+        let Made { header, session, process, body, held } = made;
         if header.slot == PROBE_SLOT {
-            self.self_probe.take(&event);
+            self.self_probe.take(&body);
             return false;
         }
         let slot = header.slot;
         let stamp = Stamp { header, session, process };
-        match (event, held) {
-            (Event::Exec(event), Some(held)) => {
-                let exec = HeldExec { made: stamp, event, held, since: Instant::now() };
+        let body = match (body, held) {
+            (Body { actor, decision: Some(decision), event: Event::Exec(exec) }, Some(held)) => {
+                let exec = HeldExec { made: stamp, actor, decision, exec, held, since: Instant::now() };
                 self.held.entry(slot).or_default().push(exec);
                 return true;
             }
-            (Event::Exec(event), None) => self.deliver(slot, &stamp, event),
-            (Event::Fork(event), _) => {
+            (body, _) => body,
+        };
+        match &body.event {
+            Event::Exec(_) => self.deliver(slot, &stamp, body),
+            Event::Fork => {
                 self.sessions.forked(slot, &session, process.0);
-                self.push(slot, &stamp, Event::Fork(event), urgent);
+                self.push(slot, &stamp, body);
             }
-            (Event::Exit(event), _) => {
+            Event::Exit(exit) => {
+                let exit = *exit;
                 // Before its session may end, so that it is still of its kind.
-                self.push(slot, &stamp, Event::Exit(event.clone()), urgent);
+                self.push(slot, &stamp, body);
                 let over =
-                    self.sessions.exited(slot, &session, process.0, &event, self.source.wall(header.time));
+                    self.sessions.exited(slot, &session, process.0, &exit, self.source.wall(header.time));
                 self.tell_sessions(over.map(|over| (slot, over)).into_iter().collect());
             }
-            (event, _) => self.push(slot, &stamp, event, urgent),
+            Event::Code(_) | Event::Tamper(_) | Event::Own(_) => self.push(slot, &stamp, body),
         }
         false
     }
 
     /// Passes an exec on, after the start of its session when it is the first.
-    pub(super) fn deliver(&mut self, slot: u64, stamp: &Stamp, mut event: v1::ProcessExec) {
-        self.name_rule_by_link(slot, &mut event);
-        let allowed = event.verdict == "allowed";
-        if event.reason != RUNTIME_STEP {
+    pub(super) fn deliver(&mut self, slot: u64, stamp: &Stamp, mut body: Body) {
+        self.name_rule_by_link(slot, &mut body);
+        if let Event::Exec(exec) = &body.event
+            && !body.is_runtime_step()
+        {
             let probes = self
                 .containers
                 .get(&slot)
@@ -170,30 +176,32 @@ impl Agent {
                 .unwrap_or_default();
             let beginning = || Beginning {
                 id: self.processes.session_id((stamp.session.pid, stamp.session.start)),
-                exec: &event,
+                actor: body.actor.as_ref(),
+                exec,
                 time: self.source.wall(stamp.header.time),
                 probes,
             };
+            let allowed = !body.is_urgent();
             let begun = self.sessions.executed(slot, &stamp.session, stamp.process.0, beginning, allowed);
             self.tell_sessions(begun.map(|begun| (slot, begun)).into_iter().collect());
-            self.note_entrypoint(slot, &event);
+            self.note_entrypoint(slot, exec);
         }
-        self.push(slot, stamp, Event::Exec(event), !allowed);
+        self.push(slot, stamp, body);
     }
 
-    fn push(&mut self, slot: u64, stamp: &Stamp, event: Event, urgent: bool) {
-        self.verdicts.count(&event);
+    fn push(&mut self, slot: u64, stamp: &Stamp, body: Body) {
+        self.verdicts.count(stamp.header.kind, body.decision.as_ref());
         let id = self.processes.session_id((stamp.session.pid, stamp.session.start));
         let session = Some(self.sessions.reference(slot, &stamp.session, id));
-        self.pass(slot, Outgoing { header: Some(stamp.header), session, event, urgent });
+        self.pass(slot, Outgoing { header: Some(stamp.header), session, body });
     }
 
     /// Queues what the agent says of sessions. Unlike a container's coverage, a container decides how many there are:
     /// what finds no room is counted.
     pub(super) fn tell_sessions(&mut self, sessions: Vec<(u64, v1::Session)>) {
         for (slot, session) in sessions {
-            let event = Event::Session(session);
-            self.pass(slot, Outgoing { header: None, session: None, event, urgent: false });
+            let body = v1::record::Event::Session(session).into();
+            self.pass(slot, Outgoing { header: None, session: None, body });
         }
     }
 
@@ -204,7 +212,7 @@ impl Agent {
         if unidentified {
             let waiting = self.waiting.entry(slot).or_insert_with(Waiting::begin);
             if waiting.since.elapsed() < PATIENCE && waiting.bytes < MOST_WAITING {
-                waiting.bytes += record.event.encoded_len();
+                waiting.bytes += record.body.size();
                 waiting.records.push(record);
                 return;
             }
@@ -235,9 +243,10 @@ impl Agent {
     }
 
     fn push_now(&mut self, slot: u64, record: Outgoing) {
-        let Outgoing { header, session, event, urgent } = record;
+        let Outgoing { header, session, body } = record;
         let container = self.containers.get(&slot).unwrap_or(&self.unknown);
-        let bytes = self.source.encode(slot, header.as_ref(), session, container.encoded(), event);
+        let urgent = body.is_urgent();
+        let bytes = self.source.encode(slot, header.as_ref(), session, container.encoded(), body);
         let credit = Credit {
             epoch: self.kernel.meta.epoch,
             slot,

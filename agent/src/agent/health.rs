@@ -9,8 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use palisade_abi::state::PROBE_SLOT;
-use palisade_proto::v1::record::Event;
+use palisade_abi::{
+    codes::{kind, verdict},
+    state::PROBE_SLOT,
+};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpListener, UnixListener},
@@ -19,7 +21,10 @@ use tokio::{
 
 use super::Agent;
 use crate::delivery::{Tally, refused};
-use crate::status::{ContainerStatus, Delivery, Status, metrics};
+use crate::{
+    records::Decision,
+    status::{ContainerStatus, Delivery, Status, metrics},
+};
 
 /// Somebody asks, and waits.
 pub(super) type Inquiry = oneshot::Sender<Status>;
@@ -99,23 +104,25 @@ async fn ask(inquiries: &mpsc::Sender<Inquiry>) -> Option<Status> {
     status.await.ok()
 }
 
-/// What was judged, and how.
+/// What was judged, and how: by kind of record and verdict.
 #[derive(Default)]
-pub(super) struct Verdicts(BTreeMap<&'static str, BTreeMap<String, u64>>);
+pub(super) struct Verdicts(BTreeMap<(u16, u8), u64>);
 
 impl Verdicts {
-    pub(super) fn count(&mut self, event: &Event) {
-        let (kind, verdict) = match event {
-            Event::Exec(event) => ("exec", &event.verdict),
-            Event::Code(event) => ("code", &event.verdict),
-            Event::Tampering(event) => ("tampering", &event.verdict),
-            _ => return,
-        };
-        let counts = self.0.entry(kind).or_default();
-        match counts.get_mut(verdict) {
-            Some(count) => *count += 1,
-            None => drop(counts.insert(verdict.clone(), 1)),
+    pub(super) fn count(&mut self, kind: u16, decision: Option<&Decision>) {
+        if let Some(decision) = decision {
+            *self.0.entry((kind, decision.verdict)).or_default() += 1;
         }
+    }
+
+    fn by_name(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
+        let mut named: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        for ((kind, verdict), count) in &self.0 {
+            let counts = named.entry(name(kind::name(*kind))).or_default();
+            *counts.entry(name(verdict::name(*verdict))).or_default() += count;
+        }
+        named
     }
 }
 
@@ -141,7 +148,7 @@ impl Agent {
                     namespace: facts.namespace,
                     pod: facts.pod,
                     name: facts.name,
-                    mode: container.claimed_mode().to_owned(),
+                    mode: container.claimed().as_str().to_owned(),
                     revision: container.revision.clone(),
                     made,
                     delivered: settled.saturating_sub(lost + spooled),
@@ -182,12 +189,7 @@ impl Agent {
                 sent_batches: link.sent_batches,
             },
             lost,
-            verdicts: self
-                .verdicts
-                .0
-                .iter()
-                .map(|(kind, counts)| ((*kind).to_owned(), counts.clone()))
-                .collect(),
+            verdicts: self.verdicts.by_name(),
             errors: self.evidence.iter().cloned().collect(),
             containers,
         }

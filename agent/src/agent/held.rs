@@ -8,13 +8,15 @@ use palisade_abi::{
 use palisade_profile::{
     exec::evaluate::{Execution, evaluate},
     image,
+    mode::Mode,
     policy::Policy,
 };
 
 use super::{Agent, flow::HeldExec};
 use crate::{
+    containers::Standing,
     processes::{self, ProcessKey},
-    records::{Held, Interpreter},
+    records::{Body, Decision, Event, Exec, File, Held, Interpreter},
 };
 
 impl Agent {
@@ -28,31 +30,31 @@ impl Agent {
             .filter(|identity| !identity.sandbox)
             .and_then(|identity| self.profiles.policy_for(&identity.facts))
             .map(|policy| self.verified(slot, policy));
-        for exec in held {
+        for held in held {
             let leads = |name, path| self.leads(slot, name, path);
-            let decision = judge(policy.as_ref(), &exec.held, |path| self.source.hash(path), leads);
-            self.finish(slot, exec, decision);
+            let hash = |path: &[u8]| self.source.hash(path);
+            let decision = judge(policy.as_ref(), &held.exec, &held.held, hash, leads);
+            self.finish(slot, held, decision);
         }
     }
 
     /// Carries a decision out and records it.
-    pub(super) fn finish(&mut self, slot: u64, exec: HeldExec, decision: Settled) {
-        let HeldExec { made, mut event, since, held: _ } = exec;
-        let killed = decision.verdict == verdict::DENIED;
+    pub(super) fn finish(&mut self, slot: u64, exec: HeldExec, settled: Settled) {
+        let HeldExec { made, actor, decision: Decision { mut revision, .. }, mut exec, since, held: _ } =
+            exec;
+        let Settled { verdict, reason, mode, of_script } = settled;
+        let killed = verdict == verdict::DENIED;
         self.let_go(made.process, killed);
-        let name = |found: Option<&str>| found.unwrap_or("unknown").to_owned();
-        event.verdict = name(verdict::name(decision.verdict));
-        event.reason = name(reason::name(decision.reason));
-        event.action = name(action::name(if killed { action::KILLED } else { action::NONE }));
-        event.decided_mode = mode::name(decision.mode).unwrap_or_default().to_owned();
-        event.verdict_of_script = decision.of_script;
         if let Some(container) = self.containers.get(&slot)
-            && !matches!(decision.reason, reason::UNIDENTIFIED | reason::AGENT_ABSENT)
+            && !matches!(reason, reason::UNIDENTIFIED | reason::AGENT_ABSENT)
         {
-            event.decided_revision.clone_from(&container.revision);
+            revision.clone_from(&container.revision);
         }
-        event.held = since.elapsed().as_nanos() as u64;
-        self.deliver(slot, &made, event);
+        let action = if killed { action::KILLED } else { action::NONE };
+        let decision = Decision { verdict, action, reason, mode, revision };
+        exec.rest.verdict_of_script = of_script;
+        exec.rest.held = since.elapsed().as_nanos() as u64;
+        self.deliver(slot, &made, Body { actor, decision: Some(decision), event: Event::Exec(exec) });
     }
 
     /// Lets a process go or kills it; tried again as long as that fails.
@@ -88,7 +90,7 @@ impl Agent {
             let Some(container) = self.containers.get(&process.slot) else { continue };
             let Some((start, _)) = processes::start_and_parent(pid) else { continue };
             if container.is_under_policy() && processes::is_stopped(pid) {
-                let kill = container.mode == "enforce";
+                let kill = container.standing == Standing::Under(Mode::Enforce);
                 tracing::warn!(pid, container = container.id, kill, "held, and its record was lost");
                 self.let_go((pid, start), kill);
             }
@@ -113,7 +115,7 @@ impl Agent {
         if std::mem::replace(&mut container.left_behind_settled, true) {
             return;
         }
-        let enforced = container.mode == "enforce";
+        let enforced = container.standing == Standing::Under(Mode::Enforce);
         let members: Vec<(u32, Process)> = self
             .kernel
             .maps
@@ -159,6 +161,7 @@ impl Settled {
 /// `leads` says whether a name leads to a file in the image, both by their hashes.
 fn judge(
     policy: Option<&Policy>,
+    exec: &Exec,
     held: &Held,
     hash: impl Fn(&[u8]) -> [u64; 2],
     leads: impl Fn([u64; 2], [u64; 2]) -> bool,
@@ -173,7 +176,7 @@ fn judge(
         mode: code,
         of_script: false,
     };
-    if held.escaped {
+    if exec.rest.escaped {
         return mismatch(reason::ESCAPED);
     }
     if held.foreign_interpreter && held.interpreter.is_none() && policy.exec.is_some() {
@@ -198,21 +201,21 @@ fn judge(
         }
     }
     let own = Execution {
-        path: &held.path,
-        origin: held.origin,
+        path: &exec.file.path,
+        origin: exec.file.origin,
         session,
         failure,
         caller,
         arguments: held.arguments.as_deref(),
     };
     let own = evaluate(&image, &own);
-    let script = held.script.as_ref().map(|(path, origin)| {
+    let script = exec.script.as_ref().map(|File { path, origin, .. }| {
         let script = Execution { path, origin: *origin, session, failure: 0, caller, arguments: None };
         evaluate(&image, &script)
     });
     let of_script = script.is_some_and(|script| script.verdict > own.verdict);
     let worse = script.filter(|_| of_script).unwrap_or(own);
-    if worse.verdict == verdict::ALLOWED && held.elevated && no_elevation {
+    if worse.verdict == verdict::ALLOWED && exec.rest.elevated && no_elevation {
         return mismatch(reason::ELEVATION);
     }
     Settled { verdict: worse.verdict, reason: worse.reason, mode: code, of_script }

@@ -15,7 +15,7 @@ use palisade_profile::{mode::Mode, policy::Policy};
 use super::{Agent, held::Settled, volumes};
 use crate::{
     containers::{
-        Container, Identity, NO_PROFILE, RootFilesystem, UNIDENTIFIED,
+        Container, Identity, RootFilesystem, Standing,
         cgroups::{self, Found},
         containerd::RuntimeEvent,
         nri::{Described, Notice, Question},
@@ -350,13 +350,14 @@ impl Agent {
                 }
                 if change == "policy-changed"
                     && revision == container.revision
-                    && container.mode != UNIDENTIFIED
+                    && container.standing != Standing::Unidentified
                 {
                     return;
                 }
                 container.withdrawn = self.withdrawn;
                 container.revision = revision;
-                container.mode = policy.as_ref().map_or(NO_PROFILE, |policy| policy.mode.as_str());
+                container.standing =
+                    policy.as_ref().map_or(Standing::NoProfile, |policy| Standing::Under(policy.mode));
                 container.profiles =
                     policy.as_ref().map(|policy| policy.profiles.clone()).unwrap_or_default();
                 container.in_force_since = self.source.wall(self.kernel.maps.policies.in_force_since(slot));

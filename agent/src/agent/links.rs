@@ -8,11 +8,12 @@ use std::{
     time::Duration,
 };
 
+use palisade_abi::codes::{origin, reason};
 use palisade_profile::{glob::Pattern, policy::Policy};
-use palisade_proto::v1;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2, readlinkat};
 
 use super::{Agent, digests::root_of};
+use crate::records::Body;
 
 /// Rules of one policy that are looked at.
 const MOST_RULES: usize = 1024;
@@ -28,10 +29,15 @@ pub struct Links {
 
 impl Agent {
     /// Names the rule whose path leads to what was refused by a symbolic link.
-    pub(super) fn name_rule_by_link(&mut self, slot: u64, event: &mut v1::ProcessExec) {
-        if event.verdict == "allowed" || event.reason != "no-rule" || event.origin != "image" {
+    pub(super) fn name_rule_by_link(&mut self, slot: u64, body: &mut Body) {
+        let by_no_rule = body
+            .decision
+            .as_ref()
+            .is_some_and(|decision| !decision.is_allowed() && decision.reason == reason::NO_RULE);
+        let Some(exec) = body.exec_mut().filter(|exec| by_no_rule && exec.file.origin == origin::IMAGE)
+        else {
             return;
-        }
+        };
         let Some(container) = self.containers.get(&slot) else { return };
         if container.links.revision.as_ref() != Some(&container.revision) {
             // Whatever comes of it, it is not tried again: whoever is refused decides how often this is asked.
@@ -44,9 +50,8 @@ impl Agent {
             }
         }
         let Some(container) = self.containers.get(&slot) else { return };
-        let path = if event.verdict_of_script { &event.script } else { &event.executable };
-        if let Some(rule) = container.links.known.get(path) {
-            event.rule_by_link.clone_from(rule);
+        if let Some(rule) = container.links.known.get(&exec.judged().path_text()) {
+            exec.rest.rule_by_link.clone_from(rule);
         }
     }
 

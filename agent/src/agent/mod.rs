@@ -48,7 +48,7 @@ use self::{
 use crate::{
     config::Config,
     containers::{
-        Container, Containers, Identity, NOT_IN_FORCE, cgroups,
+        Container, Containers, Identity, Standing, cgroups,
         containerd::RuntimeEvent,
         identify::{self, Questions, Sources},
         nri,
@@ -471,7 +471,7 @@ impl Agent {
             if let Some(container) = self.containers.get_mut(&slot)
                 && !self.kernel.outlives_the_agent()
             {
-                container.mode = NOT_IN_FORCE;
+                container.standing = Standing::NotInForce;
                 container.encode();
             }
             self.tell_coverage(slot, "agent-stopped", made);

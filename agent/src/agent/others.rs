@@ -8,7 +8,7 @@ use std::{
 };
 
 use palisade_abi::{codes::verdict, record::decode, state::PROBE_SLOT};
-use palisade_proto::v1::{self, record::Event};
+use palisade_proto::v1;
 
 use super::{Agent, accounts::settle, flow::SMALLEST_RECORD};
 use crate::{
@@ -215,22 +215,21 @@ impl Agent {
         let source = Source::new(self.source.node.clone(), self.source.boot.clone(), &set.meta);
         let made = self.read_ring(&source, set);
         let read = made.len();
-        for Made { header, session, event, .. } in
+        for Made { header, session, mut body, .. } in
             made.into_iter().filter(|made| made.header.slot != PROBE_SLOT)
         {
-            let event = match event {
-                // Nobody will judge it any more.
-                Event::Exec(exec) if exec.verdict == verdict::name(verdict::HELD).unwrap_or_default() => {
-                    Event::Exec(v1::ProcessExec { verdict: "audited".to_owned(), ..exec })
-                }
-                other => other,
-            };
+            // Nobody will judge it any more.
+            if let Some(decision) =
+                body.decision.as_mut().filter(|decision| decision.verdict == verdict::HELD)
+            {
+                decision.verdict = verdict::AUDITED;
+            }
             let slot = header.slot;
             let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
             let id = self.processes.session_id((session.pid, session.start));
             let session = Some(self.sessions.reference(slot, &session, id));
-            let bytes = source.encode(slot, Some(&header), session, container.encoded(), event);
+            let bytes = source.encode(slot, Some(&header), session, container.encoded(), body);
             if self.queue.push(bytes, true, Credit { epoch, slot, delivered: 1, ..Credit::default() }).is_ok()
             {
                 *accounted.entry(slot).or_default() += 1;
@@ -255,7 +254,7 @@ impl Agent {
             let gap = v1::Gap { count, cause, from: now, to: now };
             let gone = by_name(set, slot);
             let container = self.containers.get(&slot).unwrap_or(&gone);
-            let bytes = source.encode(slot, None, None, container.encoded(), Event::Gap(gap));
+            let bytes = source.encode(slot, None, None, container.encoded(), v1::record::Event::Gap(gap));
             // Without room it is tried again.
             let reported = i64::try_from(count).unwrap_or(i64::MAX);
             if self.queue.push(bytes, true, Credit { epoch, slot, reported, ..Credit::default() }).is_ok() {

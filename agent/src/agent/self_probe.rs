@@ -17,11 +17,14 @@ use palisade_abi::{
     state::{PROBE_SLOT, Process},
 };
 use palisade_profile::{image::PolicyImage, mode::Mode};
-use palisade_proto::v1::{self, record::Event};
+use palisade_proto::v1;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Agent;
-use crate::kernel::Tier;
+use crate::{
+    kernel::Tier,
+    records::{Body, Event},
+};
 
 /// Exit code of a child whose execution was refused.
 pub const REFUSED: u8 = 77;
@@ -96,9 +99,9 @@ impl SelfProbe {
     }
 
     /// Takes a record of the probe's own slot.
-    pub(super) fn take(&mut self, event: &Event) {
-        let denied = verdict::name(verdict::DENIED).unwrap_or_default();
-        self.recorded |= matches!(event, Event::Exec(exec) if exec.verdict == denied);
+    pub(super) fn take(&mut self, body: &Body) {
+        let denied = body.decision.as_ref().is_some_and(|decision| decision.verdict == verdict::DENIED);
+        self.recorded |= denied && matches!(body.event, Event::Exec(_));
     }
 }
 
@@ -301,7 +304,7 @@ impl Agent {
         };
         self.self_probe.failures = Some(failures);
         let slots: Vec<u64> = self.containers.keys().copied().collect();
-        self.tell(0, Event::NodeState(state));
+        self.tell(0, v1::record::Event::NodeState(state));
         for slot in slots {
             let Some(container) = self.containers.get_mut(&slot) else { continue };
             if container.withdrawn == self.withdrawn {

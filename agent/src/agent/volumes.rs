@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::Result;
 use palisade_abi::codes::origin;
-use palisade_proto::v1::{self, record::Event};
 
 use super::{Agent, flow::Waiting};
 use crate::{
@@ -14,7 +13,7 @@ use crate::{
         mounts::{self, Volume},
     },
     processes,
-    records::{self, Held, now_since_boot},
+    records::{Exec, File, now_since_boot},
 };
 
 /// How long a policy that speaks of volumes waits for them. Afterwards it holds without them, and refuses what is on them.
@@ -168,18 +167,12 @@ impl Agent {
     }
 
     /// Names what an exec recorded before the volumes of its container were known.
-    pub(super) fn name_early(
-        &self,
-        slot: u64,
-        time: u64,
-        event: &mut v1::ProcessExec,
-        held: Option<&mut Held>,
-    ) {
+    pub(super) fn name_early(&self, slot: u64, time: u64, exec: &mut Exec) {
         let Some(container) = self.containers.get(&slot) else { return };
         if time < container.volumes_since
             && let Some(volumes) = &container.volumes
         {
-            name_on(volumes, event, held);
+            name_on(volumes, exec);
         }
     }
 
@@ -189,42 +182,23 @@ impl Agent {
         let Some(volumes) = containers.get(&slot).and_then(|container| container.volumes.as_deref()) else {
             return;
         };
-        for event in waiting.get_mut(&slot).into_iter().flat_map(Waiting::events) {
-            if let Event::Exec(event) = event {
-                name_on(volumes, event, None);
-            }
-        }
-        for exec in held.get_mut(&slot).into_iter().flatten() {
-            name_on(volumes, &mut exec.event, Some(&mut exec.held));
+        let waiting = waiting.get_mut(&slot).into_iter().flat_map(Waiting::execs);
+        let held = held.get_mut(&slot).into_iter().flatten().map(|held| &mut *held.exec);
+        for exec in waiting.chain(held) {
+            name_on(volumes, exec);
         }
     }
 }
 
 /// Names the executable and the script of a record by the volumes they are on.
-fn name_on(volumes: &[Volume], event: &mut v1::ProcessExec, held: Option<&mut Held>) {
-    let text = |path: &[u8], origin: &str, device: &str| {
-        let code = origin::ALL.iter().find(|(_, name)| *name == origin).map(|(code, _)| *code);
+fn name_on(volumes: &[Volume], exec: &mut Exec) {
+    for file in std::iter::once(&mut exec.file).chain(&mut exec.script) {
         // What a file on a volume is for a kernel that does not know the volume.
-        let may_be = matches!(code, Some(origin::HOST | origin::UNKNOWN | origin::MEMORY));
-        may_be.then(|| mounts::rename(volumes, device, path)).flatten()
-    };
-    if let Some(found) = text(event.executable.as_bytes(), &event.origin, &event.device) {
-        (event.executable, event.origin) = records::named(&found, origin::VOLUME);
-    }
-    if let Some(found) = text(event.script.as_bytes(), &event.script_origin, &event.script_device) {
-        (event.script, event.script_origin) = records::named(&found, origin::VOLUME);
-    }
-    let Some(held) = held else { return };
-    let name = |code| origin::name(code).unwrap_or_default();
-    if held.failure == 0
-        && let Some(found) = text(&held.path, name(held.origin), &event.device)
-    {
-        (held.path, held.origin) = (found, origin::VOLUME);
-    }
-    if let Some((path, code)) = &mut held.script
-        && let Some(found) = text(path, name(*code), &event.script_device)
-    {
-        (*path, *code) = (found, origin::VOLUME);
+        let may_be = matches!(file.origin, origin::HOST | origin::UNKNOWN | origin::MEMORY);
+        let found = may_be.then(|| mounts::rename(volumes, &file.device_text(), &file.path)).flatten();
+        if let Some(path) = found {
+            *file = File { path, origin: origin::VOLUME, ..*file };
+        }
     }
 }
 
@@ -246,42 +220,22 @@ mod tests {
             filesystem: "ext4".to_owned(),
         };
         let volumes = [Volume { name: VolumeName::parse("shared").unwrap(), mounted, replaced_whole: false }];
-        let mut event = v1::ProcessExec {
-            executable: "/usr/bin/workload".to_owned(),
-            origin: "image".to_owned(),
-            device: "0:40".to_owned(),
-            script: "/v/tools/start.sh".to_owned(),
-            script_origin: "host".to_owned(),
-            script_device: "8:1".to_owned(),
-            ..Default::default()
+        let file = |path: &[u8], origin, device| File { path: path.to_vec(), origin, device };
+        let (root, disk) = (40, 8 << 20 | 1);
+        let mut exec = Exec {
+            file: file(b"/usr/bin/workload", origin::IMAGE, root),
+            script: Some(file(b"/v/tools/start.sh", origin::HOST, disk)),
+            ..Exec::default()
         };
-        let mut held = Held {
-            path: b"/usr/bin/workload".to_vec(),
-            origin: origin::IMAGE,
-            session: palisade_abi::codes::session::WORKLOAD,
-            failure: 0,
-            script: Some((b"/v/tools/start.sh".to_vec(), origin::HOST)),
-            escaped: false,
-            foreign_interpreter: false,
-            interpreter: None,
-            elevated: false,
-            caller: [0; 2],
-            arguments: None,
-        };
-        name_on(&volumes, &mut event, Some(&mut held));
-        assert_eq!(
-            (event.script.as_str(), event.script_origin.as_str()),
-            ("/tools/start.sh", "volume:shared")
-        );
-        assert_eq!((event.executable.as_str(), event.origin.as_str()), ("/usr/bin/workload", "image"));
-        assert_eq!(held.script, Some((b":shared:/tools/start.sh".to_vec(), origin::VOLUME)));
-        assert_eq!((held.path.as_slice(), held.origin), (&b"/usr/bin/workload"[..], origin::IMAGE));
+        name_on(&volumes, &mut exec);
+        assert_eq!(exec.script, Some(file(b":shared:/tools/start.sh", origin::VOLUME, disk)));
+        assert_eq!(exec.file, file(b"/usr/bin/workload", origin::IMAGE, root));
         // The file itself, of another device, is not on it.
-        (held.path, held.origin) = (b"/v/tools/x".to_vec(), origin::HOST);
-        name_on(&volumes, &mut event, Some(&mut held));
-        assert_eq!(held.origin, origin::HOST);
-        event.device = "8:1".to_owned();
-        name_on(&volumes, &mut event, Some(&mut held));
-        assert_eq!((held.path.as_slice(), held.origin), (&b":shared:/tools/x"[..], origin::VOLUME));
+        exec.file = file(b"/v/tools/x", origin::HOST, root);
+        name_on(&volumes, &mut exec);
+        assert_eq!(exec.file.origin, origin::HOST);
+        exec.file.device = disk;
+        name_on(&volumes, &mut exec);
+        assert_eq!(exec.file, file(b":shared:/tools/x", origin::VOLUME, disk));
     }
 }

@@ -103,10 +103,10 @@ pub struct Container {
     /// The runtime's id.
     pub id: String,
     pub identity: Option<Identity>,
-    /// Names of the profiles, the revision's name and the mode.
+    /// Names of the profiles, the revision's name, and what that makes of it.
     pub profiles: Vec<String>,
     pub revision: String,
-    pub mode: &'static str,
+    pub standing: Standing,
     /// Wall-clock nanoseconds since when the policy stands in the kernel; 0 when there is none.
     pub in_force_since: u64,
     /// Whether it ran before the agent did.
@@ -147,13 +147,29 @@ pub struct Container {
     encoded: Bytes,
 }
 
-/// Mode of a container that is not identified.
-pub const UNIDENTIFIED: &str = "unidentified";
-/// Mode of a container that no profile names.
-pub const NO_PROFILE: &str = "none";
+/// Under what a container stands. Records have it as its mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is not identified.
+    Unidentified,
+    /// No profile names it.
+    NoProfile,
+    /// Profiles name it, and the strictest has this mode.
+    Under(Mode),
+    /// Its agent has stopped, or claims nothing of it.
+    NotInForce,
+}
 
-/// Mode of a container whose agent has stopped, or of which it claims nothing.
-pub const NOT_IN_FORCE: &str = "not-in-force";
+impl Standing {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unidentified => "unidentified",
+            Self::NoProfile => "none",
+            Self::Under(mode) => mode.as_str(),
+            Self::NotInForce => "not-in-force",
+        }
+    }
+}
 
 impl Container {
     pub fn new(id: String, cgroup: PathBuf, found_running: bool) -> Self {
@@ -162,7 +178,7 @@ impl Container {
             identity: None,
             profiles: Vec::new(),
             revision: String::new(),
-            mode: UNIDENTIFIED,
+            standing: Standing::Unidentified,
             in_force_since: 0,
             found_running,
             members_known: false,
@@ -190,13 +206,17 @@ impl Container {
 
     /// Whether it is identified and its policy stands in the kernel.
     pub fn is_under_policy(&self) -> bool {
-        self.identity.is_some() && self.mode != UNIDENTIFIED
+        self.identity.is_some() && self.standing != Standing::Unidentified
     }
 
-    /// Its mode as far as the agent claims it.
-    pub fn claimed_mode(&self) -> &'static str {
-        let enforces = self.mode == Mode::Enforce.as_str();
-        if self.withdrawn || enforces && !self.root.is_the_image() { NOT_IN_FORCE } else { self.mode }
+    /// Under what it stands as far as the agent claims it.
+    pub fn claimed(&self) -> Standing {
+        let enforces = self.standing == Standing::Under(Mode::Enforce);
+        if self.withdrawn || enforces && !self.root.is_the_image() {
+            Standing::NotInForce
+        } else {
+            self.standing
+        }
     }
 
     /// Encodes the container block anew. To be called after every change.
@@ -224,7 +244,7 @@ impl Container {
             class: if identity.sandbox { "sandbox" } else { "container" }.to_owned(),
             profiles: self.profiles.clone(),
             revision: self.revision.clone(),
-            mode: self.claimed_mode().to_owned(),
+            mode: self.claimed().as_str().to_owned(),
             identified_by: identity.by.to_owned(),
         }
     }
@@ -239,18 +259,18 @@ mod tests {
 
     #[test]
     fn enforce_is_claimed_only_where_the_image_is_known() {
-        let claimed = |mode, root: RootFilesystem| {
+        let claimed = |standing, root: RootFilesystem| {
             let mut container = Container::new("c".to_owned(), PathBuf::new(), true);
-            (container.mode, container.root) = (mode, root);
-            assert_eq!(container.to_proto().mode, container.claimed_mode());
-            container.claimed_mode()
+            (container.standing, container.root) = (standing, root);
+            assert_eq!(container.to_proto().mode, container.claimed().as_str());
+            container.claimed()
         };
         let why = || "why".to_owned();
-        let enforce = Mode::Enforce.as_str();
+        let enforce = Standing::Under(Mode::Enforce);
         for root in [RootFilesystem::NotFound(why()), RootFilesystem::Another(why())] {
-            assert_eq!(claimed(enforce, root.clone()), NOT_IN_FORCE, "{root:?}");
-            for mode in [Mode::Audit.as_str(), NO_PROFILE, UNIDENTIFIED] {
-                assert_eq!(claimed(mode, root.clone()), mode, "{root:?}");
+            assert_eq!(claimed(enforce, root.clone()), Standing::NotInForce, "{root:?}");
+            for other in [Standing::Under(Mode::Audit), Standing::NoProfile, Standing::Unidentified] {
+                assert_eq!(claimed(other, root.clone()), other, "{root:?}");
             }
         }
         for root in [

@@ -44,7 +44,15 @@ pub fn replacements(rows: &[(u64, Row)]) -> Result<Vec<(Bytes, Credit)>> {
             let gap = gaps.entry((epoch, slot, numbered)).or_insert_with(|| {
                 let cause = if numbered { CAUSE } else { OWN_CAUSE }.to_owned();
                 let gap = Gap { count: 0, cause, from: time, to: time };
-                Record { lane: 0, sequence: 0, session_of: None, event: Some(Event::Gap(gap)), ..record }
+                Record {
+                    lane: 0,
+                    sequence: 0,
+                    session_of: None,
+                    actor: None,
+                    decision: None,
+                    event: Some(Event::Gap(gap)),
+                    ..record
+                }
             });
             if let Some(Event::Gap(counted)) = &mut gap.event {
                 counted.count += 1;
@@ -78,11 +86,13 @@ mod tests {
             slot,
             sequence,
             time,
+            actor: Some(Default::default()),
+            decision: Some(Default::default()),
             event: Some(Event::Exit(Default::default())),
             ..Record::default()
         };
         let known = Gap { count: 12, cause: "ring-full".to_owned(), from: 40, to: 99 };
-        let gap = Record { event: Some(Event::Gap(known)), ..record(7, 0, 99) };
+        let gap = Record { event: Some(Event::Gap(known)), actor: None, decision: None, ..record(7, 0, 99) };
         let all = [record(7, 1, 50), record(8, 5, 51), record(7, 2, 60), record(7, 0, 61), gap];
         let records: Vec<Bytes> = all.iter().map(|record| record.encode_to_vec().into()).collect();
         let packed = batch::pack(4, &records).unwrap();
@@ -94,6 +104,7 @@ mod tests {
             .map(|(bytes, credit)| {
                 let record = Record::decode(bytes).unwrap();
                 assert_eq!((record.node.as_str(), record.sequence, record.epoch), ("n", 0, 3));
+                assert_eq!((record.actor, record.decision), (None, None), "nobody acted in a gap");
                 let Some(Event::Gap(gap)) = record.event else { panic!("it is no gap") };
                 (record.slot, gap, (credit.delivered, credit.reported))
             })

@@ -32,6 +32,8 @@ pub fn replacement(record: &Bytes, hello: &Hello, now: u64) -> Option<(Bytes, Cr
         time: record.time,
         container: record.container,
         session_of: None,
+        actor: None,
+        decision: None,
         event: Some(Event::Gap(Gap {
             count,
             cause: if of_kernel { CAUSE } else { OWN_CAUSE }.to_owned(),

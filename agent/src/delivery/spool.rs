@@ -27,8 +27,8 @@ const BOOKED: TableDefinition<'_, (u64, u64), (u64, u64)> = TableDefinition::new
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const VERSION: &str = "version";
 const LIVED: &str = "lived";
-/// Of these tables and of rows.
-const FORMAT: u64 = 1;
+/// Of these tables, of rows, and of the records in them.
+const FORMAT: u64 = 2;
 /// Pages that are kept in memory.
 const CACHE: usize = 4 << 20;
 /// How much larger than what is in it the file may be, as a fraction: whole pages, of which freed ones are used again later.
@@ -454,6 +454,14 @@ mod tests {
         let (spool, content) = Spool::open(folder.path(), "other").unwrap();
         assert_eq!(content, Content::default());
         assert!(folder.path().join("records.aside").exists());
+        // Of another version, as after an upgrade.
+        spool.change(&Change { rows: rows(), ..Change::default() }).unwrap();
+        let transaction = spool.database.begin_write().unwrap();
+        transaction.open_table(META).unwrap().insert(VERSION, FORMAT - 1).unwrap();
+        transaction.commit().unwrap();
+        drop(spool);
+        let (spool, content) = Spool::open(folder.path(), "other").unwrap();
+        assert_eq!(content, Content::default());
         drop(spool);
         let path = folder.path().join(FILE);
         for bytes in [b"no spool at all".to_vec(), vec![0; 1 << 16]] {

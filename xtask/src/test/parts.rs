@@ -69,11 +69,12 @@ const fn only_full(words: &'static str) -> Scenario {
 
 const KERNEL_SIDE: &[&str] = &["agent-ebpf", "agent-abi", "agent", "profile", "scenarios", "xtask"];
 const DELIVERY: &[&str] =
-    &["agent", "agent-abi", "collector", "transport", "proto", "cli", "scenarios", "xtask"];
+    &["agent", "agent-abi", "audit", "collector", "transport", "proto", "cli", "scenarios", "xtask"];
 const NODE: &[&str] = &[
     "agent-ebpf",
     "agent-abi",
     "agent",
+    "audit",
     "profile",
     "proto",
     "collector",

@@ -1,26 +1,12 @@
 //! Which records a query is about.
 
 use palisade_profile::glob::text_matches;
-use palisade_proto::v1::{EventsRequest, Record, record::Event};
+use palisade_proto::v1::{Container, EventsRequest, Record};
 
-/// The kind of a record as queries name it.
-pub fn kind(record: &Record) -> &'static str {
-    match &record.event {
-        Some(Event::Fork(_)) => "fork",
-        Some(Event::Exec(_)) => "exec",
-        Some(Event::Exit(_)) => "exit",
-        Some(Event::Gap(_)) => "gap",
-        Some(Event::Coverage(_)) => "coverage",
-        Some(Event::NodeState(_)) => "node-state",
-        Some(Event::Session(_)) => "session",
-        Some(Event::Tampering(_)) => "tampering",
-        Some(Event::Code(_)) => "code",
-        Some(Event::Refusal(_)) => "refusal",
-        None => "unknown",
-    }
-}
+use crate::View;
 
 /// Whether `record` is asked for.
+#[must_use]
 pub fn matches(request: &EventsRequest, record: &Record) -> bool {
     let EventsRequest {
         node,
@@ -33,41 +19,38 @@ pub fn matches(request: &EventsRequest, record: &Record) -> bool {
         since,
         until,
         sessions,
-        ..
+        actor_executable,
+        follow: _,
+        last: _,
     } = request;
+    let view = View::new(record);
     let text =
         |pattern: &str, text: &str| pattern.is_empty() || text_matches(pattern.as_bytes(), text.as_bytes());
-    let of = |field: fn(&palisade_proto::v1::Container) -> &str| record.container.as_ref().map_or("", field);
-    let (path, verdict) = match &record.event {
-        Some(Event::Exec(exec)) => (exec.executable.as_str(), exec.verdict.as_str()),
-        Some(Event::Exit(exit)) => (exit.executable.as_str(), ""),
-        Some(Event::Session(session)) => (session.executable.as_str(), ""),
-        Some(Event::Tampering(tampering)) => (tampering.executable.as_str(), tampering.verdict.as_str()),
-        Some(Event::Code(code)) => (code.executable.as_str(), code.verdict.as_str()),
-        _ => ("", ""),
-    };
-    let session = match (&record.event, &record.session_of) {
-        (Some(Event::Session(session)), _) => Some((&session.kind, &session.id)),
-        (_, Some(reference)) => Some((&reference.kind, &reference.id)),
-        _ => None,
-    };
+    let of = |field: fn(&Container) -> &str| view.container().map_or("", field);
+    let verdict = || view.decision().map_or("", |decision| &decision.verdict);
     text(node, &record.node)
         && text(namespace, of(|container| &container.namespace))
         && text(pod, of(|container| &container.pod))
         && (text(container, of(|container| &container.name))
             || text(container, of(|container| &container.id)))
-        && text(executable, path)
-        && (verdicts.is_empty() || verdicts.iter().any(|wanted| wanted == verdict))
-        && (kinds.is_empty() || kinds.iter().any(|wanted| wanted == kind(record)))
+        && text(executable, view.executable())
+        && text(actor_executable, view.actor_executable())
+        && (verdicts.is_empty() || verdicts.iter().any(|wanted| wanted == verdict()))
+        && (kinds.is_empty()
+            || view.kind().is_some_and(|kind| kinds.iter().any(|wanted| wanted == kind.name())))
         && (sessions.is_empty()
-            || session.is_some_and(|(kind, id)| sessions.contains(kind) || sessions.contains(id)))
+            || view
+                .session()
+                .is_some_and(|(kind, id)| sessions.iter().any(|wanted| wanted == kind || wanted == id)))
         && (*since == 0 || record.time >= *since)
         && (*until == 0 || record.time < *until)
 }
 
 #[cfg(test)]
 mod tests {
-    use palisade_proto::v1::{Container, ProcessExec, SessionReference};
+    use palisade_proto::v1::{
+        Decision, Process, ProcessExec, ProcessExit, Session, SessionReference, record::Event,
+    };
 
     use super::*;
 
@@ -83,9 +66,10 @@ mod tests {
                 ..Default::default()
             }),
             session_of: Some(SessionReference { id: "b-7-1".to_owned(), kind: "admin".to_owned() }),
+            actor: Some(Process { executable: "/bin/sh".to_owned(), ..Default::default() }),
+            decision: Some(Decision { verdict: "denied".to_owned(), ..Default::default() }),
             event: Some(Event::Exec(ProcessExec {
                 executable: "/usr/sbin/nginx".to_owned(),
-                verdict: "denied".to_owned(),
                 ..Default::default()
             })),
             ..Default::default()
@@ -103,6 +87,7 @@ mod tests {
             since: 100,
             until: 101,
             sessions: vec!["admin".to_owned()],
+            actor_executable: "/bin/*".to_owned(),
             ..Default::default()
         };
         assert!(matches(&yes, &record));
@@ -113,6 +98,7 @@ mod tests {
             EventsRequest { pod: "x".to_owned(), ..all.clone() },
             EventsRequest { container: "x".to_owned(), ..all.clone() },
             EventsRequest { executable: "/bin/*".to_owned(), ..all.clone() },
+            EventsRequest { actor_executable: "/usr/*".to_owned(), ..all.clone() },
             EventsRequest { verdicts: vec!["allowed".to_owned()], ..all.clone() },
             EventsRequest { kinds: vec!["exit".to_owned()], ..all.clone() },
             EventsRequest { since: 101, ..all.clone() },
@@ -121,5 +107,29 @@ mod tests {
         ] {
             assert!(!matches(&no, &record), "{no:?}");
         }
+    }
+
+    /// The subject of an exec and of a session is what was executed, of all else it is the actor's program.
+    #[test]
+    fn an_executable_is_that_which_a_record_is_about() {
+        let shell = EventsRequest { executable: "/bin/sh".to_owned(), ..Default::default() };
+        let of = |event| Record {
+            actor: Some(Process { executable: "/bin/sh".to_owned(), ..Default::default() }),
+            event: Some(event),
+            ..Default::default()
+        };
+        let executable = "/bin/ls".to_owned();
+        assert!(matches(&shell, &of(Event::Exit(ProcessExit::default()))));
+        assert!(!matches(
+            &shell,
+            &of(Event::Exec(ProcessExec { executable: executable.clone(), ..Default::default() }))
+        ));
+        let session = Session { executable, kind: "probe".to_owned(), ..Default::default() };
+        let list = EventsRequest {
+            executable: "/bin/ls".to_owned(),
+            sessions: vec!["probe".to_owned()],
+            ..Default::default()
+        };
+        assert!(matches(&list, &of(Event::Session(session))), "a session is of itself");
     }
 }
