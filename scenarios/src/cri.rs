@@ -19,10 +19,14 @@ pub const WORKLOAD_IMAGE: &str = "palisade.test/workload:1";
 
 /// Longest time that one step may take, under emulation.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// How long one that is known to be long may take, on a machine that others share.
+const PATIENCE: Duration = Duration::from_secs(400);
 
 /// The runtime.
 #[derive(Clone)]
 pub struct Runtime {
+    /// Waits longer.
+    patient: RuntimeServiceClient<Channel>,
     client: RuntimeServiceClient<Channel>,
 }
 
@@ -58,7 +62,10 @@ pub struct Ended {
 
 impl Runtime {
     pub fn connect(socket: &Path) -> Self {
-        Self { client: RuntimeServiceClient::new(channel(socket)) }
+        Self {
+            client: RuntimeServiceClient::new(channel(socket)),
+            patient: RuntimeServiceClient::new(channel_within(socket, PATIENCE)),
+        }
     }
 
     /// Starts a pod in the host's network, with the label `app`.
@@ -221,18 +228,27 @@ impl Runtime {
 
     /// Runs a command in a container, as `kubectl exec` does.
     pub async fn exec(&self, container: &str, command: &[&str]) -> Result<Ended> {
+        Self::exec_by(self.client.clone(), DEADLINE, container, command).await
+    }
+
+    /// The same, for what takes much longer than a step.
+    pub async fn exec_long(&self, container: &str, command: &[&str]) -> Result<Ended> {
+        Self::exec_by(self.patient.clone(), PATIENCE, container, command).await
+    }
+
+    async fn exec_by(
+        mut client: RuntimeServiceClient<Channel>,
+        deadline: Duration,
+        container: &str,
+        command: &[&str],
+    ) -> Result<Ended> {
         let request = ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|word| (*word).to_owned()).collect(),
-            timeout: DEADLINE.as_secs().cast_signed(),
+            timeout: deadline.as_secs().cast_signed(),
         };
-        let answer = self
-            .client
-            .clone()
-            .exec_sync(request)
-            .await
-            .with_context(|| format!("executing {command:?}"))?
-            .into_inner();
+        let answer =
+            client.exec_sync(request).await.with_context(|| format!("executing {command:?}"))?.into_inner();
         Ok(Ended {
             code: answer.exit_code,
             stdout: String::from_utf8_lossy(&answer.stdout).into_owned(),
@@ -289,8 +305,12 @@ impl Runtime {
 
 /// Connects to the runtime at `socket` when it is needed.
 pub fn channel(socket: &Path) -> Channel {
+    channel_within(socket, DEADLINE)
+}
+
+fn channel_within(socket: &Path, deadline: Duration) -> Channel {
     Endpoint::from_static(local::ANY)
-        .timeout(DEADLINE)
+        .timeout(deadline)
         .connect_with_connector_lazy(local::Connector::new(socket))
 }
 

@@ -88,7 +88,7 @@ async fn loops(runtime: &Runtime, container: &str, processes: u64) -> Result<()>
     let count = processes.to_string();
     let one = async || {
         let ended =
-            runtime.exec(container, &["/usr/bin/workload", "loop", "/usr/bin/workload", &count]).await?;
+            runtime.exec_long(container, &["/usr/bin/workload", "loop", "/usr/bin/workload", &count]).await?;
         ensure!(ended.code == 0, "{ended:?}");
         anyhow::Ok(())
     };
