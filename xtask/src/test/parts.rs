@@ -162,7 +162,7 @@ pub const PARTS: &[Part] = &[
                     "limits --containers 300 --profiles 100 --executions 100 --memory 64",
                     "limits --containers 10000 --profiles 1000 --memory 96",
                 ),
-                shorter("members --arrivals 15", "members --arrivals 300"),
+                shorter("members --arrivals 10", "members --arrivals 300"),
                 always("rootfs"),
                 always("outside"),
                 always("engines"),
@@ -191,7 +191,7 @@ pub const PARTS: &[Part] = &[
                 always("layers"),
                 always("overlay"),
                 always("who"),
-                shorter("generator --count 250", "generator"),
+                shorter("generator --count 150", "generator"),
                 always("claims"),
             ],
         )),
@@ -210,7 +210,7 @@ pub const PARTS: &[Part] = &[
                 &[
                     always("faults"),
                     shorter(
-                        "outlives --other palisade-agent-of-another-state --kills 10 --turns 4 --attacks 200 --short",
+                        "outlives --other palisade-agent-of-another-state --kills 6 --turns 4 --attacks 150 --short",
                         "outlives --other palisade-agent-of-another-state --other palisade-agent-of-another-policy --other palisade-agent-of-another-records",
                     ),
                 ],
@@ -224,7 +224,7 @@ pub const PARTS: &[Part] = &[
         budget: Some(350),
         full: Some(5400),
         touched_by: NODE,
-        work: Work::Boot(boot(Kernel::V6_12, &[shorter("starts --short --count 3", "starts --count 50")])),
+        work: Work::Boot(boot(Kernel::V6_12, &[shorter("starts --short --count 2", "starts --count 50")])),
     },
     Part {
         name: "planted bugs",
@@ -250,7 +250,7 @@ pub const PARTS: &[Part] = &[
         touched_by: NODE,
         work: Work::Boot(Boot {
             apps: true,
-            ..boot(Kernel::V6_12, &[always("apps"), shorter("powercut --cuts 8", "powercut")])
+            ..boot(Kernel::V6_12, &[always("apps"), shorter("powercut --cuts 5", "powercut")])
         }),
     },
     matrix(Kernel::V5_10, "matrix 5.10"),
